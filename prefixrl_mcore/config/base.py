@@ -1,0 +1,87 @@
+"""The strict base class of every configuration node, and the loader.
+
+A run is described by one TOML file. Dotted command-line flags are applied on top of it.
+Nothing in this package imports torch.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+
+class Config(BaseModel):
+    """A frozen configuration node that rejects unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says what, got, expected, remedy."""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file.
+
+    Raises:
+        ConfigError: if the file is missing or is not valid TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path}: does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: not valid TOML: {error}") from None
+
+
+def validate[T: Config](config_cls: type[T], values: dict[str, Any], *, where: str) -> T:
+    """Return ``values`` as a ``config_cls``, or raise one readable error for all faults.
+
+    Args:
+        config_cls: the node to build.
+        values: nested dictionaries as read from TOML or JSON.
+        where: file name or other origin, named in the error.
+
+    Raises:
+        ConfigError: if a key is unknown (the nearest name is suggested) or a value is refused.
+    """
+    try:
+        return config_cls.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {_describe(config_cls, detail)}" for detail in error.errors()]
+        raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
+
+
+def _describe(config_cls: type[Config], detail: ErrorDetails) -> str:
+    """Render one pydantic error with its dotted path, the value and the nearest known key."""
+    location = [str(part) for part in detail["loc"]]
+    path = ".".join(location) or "(whole file)"
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(config_cls, location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{path}: required and not given"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{path}: {message}, got {detail['input']!r}"
+
+
+def _known_keys(config_cls: type[Config], location: list[str]) -> list[str]:
+    """Return the field names of the node that ``location`` points at."""
+    node: type[Config] = config_cls
+    for part in location:
+        field = node.model_fields.get(part)
+        if field is None:
+            break
+        candidates = [field.annotation, *get_args(field.annotation)]
+        nodes = [c for c in candidates if isinstance(c, type) and issubclass(c, Config)]
+        if not nodes:
+            break
+        node = nodes[0]
+    return sorted(node.model_fields)

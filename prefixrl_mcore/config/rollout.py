@@ -1,0 +1,93 @@
+"""Rollout engine, sampling, and reward."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from prefixrl_mcore.config.base import Config
+
+
+class SGLangConfig(Config):
+    """A SGLang server run as a child process, in its own virtual environment."""
+
+    python: Path = Path(".venv-sglang/bin/python")
+    """Interpreter of the environment that SGLang is installed in (``make setup-sglang``)."""
+
+    url: str | None = None
+    """URL of a server that already runs; None starts one as a child process."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the engine's weights."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs of one server."""
+
+    memory_fraction: float = Field(default=0.8, gt=0.0, lt=1.0)
+    """``--mem-fraction-static``: share of GPU memory for weights and KV cache."""
+
+    max_kv_tokens: int | None = Field(default=None, ge=256)
+    """``--max-total-tokens``: size of the KV cache; None lets SGLang choose."""
+
+    start_timeout_seconds: float = Field(default=600.0, gt=0.0)
+    """How long the server may take until it is healthy."""
+
+    request_timeout_seconds: float = Field(default=3600.0, gt=0.0)
+    """How long one request may take before it counts as lost."""
+
+    max_retries: int = Field(default=2, ge=0)
+    """Times that lost requests are issued again (after a restart if the server died)."""
+
+    extra_args: tuple[str, ...] = ()
+    """Further arguments of ``sglang.launch_server``."""
+
+
+class TransformersConfig(Config):
+    """The in-process ``transformers`` generation engine."""
+
+    max_batch_size: int = Field(default=256, ge=1)
+    """Sequences decoded together."""
+
+
+class RolloutConfig(Config):
+    """Sampling of completions."""
+
+    engine: Literal["sglang", "transformers"] | None = None
+    """Inference engine; None takes SGLang where it starts and says so when it falls back to
+    transformers."""
+
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Sampling temperature in training; the loss uses logprobs at the same temperature."""
+
+    max_completion_tokens: int = Field(default=16384, ge=1)
+    """New tokens per rollout; independent of the prefix's length."""
+
+    max_total_tokens: int = Field(default=36000, ge=2)
+    """Prompt, prefix and completion together; a prompt + prefix that leaves no room is refused."""
+
+    sglang: SGLangConfig = Field(default_factory=SGLangConfig)
+    """Settings of the SGLang engine."""
+
+    transformers: TransformersConfig = Field(default_factory=TransformersConfig)
+    """Settings of the fallback engine."""
+
+
+class RewardConfig(Config):
+    """Verification of answers, in killable child processes."""
+
+    answer_form: Literal["final", "sequence"] = "final"
+    """``final``: the last answer of the completion must equal the reference. ``sequence``: every
+    ``\\boxed{}`` of prefix + completion, in order, must equal the reference's comma-separated
+    parts (multi-part problems)."""
+
+    require_stop: bool = False
+    """Count a completion that did not end by itself as wrong, whatever it says."""
+
+    num_workers: int = Field(default=2, ge=1)
+    """Child processes."""
+
+    timeout_seconds: float = Field(default=10.0, gt=0.0)
+    """Wall time per answer; the child is killed after it and the answer counts as wrong."""
+
+    memory_limit_bytes: int = Field(default=2 * 1024**3, ge=256 * 1024**2)
+    """Address space of one child above what it uses when idle."""

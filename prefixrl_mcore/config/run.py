@@ -1,0 +1,165 @@
+"""The tree: everything that one run depends on."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prefixrl_mcore.config.base import Config
+from prefixrl_mcore.config.data import CollectConfig, DataConfig, PrefixConfig
+from prefixrl_mcore.config.policy import BatchConfig, LossConfig, ModelConfig, PolicyConfig
+from prefixrl_mcore.config.rollout import RewardConfig, RolloutConfig
+
+Method = Literal["prefixrl", "rl", "sft_then_rl"]
+
+
+class SftConfig(Config):
+    """Supervised warm-up of the ``sft_then_rl`` baseline on the collected traces."""
+
+    max_epochs: int = Field(default=8, ge=1)
+    """Passes over the training traces; the epoch with the lowest validation loss is kept."""
+
+    traces_per_step: int = Field(default=16, ge=1)
+    """Traces per optimizer step."""
+
+    validation_fraction: float = Field(default=0.125, gt=0.0, lt=1.0)
+    """Share of the traces held back to choose the epoch."""
+
+    lr: float = Field(default=1e-5, gt=0.0)
+    """Learning rate of the supervised phase."""
+
+
+class TrainerConfig(Config):
+    """Length and bookkeeping of the training loop."""
+
+    num_steps: int = Field(default=400, ge=1)
+    """Optimizer steps of reinforcement learning."""
+
+    max_flops: float | None = Field(default=None, gt=0.0)
+    """Stop when the charged FLOPs (collection included) reach this; None has no such limit."""
+
+    rollouts_every_steps: int = Field(default=1, ge=1)
+    """Steps between two written rollout tables."""
+
+
+class CheckpointConfig(Config):
+    """When the trainer saves."""
+
+    every_steps: int = Field(default=50, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+
+    keep_last: int | None = Field(default=2, ge=1)
+    """Checkpoints kept; None keeps all."""
+
+
+class EvaluationConfig(Config):
+    """Accuracy during and after training."""
+
+    every_steps: int = Field(default=10, ge=1)
+    """Steps between evaluations; step 0 and the last step are always evaluated."""
+
+    temperature: float = Field(default=0.7, gt=0.0)
+    """Sampling temperature of evaluations."""
+
+    num_samples: int = Field(default=256, ge=1)
+    """Samples per problem of ``prefixrl eval``."""
+
+    training_num_samples: int = Field(default=4, ge=1)
+    """Samples per problem of evaluations inside training."""
+
+    max_problems: int | None = Field(default=None, ge=1)
+    """Evaluate only the first so many problems of each set; None evaluates all."""
+
+    pass_at: tuple[int, ...] = (1, 8, 16, 32, 64)
+    """Values of k for pass@k; a k above the number of samples is left out, and logged."""
+
+    prefix_bins: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """Edges of the prefix-fraction bins; no prefix is a bin of its own."""
+
+    unlock_fractions: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    """Prefix fractions of the unlock curve."""
+
+
+class WandbConfig(Config):
+    """Weights & Biases logging."""
+
+    project: str = "prefixrl"
+    """Project name."""
+
+    mode: Literal["offline", "online"] = "offline"
+    """``offline`` writes to the run folder, to be synced later."""
+
+    every_steps_rollouts: int = Field(default=10, ge=1)
+    """Steps between two uploaded rollout tables."""
+
+
+class MetricsConfig(Config):
+    """Where metrics go besides ``metrics.jsonl``, which is always written."""
+
+    wandb: WandbConfig | None = None
+    """Weights & Biases; None logs nothing there."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+
+
+class RunConfig(Config):
+    """Everything that one run depends on; saved with the run."""
+
+    run_folder: Path = Field()
+    """Folder that everything of this run is written to."""
+
+    method: Method = "prefixrl"
+    """``prefixrl``, or a baseline: ``rl`` on the original problems only, ``sft_then_rl`` on the
+    traces and then the original problems."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of data order and sampling."""
+
+    model: ModelConfig = Field()
+    data: DataConfig = Field()
+    collect: CollectConfig = Field(default_factory=CollectConfig)
+    prefixes: PrefixConfig = Field(default_factory=PrefixConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    sft: SftConfig = Field(default_factory=SftConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+
+    @property
+    def stream_tokens(self) -> int:
+        """Length of one packed stream, tokens."""
+        return self.batch.stream_tokens or self.rollout.max_total_tokens
+
+    @property
+    def traces_folder(self) -> Path:
+        """Folder of the trace store."""
+        return self.data.traces or self.run_folder / "traces"
+
+    @property
+    def prefixes_folder(self) -> Path:
+        """Folder of the prefixed problems."""
+        return self.data.prefixes or self.run_folder / "prefixes"
+
+    @model_validator(mode="after")
+    def _stream_holds_the_longest_sequence(self) -> "RunConfig":
+        if self.stream_tokens < self.rollout.max_total_tokens:
+            raise ValueError(
+                f"batch.stream_tokens must hold rollout.max_total_tokens, got {self.stream_tokens}"
+                f" < {self.rollout.max_total_tokens}; raise the first or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _completion_fits_the_total(self) -> "RunConfig":
+        if self.rollout.max_completion_tokens >= self.rollout.max_total_tokens:
+            raise ValueError(
+                "rollout.max_completion_tokens must be below rollout.max_total_tokens, got "
+                f"{self.rollout.max_completion_tokens} >= {self.rollout.max_total_tokens}"
+            )
+        return self

@@ -1,0 +1,228 @@
+"""Frozen records that cross module boundaries.
+
+No torch, no config. A stage that learns a new fact makes a new record (``Rollout`` becomes
+``ScoredRollout``) instead of filling an optional field later. Token sequences are tuples of
+Python ints; logprobs are natural logarithms (nats).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+"""``stop``: an end token was sampled; ``length``: the token budget ran out; ``abort``: cut off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One dataset item: a text, its reference answer and an id that is unique in the data set."""
+
+    problem_id: str
+    """Unique within the problem file; carried through every later record."""
+
+    text: str
+    """The problem as a human would read it, before any prompt template is applied."""
+
+    answer: str
+    """Reference answer in the form that the verifier expects (LaTeX or plain text)."""
+
+    source: str = ""
+    """Where the problem comes from, for reports; empty when unknown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A problem rendered through the prompt template up to where the answer starts."""
+
+    problem: Problem
+    """The problem that was rendered."""
+
+    token_ids: tuple[int, ...]
+    """[num_prompt_tokens] never empty."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """A recorded, verified attempt at a problem; the stock that prefixes are cut from."""
+
+    trace_id: str
+    """Unique within the trace store."""
+
+    problem_id: str
+    """The problem that this trace answers."""
+
+    prompt_token_ids: tuple[int, ...]
+    """[num_prompt_tokens] the prompt that the trace continues."""
+
+    completion_token_ids: tuple[int, ...]
+    """[num_completion_tokens] the attempt, end token included when one was sampled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixedProblem:
+    """What a group of rollouts starts from: a prompt and, possibly, a prefix of a trace."""
+
+    prefixed_problem_id: str
+    """``<problem_id>`` without a prefix, ``<problem_id>#<trace_id>@<cut>`` with one."""
+
+    problem: Problem
+    """The problem to be solved; its answer decides the reward."""
+
+    prompt_token_ids: tuple[int, ...]
+    """[num_prompt_tokens] the rendered problem."""
+
+    prefix_token_ids: tuple[int, ...] = ()
+    """[num_prefix_tokens] conditioned on, never trained on; empty when there is no prefix."""
+
+    trace_id: str = ""
+    """The trace that the prefix was cut from; empty without a prefix."""
+
+    fraction: float = 0.0
+    """``num_prefix_tokens / num_trace_tokens``; 0 without a prefix."""
+
+    answer_in_prefix: bool = False
+    """The prefix already states the reference answer, so a correct rollout may prove nothing."""
+
+    @property
+    def context_token_ids(self) -> tuple[int, ...]:
+        """[num_prompt_tokens + num_prefix_tokens] what the engine is conditioned on."""
+        return self.prompt_token_ids + self.prefix_token_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What an engine samples after a context; the engine knows nothing of problems."""
+
+    token_ids: tuple[int, ...]
+    """[num_completion_tokens] sampled tokens, the end token included; at least one."""
+
+    logprobs: tuple[float, ...]
+    """[num_completion_tokens] nats, at the sampling temperature, as reported by the engine."""
+
+    finish_reason: FinishReason
+    """Why sampling ended."""
+
+    policy_version: int
+    """Version of the weights that sampled this completion."""
+
+    num_cached_tokens: int = 0
+    """Context tokens that the engine took from its KV cache instead of computing them."""
+
+    def __post_init__(self) -> None:
+        """Refuse logprobs that do not line up with the tokens."""
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(
+                f"completion: {len(self.token_ids)} token ids but {len(self.logprobs)} logprobs"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One completion sampled by the policy after a prompt and, possibly, a prefix."""
+
+    rollout_id: str
+    """``<step>/<group index>/<index in group>``, unique in the run."""
+
+    prefixed_problem: PrefixedProblem
+    """What the rollout started from; equal for all rollouts of a group."""
+
+    completion: Completion
+    """Tokens, logprobs and end of what was sampled; the only trained tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A verifier's decision on one completion."""
+
+    reward: float
+    """1.0 for a correct answer, 0.0 otherwise."""
+
+    reason: str
+    """Short code: ``correct``, ``wrong``, ``no_answer``, ``timeout``, ``memory``, ``crash``, …"""
+
+    extracted: str = ""
+    """The answer found in the text, as text; empty when none was found."""
+
+    seconds: float = 0.0
+    """Wall time that the verification took."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRollout:
+    """A rollout and the verifier's verdict on it."""
+
+    rollout: Rollout
+    """The rollout that was judged."""
+
+    verdict: Verdict
+    """What the verifier said."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Scored rollouts of one prompt *and* prefix, with the advantages of each."""
+
+    prefixed_problem: PrefixedProblem
+    """What every rollout of the group started from."""
+
+    rollouts: tuple[ScoredRollout, ...]
+    """[group_size] the group's rollouts."""
+
+    advantages: tuple[float, ...]
+    """[group_size] reward minus the group's baseline, possibly normalised."""
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """[group_size] the verifier's rewards."""
+        return tuple(scored.verdict.reward for scored in self.rollouts)
+
+    @property
+    def is_all_negative(self) -> bool:
+        """No rollout of the group was rewarded, so the group carries no policy gradient."""
+        return not any(self.rewards)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSequence:
+    """One packed item: context that is conditioned on, completion that is trained on."""
+
+    sequence_id: str
+    """The rollout id, or the trace id for SFT."""
+
+    group_index: int
+    """Sequences with equal ``group_index`` share their context and are packed together."""
+
+    context_token_ids: tuple[int, ...]
+    """[num_context_tokens] prompt and prefix: conditioned on, never trained on; not empty."""
+
+    completion_token_ids: tuple[int, ...]
+    """[num_completion_tokens] trained on; not empty."""
+
+    advantage: float
+    """Coefficient of the sequence's log-likelihood; 1.0 for SFT."""
+
+    rollout_logprobs: tuple[float, ...] = ()
+    """[num_completion_tokens] nats from the engine; empty for SFT."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """What one optimizer step did, summed over all ranks and microbatches."""
+
+    loss: float
+    """The minimised objective: sum over trained tokens divided by their global number."""
+
+    gradient_norm: float
+    """Global L2 norm before clipping; 0.0 when the step was skipped."""
+
+    learning_rate: float
+    """Learning rate that was applied."""
+
+    num_trained_tokens: int
+    """Completion tokens in the global batch."""
+
+    was_skipped: bool = False
+    """True when no token carried a gradient, so that the optimizer was not called."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further ``area/quantity_unit`` values, already reduced over ranks."""

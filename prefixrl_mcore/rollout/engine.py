@@ -41,8 +41,10 @@ class SampleRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to sample, for all requests of one call. No top-p or top-k: the loss uses the full
-    softmax at the same temperature."""
+    """How to sample, for all requests of one call.
+
+    There is no top-p or top-k: the loss uses the full softmax at the same temperature.
+    """
 
     temperature: float
     """Above 0, or exactly 0 for greedy decoding (logprobs are then at temperature 1)."""
@@ -76,7 +78,7 @@ class RolloutEngine(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """Version of the weights loaded last; ``-1`` for the weights that the engine began with."""
+        """Version of the weights loaded last; ``-1`` for those the engine began with."""
         ...
 
     def sample(

@@ -67,6 +67,9 @@ class EvaluationConfig(Config):
     training_num_samples: int = Field(default=4, ge=1)
     """Samples per problem of evaluations inside training."""
 
+    unlock_num_samples: int = Field(default=8, ge=1)
+    """Samples per problem and prefix fraction (or bin) of ``prefixrl eval``."""
+
     max_problems: int | None = Field(default=None, ge=1)
     """Evaluate only the first so many problems of each set; None evaluates all."""
 

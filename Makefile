@@ -1,0 +1,50 @@
+# Everything a user or developer runs. `make demo` and `make test` set up what they need.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+RUN := .venv/bin/python -m
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup setup-sglang demo test test-all check format gpu clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
+
+.venv/.locked: pyproject.toml uv.lock .python-version | $(filter .uv/bin/uv,$(UV))
+	$(UV) sync --locked
+	@touch $@
+
+setup: .venv/.locked  ## the trainer's environment, from uv.lock, in .venv
+
+setup-sglang: .venv-sglang/.locked  ## SGLang's own environment, in .venv-sglang
+
+demo: setup setup-sglang  ## the whole of PrefixRL on this CPU, with a report at the end
+	.venv/bin/prefixrl demo
+
+test: setup setup-sglang  ## the test suite (CPU)
+	$(RUN) pytest
+
+test-all: setup setup-sglang  ## the test suite with the slow proofs, as CI runs it
+	$(RUN) pytest -m "not gpu and not multi_gpu"
+
+check: setup setup-sglang  ## format, lint, types, tests: green before every commit
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+	$(RUN) pytest
+
+format: setup  ## format and fix what ruff can fix
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+gpu: setup  ## everything that wants a GPU: tests that may not skip
+	PREFIXRL_REQUIRE_GPU=1 $(RUN) pytest -m gpu
+
+clean:  ## remove caches and run folders; environments stay
+	rm -rf runs .pytest_cache .ruff_cache

@@ -1,0 +1,230 @@
+"""FLOPs by the paper's rule, and the tokens that were really computed.
+
+Sampling costs ``2 N D`` and an update ``6 N D``: N parameters, D tokens. D counts prompt, prefix
+and completion of every rollout, also where an engine takes the prompt and prefix from its KV
+cache; so the charge depends on the method and not on the engine. Rejection sampling (failed tries
+included) and SFT are charged to the run. Screening of problems, evaluation and verification are
+not, as in the paper.
+
+N counts all parameters of the model, norms and biases included: a tied embedding once, an untied
+output layer besides the embedding. Of the experts of a mixture-of-experts layer only the share
+that a token is routed to counts.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from prefixrl_mcore.records import Group
+
+
+def sampling_flops(num_parameters: int, num_tokens: int) -> float:
+    """Return ``2 N D``: the FLOPs charged for sampling.
+
+    Args:
+        num_parameters: N.
+        num_tokens: D, prompt, prefix and completion tokens.
+    """
+    return 2.0 * num_parameters * num_tokens
+
+
+def update_flops(num_parameters: int, num_tokens: int) -> float:
+    """Return ``6 N D``: the FLOPs charged for a forward and backward pass.
+
+    Args:
+        num_parameters: N.
+        num_tokens: D, prompt, prefix and completion tokens.
+    """
+    return 6.0 * num_parameters * num_tokens
+
+
+class TokenStreams(Protocol):
+    """What the meter needs of a packed batch."""
+
+    @property
+    def streams(self) -> Sequence[Any]:
+        """Streams with ``token_ids_T``."""
+        ...
+
+
+@dataclass(kw_only=True, slots=True)
+class FlopsMeter:
+    """What a run has been charged so far; the same on every rank when charged alike."""
+
+    num_parameters: int
+    """N, see ``count_parameters``."""
+
+    collect_flops: float = 0.0
+    """Charge for the traces: the trace store's total, unsolved problems included."""
+
+    sft_flops: float = 0.0
+    """Charge for supervised steps."""
+
+    sampling_flops: float = 0.0
+    """Charge for rollouts."""
+
+    update_flops: float = 0.0
+    """Charge for policy-gradient steps."""
+
+    charged_tokens: int = 0
+    """Sum of D over sampling, updates and SFT; a token that is sampled and trained on counts in
+    both. Collection is not in it."""
+
+    computed_tokens: int = 0
+    """Tokens that engine and trainer really computed in the same passes: without context tokens
+    from the KV cache, but with the padding of streams."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts that cannot be."""
+        if self.num_parameters < 1:
+            raise ValueError(f"num_parameters must be at least 1, got {self.num_parameters}")
+
+    @property
+    def total_flops(self) -> float:
+        """Everything charged so far."""
+        return self.collect_flops + self.sft_flops + self.sampling_flops + self.update_flops
+
+    def charge_sampling(self, num_tokens: int, *, num_cached_tokens: int = 0) -> None:
+        """Charge rollouts.
+
+        Args:
+            num_tokens: context and completion tokens of all rollouts.
+            num_cached_tokens: those of them that the engine did not compute.
+        """
+        self.sampling_flops += sampling_flops(self.num_parameters, num_tokens)
+        self.charged_tokens += num_tokens
+        self.computed_tokens += num_tokens - num_cached_tokens
+
+    def charge_update(self, num_tokens: int, *, num_computed_tokens: int | None = None) -> None:
+        """Charge a policy-gradient step.
+
+        Args:
+            num_tokens: context and completion tokens of all rollouts.
+            num_computed_tokens: tokens of the streams, padding included; None takes
+                ``num_tokens``.
+        """
+        self.update_flops += update_flops(self.num_parameters, num_tokens)
+        self._count_pass(num_tokens, num_computed_tokens)
+
+    def charge_sft(self, num_tokens: int, *, num_computed_tokens: int | None = None) -> None:
+        """Charge a supervised step; the arguments are those of ``charge_update``."""
+        self.sft_flops += update_flops(self.num_parameters, num_tokens)
+        self._count_pass(num_tokens, num_computed_tokens)
+
+    def charge_step(self, groups: Sequence[Group], batch: TokenStreams) -> None:
+        """Charge one step of reinforcement learning: its rollouts and the update on them.
+
+        Args:
+            groups: the step's rollouts; all of them are charged, also those of groups without
+                any gradient.
+            batch: the packed batch, for the tokens that the trainer computes.
+        """
+        num_tokens, num_cached_tokens = 0, 0
+        for group in groups:
+            for scored in group.rollouts:
+                completion = scored.rollout.completion
+                context = scored.rollout.prefixed_problem.context_token_ids
+                num_tokens += len(context) + len(completion.token_ids)
+                num_cached_tokens += completion.num_cached_tokens
+        self.charge_sampling(num_tokens, num_cached_tokens=num_cached_tokens)
+        num_stream_tokens = sum(len(stream.token_ids_T) for stream in batch.streams)
+        self.charge_update(num_tokens, num_computed_tokens=num_stream_tokens)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the totals so far under the names of ``metrics.jsonl``."""
+        return {
+            "flops/total": self.total_flops,
+            "flops/collect": self.collect_flops,
+            "flops/sft": self.sft_flops,
+            "flops/sampling": self.sampling_flops,
+            "flops/update": self.update_flops,
+            "tokens/charged": float(self.charged_tokens),
+            "tokens/computed": float(self.computed_tokens),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return all fields as JSON values."""
+        return asdict(self)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from ``state()``.
+
+        Raises:
+            ValueError: if it was of a model with another number of parameters, or the charge for
+                the traces differs (the trace store was changed); the meter is then unchanged.
+        """
+        for name in ("num_parameters", "collect_flops"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"FLOPs meter: {name} of the saved run is {state[name]}, of this run "
+                    f"{getattr(self, name)}; resume with the same model and trace store"
+                )
+        self.sft_flops = float(state["sft_flops"])
+        self.sampling_flops = float(state["sampling_flops"])
+        self.update_flops = float(state["update_flops"])
+        self.charged_tokens = int(state["charged_tokens"])
+        self.computed_tokens = int(state["computed_tokens"])
+
+    def _count_pass(self, num_tokens: int, num_computed_tokens: int | None) -> None:
+        """Count the tokens of a forward and backward pass."""
+        self.charged_tokens += num_tokens
+        self.computed_tokens += num_tokens if num_computed_tokens is None else num_computed_tokens
+
+
+def count_parameters(model_folder: Path) -> int:
+    """Return N of a Hugging Face folder from its config and the safetensors headers.
+
+    Raises:
+        ValueError: if the folder has no config or no safetensors files, or one is damaged.
+    """
+    config = _read_config(model_folder)
+    files = sorted(model_folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{model_folder}: has no *.safetensors files; set model.path to a complete Hugging "
+            "Face folder"
+        )
+    is_tied = bool(config.get("tie_word_embeddings", False))
+    num_experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
+    num_shared, num_expert = 0, 0
+    for file in files:
+        for name, size in _tensor_sizes(file).items():
+            if is_tied and name == "lm_head.weight":
+                continue  # a copy of the embedding
+            if num_experts and ".experts." in name:
+                num_expert += size
+            else:
+                num_shared += size
+    if not num_expert:
+        return num_shared
+    if "num_experts_per_tok" not in config:
+        raise ValueError(f"{model_folder}/config.json: num_experts_per_tok is missing")
+    return num_shared + num_expert * int(config["num_experts_per_tok"]) // num_experts
+
+
+def _read_config(model_folder: Path) -> dict[str, Any]:
+    """Read ``config.json``."""
+    path = model_folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: does not exist; set model.path to a Hugging Face folder"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    return config.get("text_config", config)
+
+
+def _tensor_sizes(file: Path) -> dict[str, int]:
+    """Return the number of elements of each tensor without reading the tensors."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged safetensors file: {error}") from None

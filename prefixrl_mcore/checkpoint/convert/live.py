@@ -1,0 +1,79 @@
+"""The weights of a live Megatron model, matched with the rules of its family's table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from prefixrl_mcore.checkpoint.convert.rules import FamilyTable, ModelDims, Rule
+from prefixrl_mcore.checkpoint.manifest import CheckpointError
+
+_LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveWeight:
+    """One parameter of this rank."""
+
+    rule: Rule
+    """What it is made of."""
+
+    layer: int | None
+    """Index of the decoder layer in the whole model; None for a weight outside the layers."""
+
+    name: str
+    """Megatron's name of the parameter in its model chunk."""
+
+    parameter: Tensor
+    """This tensor-parallel rank's part; not detached."""
+
+    is_tied_copy: bool
+    """The last pipeline stage's copy of a tied embedding: filled on load, not exported."""
+
+
+def unwrap(chunk: nn.Module) -> nn.Module:
+    """Return the model inside data-parallel and half-precision wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module  # pyright: ignore[reportAssignmentType] # a Module by construction
+    return chunk
+
+
+def live_weights(
+    model_chunks: Sequence[nn.Module], table: FamilyTable, dims: ModelDims
+) -> list[LiveWeight]:
+    """Return every parameter of this rank with its rule, in the order of the model.
+
+    The layer's index in the whole model is the one that Megatron gave the layer
+    (``layer_number``): it is right for uneven and virtual pipeline stages too.
+
+    Raises:
+        CheckpointError: naming a parameter that the table does not know.
+    """
+    found: list[LiveWeight] = []
+    for wrapped in model_chunks:
+        chunk = unwrap(wrapped)
+        for name, parameter in chunk.named_parameters():
+            is_tied_copy = dims.is_tied and name == table.output_head_name
+            match = (table.embedding, None) if is_tied_copy else table.find(name, dims)
+            if match is None:
+                raise CheckpointError(
+                    f"model parameter {name} of shape {tuple(parameter.shape)} has no rule in the "
+                    f"table of {table.model_type}; add one to convert/tables/{table.model_type}.py"
+                )
+            rule, local_layer = match
+            layer = None if local_layer is None else _global_layer(chunk, local_layer)
+            found.append(
+                LiveWeight(
+                    rule=rule,
+                    layer=layer,
+                    name=name,
+                    parameter=parameter,
+                    is_tied_copy=is_tied_copy,
+                )
+            )
+    return found
+
+
+def _global_layer(chunk: nn.Module, local_layer: int) -> int:
+    layer = chunk.get_submodule(f"{_LAYERS}{local_layer}")
+    return int(layer.layer_number) - 1  # pyright: ignore[reportArgumentType] # an int set by Megatron

@@ -1,0 +1,272 @@
+"""Folders that appear complete or not at all, and can be checked later.
+
+A folder is written under a temporary sibling name. Sealing it makes every file durable, lists
+all files with sizes and SHA-256 checksums in ``manifest.json`` (written last), renames the
+folder to its final name and makes that rename durable. A process killed at any moment leaves
+either the old state or the new one, plus a temporary folder that the next writer removes.
+
+Names: ``.<final name>.writing-<id>`` is being written, ``.<final name>.replaced-<id>`` is a
+complete folder on its way out, ``.<final name>.deleting-<id>`` is being removed. Only the second
+kind is ever read again: when a kill fell between the two renames of a replacement.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "manifest.json"
+_FORMAT_VERSION = 1
+_READ_BYTES = 1 << 20
+_MAX_HASH_THREADS = 8  # beyond that, storage is the limit
+_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<kind>writing|replaced|deleting)-[0-9a-f]{32}$")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or model folder that cannot be used; says which file, got, expected, remedy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ManifestEntry:
+    """One file of a sealed folder."""
+
+    size_bytes: int
+    """Length of the file."""
+
+    sha256: str
+    """Hexadecimal digest of its content."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a sealed folder holds."""
+
+    files: dict[str, ManifestEntry]
+    """By path relative to the folder, with forward slashes; ``manifest.json`` is not listed."""
+
+    created_unix_seconds: float
+    """When the folder was sealed."""
+
+
+@contextmanager
+def write_folder(final: Path, *, with_manifest: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``final`` when the block ends without an error.
+
+    On an exception the temporary folder is removed and ``final`` is left as it was. Without a
+    manifest the folder is still made durable and renamed in one step (for folders whose format
+    belongs to others, where the atomic rename alone says that they are complete).
+
+    Raises:
+        CheckpointError: if the parent of ``final`` is not a folder that can be written.
+    """
+    temporary = begin_folder(final)
+    try:
+        yield temporary
+        seal_folder(temporary, final, with_manifest=with_manifest)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def begin_folder(final: Path) -> Path:
+    """Return a new, empty temporary sibling of ``final``; stale ones of that name are removed."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise CheckpointError(
+            f"{final}: cannot be written, got {error}; name a folder that can be created"
+        ) from None
+    clean_temporaries(final.parent, name=final.name)
+    temporary = _temporary_path(final, "writing")
+    temporary.mkdir()
+    return temporary
+
+
+def seal_folder(temporary: Path, final: Path, *, with_manifest: bool = True) -> None:
+    """Make ``temporary`` durable, write its manifest, and rename it to ``final``.
+
+    A folder that already has the name ``final`` is replaced; see ``clean_temporaries`` for a
+    kill between the two renames that this takes.
+    """
+    _sync_tree(temporary)
+    if with_manifest:
+        _write_manifest(temporary)
+    replaced = None
+    if final.exists():
+        replaced = _temporary_path(final, "replaced")
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync(final.parent)
+    if replaced is not None:
+        _remove_tree(replaced, final)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete ``folder`` so that a kill half-way leaves nothing that looks complete."""
+    _remove_tree(folder, folder)
+
+
+def clean_temporaries(parent: Path, *, name: str | None = None) -> None:
+    """Undo what killed writers left in ``parent``; only one writer may use ``parent`` at a time.
+
+    Half-written and half-deleted folders are removed. A replaced folder gets its name back when
+    the new one never arrived, and is removed otherwise.
+
+    Args:
+        parent: folder to clean; nothing happens if it does not exist.
+        name: only temporaries of this final name; None cleans those of every name.
+    """
+    if not parent.is_dir():
+        return
+    for path in sorted(parent.iterdir()):
+        match = _TEMPORARY.match(path.name)
+        if match is None or name not in (None, match["name"]) or not path.is_dir():
+            continue
+        final = parent / match["name"]
+        if match["kind"] == "replaced" and not final.exists():
+            path.rename(final)
+            _sync(parent)
+        else:
+            _remove_tree(path, final)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of ``folder`` without looking at the files that it lists.
+
+    Raises:
+        CheckpointError: if the folder or its manifest is missing, or the manifest is damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: does not exist or is not a folder; check the path")
+    path = folder / MANIFEST_NAME
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value["format_version"] != _FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: got format_version {value['format_version']!r}, expected "
+                f"{_FORMAT_VERSION}; read it with the version of this program that wrote it"
+            )
+        return Manifest(
+            files={name: ManifestEntry(**entry) for name, entry in value["files"].items()},
+            created_unix_seconds=float(value["created_unix_seconds"]),
+        )
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: is missing, so {folder} is incomplete or no checkpoint; use another one"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: is damaged ({type(error).__name__}: {error}), expected the JSON that was "
+            "written with the folder; use another checkpoint"
+        ) from None
+
+
+def verify(folder: Path, *, checksums: bool = True) -> Manifest:
+    """Check every file of a sealed folder and return the manifest.
+
+    Files that the manifest does not list are left alone: nothing reads them.
+
+    Args:
+        folder: a folder that ``write_folder`` made.
+        checksums: compare contents too; False compares only names and sizes, which finds
+            missing and truncated files at the price of one ``stat`` each.
+
+    Raises:
+        CheckpointError: naming the first bad file, what it has and what it should have.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        _check_size(folder / name, entry)
+    if checksums:
+        paths = [folder / name for name in manifest.files]
+        for path, entry, digest in zip(
+            paths, manifest.files.values(), _hash_files(paths), strict=True
+        ):
+            if digest != entry.sha256:
+                raise CheckpointError(
+                    f"{path}: content is damaged, got sha256 {digest}, expected {entry.sha256}; "
+                    "use another checkpoint or restore the file"
+                )
+    return manifest
+
+
+def _check_size(path: Path, entry: ManifestEntry) -> None:
+    try:
+        size_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: is missing, expected {entry.size_bytes} bytes; use another checkpoint or "
+            "restore the file"
+        ) from None
+    if size_bytes != entry.size_bytes:
+        raise CheckpointError(
+            f"{path}: got {size_bytes} bytes, expected {entry.size_bytes}; use another "
+            "checkpoint or restore the file"
+        )
+
+
+def _write_manifest(folder: Path) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files: dict[str, Any] = {
+        path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _hash_files(paths), strict=True)
+    }
+    value = {
+        "format_version": _FORMAT_VERSION,
+        "created_unix_seconds": time.time(),
+        "files": files,
+    }
+    with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+def _hash_files(paths: list[Path]) -> list[str]:
+    num_threads = min(_MAX_HASH_THREADS, os.cpu_count() or 1, max(len(paths), 1))
+    with ThreadPoolExecutor(num_threads) as threads:  # hashlib releases the GIL
+        return list(threads.map(_hash_file, paths))
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _temporary_path(final: Path, kind: str) -> Path:
+    return final.with_name(f".{final.name}.{kind}-{uuid.uuid4().hex}")
+
+
+def _remove_tree(folder: Path, final: Path) -> None:
+    """Rename ``folder`` to a name that nothing reads, then delete it."""
+    doomed = _temporary_path(final, "deleting")
+    folder.rename(doomed)
+    _sync(doomed.parent)
+    shutil.rmtree(doomed)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,310 @@
+"""The Megatron part of a checkpoint: weights, optimizer, schedule, random states.
+
+Uses Megatron's distributed checkpointing (format ``torch_dist``). Tensors are stored whole, cut
+into the pieces that each rank held, so that ranks of another layout can read what they need.
+"""
+
+import queue
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch import nn
+
+from prefixrl_mcore.checkpoint.convert.live import unwrap
+from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistReader
+from prefixrl_mcore.policy.cpu_runtime import megatron_on_cpu
+
+_RNG_KEY = "rng_state"
+_COMMON_KEY = "common_state"  # Megatron's name of what is not a tensor
+_EXTRA_STATE = "_extra_state"
+_MAX_KEYS_IN_ERROR = 5
+
+
+class Trainable(Protocol):
+    """The Megatron objects of a policy."""
+
+    @property
+    def model_chunks(self) -> Sequence[nn.Module]:
+        """This rank's model chunks, wrapped or not."""
+        ...
+
+    @property
+    def optimizer(self) -> Any:  # noqa: ANN401  (Megatron's optimizers share no typed base)
+        """Megatron's optimizer."""
+        ...
+
+    @property
+    def scheduler(self) -> Any:  # noqa: ANN401  (untyped upstream)
+        """Megatron's schedule of learning rate and weight decay."""
+        ...
+
+
+@megatron_on_cpu()
+def save_megatron(folder: Path, policy: Trainable) -> None:
+    """Write the policy's state into an empty folder; all ranks must call this."""
+    _complete_optimizer_state(policy.optimizer)
+    state = _sharded_state(policy, is_loading=False, has_optimizer=True)
+    state[_RNG_KEY] = _sharded_rng(get_rng_state())
+    with _results_in_process(), _known_warnings_ignored():
+        dist_checkpointing.save(
+            state,
+            str(folder),
+            torch_strategy.TorchDistSaveShardedStrategy(),
+            content_metadata=dict(SHARDING_METADATA),
+            async_strategy="mcore",
+        )
+
+
+@megatron_on_cpu()
+def load_megatron(
+    folder: Path, policy: Trainable, *, has_optimizer: bool, saved_world_size: int
+) -> bool:
+    """Overwrite the policy's state from a folder that ``save_megatron`` wrote.
+
+    All ranks must call this.
+
+    Args:
+        folder: what was written.
+        policy: of the same model; any parallel layout.
+        has_optimizer: the folder holds optimizer and schedule.
+        saved_world_size: ranks that saved.
+
+    Returns:
+        Whether random states were restored: not when the number of ranks differs.
+
+    Raises:
+        CheckpointError: naming keys that are missing, unexpected or of another shape; the policy
+            is then unchanged.
+    """
+    if has_optimizer:
+        _complete_optimizer_state(policy.optimizer)
+    state = _sharded_state(policy, is_loading=True, has_optimizer=has_optimizer)
+    restores_rng = has_optimizer and saved_world_size == dist.get_world_size()
+    if restores_rng:
+        state[_RNG_KEY] = _sharded_rng(None)
+    with _known_warnings_ignored():
+        _check_keys(folder, state)
+        try:
+            loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
+        except CheckpointingException as error:
+            raise CheckpointError(
+                f"{folder}: cannot be loaded into this policy: {error}; load a checkpoint of the "
+                "same model"
+            ) from error
+    _apply(loaded, policy, has_optimizer=has_optimizer)
+    if restores_rng:
+        set_rng_state(loaded[_RNG_KEY])
+    return restores_rng
+
+
+def get_rng_state() -> dict[str, Any]:
+    """Return the state of every random generator of this process, Megatron's included."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": _rng_tracker().get_states(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what ``get_rng_state`` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    _rng_tracker().set_states(state["megatron"])
+
+
+def _sharded_state(policy: Trainable, *, is_loading: bool, has_optimizer: bool) -> dict[str, Any]:
+    metadata = {
+        **SHARDING_METADATA,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    models = {
+        _model_key(index): _without_extra_state(
+            cast(Any, unwrap(chunk)).sharded_state_dict(metadata=metadata)
+        )
+        for index, chunk in enumerate(policy.model_chunks)
+    }
+    state: dict[str, Any] = dict(models)
+    if has_optimizer:
+        state["optimizer"] = policy.optimizer.sharded_state_dict(
+            models, is_loading=is_loading, metadata=metadata
+        )
+        state["scheduler"] = policy.scheduler.state_dict()
+    return state
+
+
+def _apply(loaded: dict[str, Any], policy: Trainable, *, has_optimizer: bool) -> None:
+    for index, chunk in enumerate(policy.model_chunks):
+        result = unwrap(chunk).load_state_dict(loaded[_model_key(index)], strict=False)
+        absent = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
+        if absent or result.unexpected_keys:
+            raise RuntimeError(
+                f"model chunk {index}: loaded state lacks {absent} and has unknown "
+                f"{result.unexpected_keys}; the sharded state dict does not describe the model"
+            )
+    if not has_optimizer:
+        policy.optimizer.reload_model_params()
+        return
+    _load_optimizer(policy.optimizer, loaded["optimizer"])
+    _complete_optimizer_state(policy.optimizer)
+    # The schedule's shape belongs to the config; a checkpoint knows only how far it went.
+    policy.scheduler.num_steps = 0
+    policy.scheduler.step(increment=loaded["scheduler"]["num_steps"])
+
+
+def _load_optimizer(  # untyped upstream
+    optimizer: Any,  # noqa: ANN401
+    loaded: dict[Any, Any],
+) -> None:
+    """Load Megatron's optimizer, a sharded one in two parts.
+
+    Without Transformer Engine, ``DistributedOptimizer`` looks for Adam's step among the tensors
+    of each parameter, where its own format does not put it; so the steps are hidden from it.
+    """
+    parts = _parts(optimizer)
+    states = [loaded] if len(parts) == 1 else [loaded[index] for index in range(len(parts))]
+    for part, state in zip(parts, states, strict=True):
+        sharded = state.pop("param_state", None)
+        if _is_torch_adam(part.optimizer):
+            _restore_step_zero(state)
+        part.load_state_dict(state)
+        if sharded is None:
+            continue
+        steps = {
+            parameter: values.pop("step")
+            for parameter, values in part.optimizer.state.items()
+            if "step" in values
+        }
+        part.load_parameter_state_from_fully_reshardable(sharded)
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = step
+
+
+def _restore_step_zero(state: dict[Any, Any]) -> None:
+    """Add Adam's step where Megatron left it out, which it does when the step is 0."""
+    values = state.get("optimizer", state).get("state")
+    if values:
+        values.setdefault("common_step", torch.tensor(0.0))
+
+
+def _is_torch_adam(inner: object) -> bool:
+    """Whether this is torch's optimizer and not Transformer Engine's, which needs no help."""
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _parts(optimizer: Any) -> list[Any]:  # noqa: ANN401  (untyped upstream)
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _complete_optimizer_state(optimizer: Any) -> None:  # noqa: ANN401  (untyped upstream)
+    """Give every parameter of torch's Adam a state of its own, as its first step would.
+
+    Zero moments and step 0 are what Adam begins with, so this changes no number. Without it a
+    policy that has not stepped yet could be neither saved nor loaded into. Steps are cloned
+    because Megatron lets all parameters share one tensor after loading, and Adam then counts
+    each update once per parameter.
+    """
+    for part in _parts(optimizer):
+        inner = part.optimizer
+        if not _is_torch_adam(inner):
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                state = inner.state[parameter]
+                step = state.get("step", 0.0)
+                state["step"] = torch.as_tensor(step, dtype=torch.float32).clone()
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter.data)
+
+
+def _rng_tracker() -> tensor_parallel.random.CudaRNGStatesTracker:
+    return cast(Any, tensor_parallel.get_cuda_rng_tracker())
+
+
+def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
+    return ShardedObject(_RNG_KEY, state, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Drop Transformer Engine's private state, which is empty in bfloat16 and version-bound."""
+    return {key: value for key, value in state.items() if not key.endswith(_EXTRA_STATE)}
+
+
+def _model_key(index: int) -> str:
+    return f"model{index}"
+
+
+def _check_keys(folder: Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint of other weights or optimizer before anything is overwritten.
+
+    All ranks must call this: collective over all ranks.
+    """
+    wanted = {item.key for item in nested_values(state) if hasattr(item, "key")}
+    everywhere: list[set[str]] = [wanted] * dist.get_world_size()
+    dist.all_gather_object(everywhere, wanted)
+    reader = TorchDistReader(folder)
+    stored = reader.shapes.keys() | reader.objects
+    needed = set[str]().union(*everywhere) - {_RNG_KEY}
+    absent = sorted(needed - stored)
+    unused = sorted(stored - needed - {_RNG_KEY, _COMMON_KEY})
+    if absent or unused:
+        raise CheckpointError(
+            f"{folder}: does not fit this policy: lacks {len(absent)} entries {_shorten(absent)}, "
+            f"holds {len(unused)} that the policy has not {_shorten(unused)}; load a checkpoint "
+            "of the same model and the same kind of optimizer"
+        )
+
+
+def _shorten(keys: list[str]) -> str:
+    return str(keys[:_MAX_KEYS_IN_ERROR]).removesuffix("]") + (
+        ", ...]" if len(keys) > _MAX_KEYS_IN_ERROR else "]"
+    )
+
+
+@contextmanager
+def _results_in_process() -> Iterator[None]:
+    """Let Megatron's writer return its results through a plain queue.
+
+    Megatron starts a manager process for that queue, which imports the whole program again and
+    takes seconds. Only its asynchronous writer needs one: a synchronous save writes in this
+    process. It also announces, at each synchronous save, that its asynchronous one is deprecated.
+    """
+    filesystem_async._results_queue = cast(Any, queue.SimpleQueue())
+    torch_strategy._logged_mcore_async_deprecation = True
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = None
+
+
+@contextmanager
+def _known_warnings_ignored() -> Iterator[None]:
+    """Hide remarks of torch on how Megatron calls it."""
+    with warnings.catch_warnings():
+        for message in (
+            "torch.distributed is disabled",  # each rank reads for itself, on purpose
+            "The argument order of load has been changed",
+            "Please use DTensor instead",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield

@@ -1,0 +1,331 @@
+"""The console script ``prefixrl``: parse and dispatch, nothing else.
+
+Exit codes: 0 done; 2 bad input or config, nothing was overwritten; 1 anything that failed
+underway; 128 + n stopped by signal n after saving.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from prefixrl_mcore.config.load import load_config
+from prefixrl_mcore.config.run import RunConfig
+
+_SETTINGS_HELP = (
+    "Any setting of the config can be given as a flag, for example "
+    "--policy.optimizer.lr 1e-5 or --run-folder runs/second; --help-settings lists them all."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return its exit code."""
+    arguments, rest = _parser().parse_known_args(argv)
+    _set_up_logging(verbose=arguments.verbose)
+    if rest and not hasattr(arguments, "config"):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return arguments.run(arguments, rest)
+    except ValueError as error:  # bad input: configs, data, checkpoints that do not fit
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Build the parser of all sub-commands."""
+    parser = argparse.ArgumentParser(
+        prog="prefixrl",
+        description="Train language models on hard problems with PrefixRL (arXiv 2601.18795).",
+        epilog="The usual order: collect, prefixes, train, eval, report. Try: prefixrl demo",
+    )
+    parser.add_argument("--verbose", action="store_true", help="log debug messages too")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_pipeline_commands(commands)
+    _add_tool_commands(commands)
+    return parser
+
+
+def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the stages of a run; each takes CONFIG and any setting as a flag."""
+    _add_config_command(
+        commands,
+        "collect",
+        _collect,
+        "Sample the base policy until each problem has one verified trace, or a cap is reached.",
+        "Writes the trace store (Parquet). A killed collection continues where it stopped. All "
+        "sampling, failed tries included, is charged to the run in FLOPs.",
+    )
+    _add_config_command(
+        commands,
+        "prefixes",
+        _prefixes,
+        "Cut prefixes from the collected traces, at random token positions, once for the run.",
+        "Token ids are cut, never re-tokenised. Prefixes that already state the final answer are "
+        "flagged. A store of another tokenizer or chat template is refused.",
+    )
+    train = _add_config_command(
+        commands,
+        "train",
+        _train,
+        "Train: sync weights, sample groups, verify, one Megatron step.",
+        "With --method rl or sft_then_rl the same program runs a baseline. With more than one "
+        "rank in policy.parallel the ranks are started here, or by torchrun.",
+    )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue exactly from the last complete checkpoint of the run folder",
+    )
+    evaluate = _add_config_command(
+        commands,
+        "eval",
+        _eval,
+        "Evaluate a checkpoint: unbiased pass@k, accuracy by prefix bin, unlock curve.",
+        "Results are written to eval/ in the run folder as JSON and shown as tables.",
+    )
+    evaluate.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="WHICH",
+        help="'latest' (default), 'base' (the initial weights), a step number, or a path",
+    )
+    _add_config_command(
+        commands,
+        "check",
+        _check,
+        "Print what would run (layout, memory, FLOPs per step) without starting anything.",
+        "Reads the config, the model's config.json and the data; touches no GPU.",
+    )
+
+
+def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands that work on files instead of a config."""
+    traces = commands.add_parser("traces", help="import, show and check traces of a trace store")
+    _add_traces_commands(traces)
+    convert = commands.add_parser(
+        "convert", help="convert between checkpoints and Hugging Face folders"
+    )
+    directions = convert.add_subparsers(title="directions", required=True, metavar="DIRECTION")
+    to_hf = directions.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
+    to_hf.add_argument("checkpoint", type=Path, help="checkpoint folder (…/step-000040)")
+    to_hf.add_argument("out", type=Path, help="folder to be made")
+    to_hf.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as saved")
+    to_hf.set_defaults(run=_convert_to_hf)
+    from_hf = directions.add_parser("from-hf", help="Hugging Face folder -> checkpoint")
+    from_hf.add_argument("model", type=Path, help="Hugging Face folder")
+    from_hf.add_argument("out", type=Path, help="checkpoint folder to be made")
+    from_hf.set_defaults(run=_convert_from_hf)
+
+    report = commands.add_parser("report", help="one HTML page that compares one or more runs")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("--out", type=Path, help="default: report.html in the first run folder")
+    report.set_defaults(run=_report)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole of PrefixRL on this machine's CPU, at micro scale, with a report",
+        description="Makes a base policy and a synthetic, verifiable reasoning task, then runs "
+        "collect, prefixes, train (PrefixRL and the baselines on one FLOPs budget), eval, "
+        "convert and report. Can be started again after an interruption.",
+    )
+    demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--configs", type=Path, default=Path("configs/demo"), metavar="FOLDER")
+    demo.add_argument("--fresh", action="store_true", help="delete the folder's results first")
+    demo.add_argument("--engine", choices=("sglang", "transformers"), help="rollout engine")
+    demo.set_defaults(run=_demo)
+
+
+def _add_traces_commands(traces: argparse.ArgumentParser) -> None:
+    """Add ``traces import | show | stats | verify``."""
+    actions = traces.add_subparsers(title="actions", required=True, metavar="ACTION")
+    importing = _add_config_command(
+        actions,
+        "import",
+        _traces_import,
+        "Import traces made elsewhere (text or token ids, any model family), each verified.",
+        "Rejected traces are listed with the reason; nothing is dropped silently.",
+    )
+    importing.add_argument("--file", type=Path, required=True, help="JSONL of traces")
+    importing.add_argument("--format", choices=("jsonl", "gsm8k_solutions"), default="jsonl")
+    importing.add_argument("--source", required=True, help="name of the model that made them")
+    importing.add_argument(
+        "--keep", choices=("first", "all"), default="first", help="verified traces per problem"
+    )
+    verify = _add_config_command(
+        actions,
+        "verify",
+        _traces_verify,
+        "Verify every stored trace again with the config's verifier.",
+        "Exit code 1 if a stored trace does not verify.",
+    )
+    verify.set_defaults(run=_traces_verify)
+    for name, run, text in (
+        ("show", _traces_show, "show traces as text"),
+        ("stats", _traces_stats, "solved problems, tries, tokens, FLOPs"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("store", type=Path, help="folder of the trace store")
+        action.set_defaults(run=run)
+        if name == "show":
+            action.add_argument("--problem", help="only this problem id")
+            action.add_argument("--model", type=Path, help="folder of the tokenizer, if moved")
+            action.add_argument("--limit", type=int, default=5, help="traces shown (default 5)")
+
+
+def _add_config_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace, list[str]], int],
+    summary: str,
+    details: str,
+) -> argparse.ArgumentParser:
+    """Add a command that takes CONFIG and settings as flags."""
+    command = commands.add_parser(
+        name, help=summary, description=f"{summary} {details}", epilog=_SETTINGS_HELP
+    )
+    command.add_argument("config", type=Path, metavar="CONFIG", help="TOML file, see configs/")
+    command.add_argument("--help-settings", action="store_true", help="list all settings")
+    command.set_defaults(run=run)
+    return command
+
+
+def _set_up_logging(*, verbose: bool) -> None:
+    """Log to stderr on rank 0; the other ranks log warnings only."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    level = (logging.DEBUG if verbose else logging.INFO) if is_first else logging.WARNING
+    handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("prefixrl_mcore").setLevel(level)
+
+
+def _escape(text: str) -> str:
+    """Return ``text`` so that rich prints square brackets as they are."""
+    return text.replace("[", "\\[")
+
+
+def _load(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
+    """Read CONFIG with the flags on top."""
+    if arguments.help_settings:
+        rest = [*rest, "--help"]
+    return load_config(RunConfig, arguments.config, rest)
+
+
+# Each command imports what it needs: `prefixrl check` and `--help` answer without torch.
+
+
+def _collect(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.collect import collect
+
+    collect(_load(arguments, rest))
+    return 0
+
+
+def _prefixes(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.cut import cut
+
+    cut(_load(arguments, rest))
+    return 0
+
+
+def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    config = _load(arguments, rest)
+    if config.policy.parallel.world_size > 1 and "RANK" not in os.environ:
+        from prefixrl_mcore.launch.local import launch_ranks
+
+        return launch_ranks(config.policy.parallel.world_size, sys.argv[1:])
+    from prefixrl_mcore.trainer.run import run_training
+
+    return run_training(config, resume=arguments.resume)
+
+
+def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from prefixrl_mcore.eval.command import evaluate_checkpoint
+
+    evaluate_checkpoint(_load(arguments, rest), arguments.checkpoint)
+    return 0
+
+
+def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from prefixrl_mcore.launch.check import print_check
+
+    print_check(_load(arguments, rest))
+    return 0
+
+
+def _convert_to_hf(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.checkpoint.offline import convert_to_hf
+
+    convert_to_hf(arguments.checkpoint, arguments.out, dtype=arguments.dtype)
+    return 0
+
+
+def _convert_from_hf(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.checkpoint.offline import convert_from_hf
+
+    convert_from_hf(arguments.model, arguments.out)
+    return 0
+
+
+def _report(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.report.html import build_report
+
+    out = arguments.out or arguments.runs[0] / "report.html"
+    Console().print(f"report: {build_report(arguments.runs, out)}", highlight=False)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.demo.run import run_demo
+
+    return run_demo(
+        arguments.folder,
+        folder_of_configs=arguments.configs,
+        fresh=arguments.fresh,
+        engine=arguments.engine,
+    )
+
+
+def _traces_import(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.trace_commands import import_traces
+
+    import_traces(
+        _load(arguments, rest),
+        file=arguments.file,
+        file_format=arguments.format,
+        source=arguments.source,
+        keep=arguments.keep,
+    )
+    return 0
+
+
+def _traces_verify(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.trace_commands import verify_traces
+
+    return 0 if verify_traces(_load(arguments, rest)) else 1
+
+
+def _traces_show(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.trace_commands import show_traces
+
+    show_traces(
+        arguments.store, problem_id=arguments.problem, limit=arguments.limit, model=arguments.model
+    )
+    return 0
+
+
+def _traces_stats(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.trace_commands import show_stats
+
+    show_stats(arguments.store)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Files and folders that are there completely or not at all, also after a SIGKILL or power loss."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Replace a file: temporary name, flush to disk, rename, flush of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def write_folder_atomically(
+    folder: Path, temporary: Path, files: Mapping[str, Callable[[Path], None]]
+) -> None:
+    """Write a folder of files under a temporary name, flush it to disk, and rename it.
+
+    Args:
+        folder: final name; must not exist.
+        temporary: name to build it under, in the same parent; must not exist.
+        files: file name -> function that writes the file to the given path.
+
+    Raises:
+        FileExistsError: if ``folder`` came into being in the meantime.
+    """
+    temporary.mkdir()
+    for name, write in files.items():
+        path = temporary / name
+        write(path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(temporary)
+    try:
+        temporary.rename(folder)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # ENOTEMPTY or EEXIST, depending on the file system
+        raise FileExistsError(f"{folder}: exists already") from error
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

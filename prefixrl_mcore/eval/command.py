@@ -1,0 +1,273 @@
+"""``prefixrl eval``: a checkpoint's pass@k, accuracy by prefix bin, and unlock curve, as JSON.
+
+The checkpoint is converted to a Hugging Face folder and served by the rollout engine, so that
+evaluation needs no trainer. Results are written part by part: a killed evaluation continues
+with the first part that is missing.
+"""
+
+import itertools
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prefixrl_mcore.checkpoint.offline import convert_to_hf
+from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.eval.pass_at_k import mean_pass_at_k, prefix_bins, wilson_interval
+from prefixrl_mcore.eval.runner import EvaluationResult, Evaluator
+from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets
+from prefixrl_mcore.observability.atomic import write_json_atomic
+from prefixrl_mcore.observability.progress import Progress
+from prefixrl_mcore.observability.run_folder import RunFolder
+from prefixrl_mcore.records import PrefixedProblem, Problem
+
+logger = logging.getLogger(__name__)
+
+Parts = dict[str, dict[str, Any]]
+"""Part label → {"num_correct": [...], "num_samples": n}: what a continued evaluation reuses."""
+
+
+def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
+    """Evaluate one checkpoint and return the JSON file with the results.
+
+    Args:
+        config: the run's config; ``evaluation`` says how many samples and which bins.
+        which: ``latest``, ``base`` (the initial weights), a step number, or a checkpoint folder.
+
+    Raises:
+        ConfigError: if there is no such checkpoint.
+    """
+    start = time.perf_counter()
+    folder = RunFolder(config.run_folder)
+    sets = read_evaluation_sets(config)
+    folder.claim(config)
+    name, checkpoint = find_checkpoint(folder, which)
+    out = folder.eval / f"{name}.json"
+    settings = _settings(config)
+    parts = _read_parts(out, settings)
+    with ExitStack() as stack:
+        model_folder = config.model.path
+        if checkpoint is not None:
+            model_folder = folder.eval / f".hf-{name}"
+            shutil.rmtree(model_folder, ignore_errors=True)
+            convert_to_hf(checkpoint, model_folder)
+            stack.callback(shutil.rmtree, model_folder, ignore_errors=True)
+        evaluator = stack.enter_context(
+            build_evaluator(
+                config,
+                model_folder=model_folder,
+                temperature=config.evaluation.temperature,
+                logs_folder=folder.logs,
+                problems=itertools.chain.from_iterable(sets.values()),
+            )
+        )
+        plan = _plan(config, evaluator, sets)
+        progress = stack.enter_context(
+            Progress(f"eval {name}", total=len(plan), file=folder.path / "progress-eval.json")
+        )
+        for index, (label, starts) in enumerate(plan.items()):
+            progress.update(index, waiting_for=label)
+            if label in parts:
+                continue
+            result = evaluator.evaluate(
+                starts, num_samples=_num_samples(config, label), label=f"{name}/{label}"
+            )
+            parts[label] = {"num_correct": result.num_correct, "num_samples": result.num_samples}
+            write_json_atomic(out, {"is_complete": False, "settings": settings, "parts": parts})
+            progress.update(index + 1, accuracy=result.accuracy)
+    summary = _summarise(config, name, checkpoint, parts)
+    write_json_atomic(out, {**summary, "is_complete": True, "settings": settings, "parts": parts})
+    folder.add_stage_seconds("eval", time.perf_counter() - start)
+    _show(summary, out)
+    return out
+
+
+def find_checkpoint(folder: RunFolder, which: str) -> tuple[str, Path | None]:
+    """Return (name, checkpoint folder) for ``which``; the folder is None for ``base``.
+
+    Raises:
+        ConfigError: if there is no such checkpoint.
+    """
+    if which == "base":
+        return "base", None
+    if which == "latest":
+        latest = latest_checkpoint(folder.checkpoints)
+        if latest is None:
+            raise ConfigError(
+                f"{folder.checkpoints}: no complete checkpoint; run prefixrl train first, or give "
+                "--checkpoint base"
+            )
+        return latest.name, latest
+    path = folder.checkpoints / f"step-{int(which):06d}" if which.isdigit() else Path(which)
+    if not path.is_dir():
+        known = sorted(p.name for p in folder.checkpoints.glob("step-*") if p.is_dir())
+        raise ConfigError(
+            f"checkpoint {path}: does not exist; there are: {', '.join(known) or 'none'}"
+        )
+    return path.name, path
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Return what decides the parts; results of other settings are not mixed."""
+    chosen = config.evaluation.model_dump(mode="json", exclude={"every_steps", "pass_at"})
+    return chosen | {"seed": config.seed, "problems": str(config.data.problems)}
+
+
+def _read_parts(out: Path, settings: dict[str, Any]) -> Parts:
+    """Return the parts of an interrupted evaluation with the same settings."""
+    if not out.exists():
+        return {}
+    before = json.loads(out.read_text())
+    if before.get("is_complete") or before.get("settings") != settings:
+        return {}
+    logger.info("%s: continuing, %d parts are done", out, len(before["parts"]))
+    return before["parts"]
+
+
+def _plan(
+    config: RunConfig, evaluator: Evaluator, sets: dict[str, list[Problem]]
+) -> dict[str, list[PrefixedProblem]]:
+    """Return part label → contexts to sample from; parts without any context are left out."""
+    evaluation = config.evaluation
+    plan = {
+        f"set/{name}": evaluator.plain_starts(problems[: evaluation.max_problems])
+        for name, problems in sets.items()
+    }
+    training = sets["train"][: evaluation.max_problems]
+    if not evaluator.traces:
+        logger.warning("no trace store: prefix bins and the unlock curve are left out")
+    for prefix_bin in prefix_bins(evaluation.prefix_bins):
+        label = f"bin/{prefix_bin.name}"
+        plan[label] = evaluator.starts_in_bin(training, prefix_bin, label=label)
+    for fraction in evaluation.unlock_fractions:
+        plan[f"unlock/{fraction:.2f}"] = evaluator.starts_at(training, fraction)
+    return {label: starts for label, starts in plan.items() if starts}
+
+
+def _num_samples(config: RunConfig, label: str) -> int:
+    """Return the samples per context: all of them for sets, a few for bins and unlock curve."""
+    evaluation = config.evaluation
+    if label.startswith("set/"):
+        return evaluation.num_samples
+    return min(evaluation.num_samples, evaluation.unlock_num_samples)
+
+
+def _summarise(
+    config: RunConfig, name: str, checkpoint: Path | None, parts: Parts
+) -> dict[str, Any]:
+    """Return sets, bins and unlock curve with their intervals."""
+    results = {
+        label: EvaluationResult(
+            num_correct=tuple(part["num_correct"]),
+            num_samples=part["num_samples"],
+            completion_tokens=0,
+        )
+        for label, part in parts.items()
+    }
+    bins, unlock = [], []
+    for prefix_bin in prefix_bins(config.evaluation.prefix_bins):
+        if result := results.get(f"bin/{prefix_bin.name}"):
+            edges = {"low": prefix_bin.low, "high": prefix_bin.high}
+            bins.append(edges | _proportion(result))
+    for fraction in config.evaluation.unlock_fractions:
+        if result := results.get(f"unlock/{fraction:.2f}"):
+            unlock.append({"fraction": fraction} | _proportion(result))
+    return {
+        "step": 0 if checkpoint is None else int(name.rpartition("-")[2]),
+        "checkpoint": str(checkpoint or config.model.path),
+        "temperature": config.evaluation.temperature,
+        "sets": {
+            label.removeprefix("set/"): _set_summary(result, config.evaluation.pass_at)
+            for label, result in results.items()
+            if label.startswith("set/")
+        },
+        "bins": bins,
+        "unlock": unlock,
+    }
+
+
+def _proportion(result: EvaluationResult) -> dict[str, float]:
+    """Return the accuracy over all samples with its Wilson interval."""
+    num_rollouts = len(result.num_correct) * result.num_samples
+    estimate = wilson_interval(sum(result.num_correct), num_rollouts)
+    return {
+        "accuracy": estimate.value,
+        "ci_low": estimate.low,
+        "ci_high": estimate.high,
+        "num_rollouts": num_rollouts,
+    }
+
+
+def _set_summary(result: EvaluationResult, pass_at: Sequence[int]) -> dict[str, Any]:
+    """Return accuracy and pass@k of one problem set."""
+    too_large = [k for k in pass_at if k > result.num_samples]
+    if too_large:
+        logger.warning("pass@k left out for k = %s: only %d samples", too_large, result.num_samples)
+    num_samples = [result.num_samples] * len(result.num_correct)
+    estimates = {
+        str(k): mean_pass_at_k(num_samples, result.num_correct, k)
+        for k in pass_at
+        if k <= result.num_samples
+    }
+    return {
+        "num_problems": len(result.num_correct),
+        "num_samples": result.num_samples,
+        "accuracy": result.accuracy,
+        "accuracy_stderr": result.accuracy_stderr,
+        "all_negative_fraction": result.all_negative_fraction,
+        "pass_at_k": {
+            k: {"value": e.value, "low": e.low, "high": e.high} for k, e in estimates.items()
+        },
+    }
+
+
+def _show(summary: dict[str, Any], out: Path) -> None:
+    """Print the results as tables."""
+    console = Console()
+    table = Table(title=f"{summary['checkpoint']}, T = {summary['temperature']}, no prefix")
+    for column in ("set", "problems", "samples", "pass@k [95 % interval]"):
+        table.add_column(column)
+    for name, values in summary["sets"].items():
+        cells = [
+            f"@{k} {e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+            for k, e in values["pass_at_k"].items()
+        ]
+        table.add_row(
+            name, str(values["num_problems"]), str(values["num_samples"]), "\n".join(cells)
+        )
+    console.print(table)
+    _show_curve(console, "accuracy by prefix bin", summary["bins"], _bin_name)
+    _show_curve(console, "unlock curve", summary["unlock"], lambda row: f"{row['fraction']:.2f}")
+    console.print(f"written: {out}", highlight=False)
+
+
+def _bin_name(row: dict[str, float]) -> str:
+    """Return the label of a bin's row."""
+    return "none" if row["high"] == 0 else f"{row['low']:.2f}-{row['high']:.2f}"
+
+
+def _show_curve(
+    console: Console,
+    title: str,
+    rows: Sequence[dict[str, float]],
+    name: Callable[[dict[str, float]], str],
+) -> None:
+    """Print one table of proportions with bars; nothing when there are no rows."""
+    if not rows:
+        return
+    table = Table(title=title)
+    for column in ("prefix", "accuracy [95 % interval]", ""):
+        table.add_column(column)
+    for row in rows:
+        interval = f"{row['accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        table.add_row(name(row), interval, "#" * round(30 * row["accuracy"]))
+    console.print(table)

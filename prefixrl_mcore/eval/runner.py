@@ -1,0 +1,154 @@
+"""Evaluation of the weights that an engine holds: problem sets, prefix bins, unlock curve."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prefixrl_mcore.data.prompts import PromptRenderer
+from prefixrl_mcore.data.source import original_problems
+from prefixrl_mcore.eval.pass_at_k import PrefixBin, accuracy_with_stderr
+from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
+from prefixrl_mcore.rewards.base import Verifier
+from prefixrl_mcore.rollout.engine import OnCompleted, RolloutEngine, SamplingParams
+from prefixrl_mcore.rollout.sampling import derive_seed, sample_groups
+from prefixrl_mcore.rollout.scoring import score_groups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationResult:
+    """Correct samples of each evaluated context."""
+
+    num_correct: tuple[int, ...]
+    """[num_problems] correct samples."""
+
+    num_samples: int
+    """Samples drawn for each."""
+
+    completion_tokens: int
+    """Tokens sampled in all."""
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over problems of the share of correct samples."""
+        return self._accuracy_with_stderr()[0]
+
+    @property
+    def accuracy_stderr(self) -> float:
+        """Standard error of the accuracy over problems; NaN for a single problem."""
+        return self._accuracy_with_stderr()[1]
+
+    def _accuracy_with_stderr(self) -> tuple[float, float]:
+        """Return accuracy and its standard error over problems."""
+        return accuracy_with_stderr([self.num_samples] * len(self.num_correct), self.num_correct)
+
+    @property
+    def all_negative_fraction(self) -> float:
+        """Share of problems without a single correct sample."""
+        return sum(count == 0 for count in self.num_correct) / len(self.num_correct)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluator:
+    """Samples and verifies; holds what stays the same between evaluations of a run."""
+
+    engine: RolloutEngine
+    """Holds the weights to be evaluated."""
+
+    verifier: Verifier
+    """Judges the completions."""
+
+    renderer: PromptRenderer
+    """Renders problems and decodes tokens."""
+
+    params: SamplingParams
+    """Temperature and limits of the evaluation."""
+
+    seed: int
+    """Seed of the run; evaluations of equal label draw equal samples on seeded engines."""
+
+    traces: dict[str, Trace] = field(default_factory=dict)
+    """Problem id → trace, for prefix bins and the unlock curve; empty when there is no store."""
+
+    def evaluate(
+        self,
+        starts: Sequence[PrefixedProblem],
+        *,
+        num_samples: int,
+        label: str,
+        on_completed: OnCompleted | None = None,
+    ) -> EvaluationResult:
+        """Return how many of ``num_samples`` completions of each start are correct.
+
+        Raises:
+            ValueError: if there is nothing to evaluate.
+        """
+        if not starts:
+            raise ValueError(f"evaluation {label}: no problems; give at least one")
+        sampled = sample_groups(
+            self.engine,
+            starts,
+            self.params,
+            group_size=num_samples,
+            label=label,
+            seed=self.seed,
+            on_completed=on_completed,
+        )
+        scored = score_groups(sampled, self.verifier, self.renderer)
+        return EvaluationResult(
+            num_correct=tuple(sum(s.verdict.reward > 0 for s in group) for group in scored),
+            num_samples=num_samples,
+            completion_tokens=sum(
+                len(rollout.completion.token_ids) for group in sampled for rollout in group
+            ),
+        )
+
+    def plain_starts(self, problems: Sequence[Problem]) -> list[PrefixedProblem]:
+        """Return the problems without a prefix."""
+        return original_problems(self.renderer.render(problem) for problem in problems)
+
+    def starts_in_bin(
+        self, problems: Sequence[Problem], prefix_bin: PrefixBin, *, label: str
+    ) -> list[PrefixedProblem]:
+        """Cut each problem's trace at a random token position inside the bin.
+
+        Problems without a trace, and traces too short to have a position inside, are left out;
+        the number of returned starts tells how many. The end token is never part of a prefix.
+        """
+        starts: list[PrefixedProblem] = []
+        for problem in problems:
+            trace = self.traces.get(problem.problem_id)
+            if trace is None:
+                continue
+            num_tokens = len(trace.completion_token_ids)
+            first = 0 if prefix_bin.is_no_prefix else math.floor(prefix_bin.low * num_tokens) + 1
+            last = min(math.floor(prefix_bin.high * num_tokens), num_tokens - 1)
+            if first > last:
+                continue
+            draw = np.random.default_rng(derive_seed(self.seed, f"{label}/{problem.problem_id}", 0))
+            starts.append(prefixed_start(problem, trace, int(draw.integers(first, last + 1))))
+        return starts
+
+    def starts_at(self, problems: Sequence[Problem], fraction: float) -> list[PrefixedProblem]:
+        """Cut each trace at ``fraction`` of its tokens; problems without one are left out."""
+        starts: list[PrefixedProblem] = []
+        for problem in problems:
+            trace = self.traces.get(problem.problem_id)
+            if trace is not None:
+                num_tokens = len(trace.completion_token_ids)
+                cut = min(round(fraction * num_tokens), num_tokens - 1)
+                starts.append(prefixed_start(problem, trace, cut))
+        return starts
+
+
+def prefixed_start(problem: Problem, trace: Trace, cut: int) -> PrefixedProblem:
+    """Return the problem continued by the first ``cut`` tokens of its trace."""
+    return PrefixedProblem(
+        prefixed_problem_id=f"{problem.problem_id}#{trace.trace_id}@{cut}",
+        problem=problem,
+        prompt_token_ids=trace.prompt_token_ids,
+        prefix_token_ids=trace.completion_token_ids[:cut],
+        trace_id=trace.trace_id,
+        fraction=cut / len(trace.completion_token_ids),
+    )

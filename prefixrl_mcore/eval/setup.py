@@ -1,0 +1,142 @@
+"""Building what an evaluation needs: prompts, verifier, engine, traces, problem sets."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.data.problems import read_problems
+from prefixrl_mcore.data.prompts import PromptRenderer
+from prefixrl_mcore.data.traces import TraceStore
+from prefixrl_mcore.eval.runner import Evaluator
+from prefixrl_mcore.records import Problem, Trace
+from prefixrl_mcore.rewards.math_answer import MathVerifier
+from prefixrl_mcore.rollout.build import build_engine
+from prefixrl_mcore.rollout.engine import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_COMPLAINTS = 5
+
+
+@contextmanager
+def build_evaluator(
+    config: RunConfig,
+    *,
+    model_folder: Path,
+    temperature: float,
+    logs_folder: Path,
+    problems: Iterable[Problem],
+) -> Iterator[Evaluator]:
+    """Yield an evaluator whose engine serves ``model_folder``; closes engine and verifier.
+
+    Args:
+        config: rollout, reward and prompt settings.
+        model_folder: Hugging Face folder with the weights.
+        temperature: sampling temperature.
+        logs_folder: where the engine logs.
+        problems: all problems that will be judged; their answers are checked before the engine
+            is started.
+
+    Raises:
+        ConfigError: if a reference answer cannot be verified.
+    """
+    with ExitStack() as stack:
+        renderer = PromptRenderer(config.model.path, config.data.prompt)
+        verifier = MathVerifier(config.reward)
+        stack.callback(verifier.close)
+        check_references(list(problems), verifier)
+        engine = build_engine(config.rollout, model_folder=model_folder, logs_folder=logs_folder)
+        stack.callback(engine.close)
+        yield Evaluator(
+            engine=engine,
+            verifier=verifier,
+            renderer=renderer,
+            params=SamplingParams(
+                temperature=temperature,
+                max_completion_tokens=config.rollout.max_completion_tokens,
+                max_total_tokens=config.rollout.max_total_tokens,
+                stop_token_ids=renderer.stop_token_ids,
+            ),
+            seed=config.seed,
+            traces=read_traces(config, renderer),
+        )
+
+
+def read_traces(config: RunConfig, renderer: PromptRenderer) -> dict[str, Trace]:
+    """Return problem id → its first trace; empty when there is no trace store."""
+    if not (config.traces_folder / "store.json").exists():
+        return {}
+    store = TraceStore.open(
+        config.traces_folder,
+        tokenizer_hash=renderer.tokenizer_hash,
+        chat_template_hash=renderer.chat_template_hash,
+    )
+    traces: dict[str, Trace] = {}
+    for record in store.traces():
+        traces.setdefault(record.problem_id, record.as_trace())
+    return traces
+
+
+def check_references(problems: Sequence[Problem], verifier: MathVerifier) -> None:
+    """Refuse reference answers that the verifier cannot compare with anything.
+
+    Raises:
+        ConfigError: naming the problems and what is wrong with their answers.
+    """
+    complaints = verifier.check_references([problem.answer for problem in problems])
+    lines = [
+        f"  {problem.problem_id}: answer {problem.answer!r}: {complaint}"
+        for problem, complaint in zip(problems, complaints, strict=True)
+        if complaint is not None
+    ]
+    if lines:
+        shown = "\n".join(lines[:_SHOWN_COMPLAINTS])
+        raise ConfigError(
+            f"{len(lines)} of {len(problems)} reference answers cannot be verified:\n{shown}\n"
+            "Correct them in the problem file, or see reward.answer_form and data.answer_format."
+        )
+
+
+def read_training_problems(config: RunConfig) -> list[Problem]:
+    """Return the training problems of the config."""
+    data = config.data
+    return read_problems(
+        data.problems,
+        id_field=data.id_field,
+        text_field=data.text_field,
+        answer_field=data.answer_field,
+        answer_format=data.answer_format,
+        max_problems=data.max_problems,
+    )
+
+
+def read_evaluation_sets(config: RunConfig) -> dict[str, list[Problem]]:
+    """Return name → problems: ``train`` first, then the held-out sets.
+
+    Raises:
+        ConfigError: if a held-out set is named ``train``, or shares a problem with training.
+    """
+    data = config.data
+    sets = {"train": read_training_problems(config)}
+    training_texts = {problem.text for problem in sets["train"]}
+    for name, path in data.held_out.items():
+        if name in sets:
+            raise ConfigError("data.held_out: the name 'train' is taken; choose another")
+        sets[name] = read_problems(
+            path,
+            id_field=data.id_field,
+            text_field=data.text_field,
+            answer_field=data.answer_field,
+            answer_format=data.answer_format,
+            max_problems=None,
+        )
+        shared = [p.problem_id for p in sets[name] if p.text in training_texts]
+        if shared:
+            raise ConfigError(
+                f"data.held_out.{name} ({path}): {len(shared)} problems are also trained on "
+                f"(first: {shared[0]}); remove them from one of the files"
+            )
+    return sets

@@ -1,0 +1,178 @@
+"""Metrics: one JSON line per step and kind always, W&B and TensorBoard where configured.
+
+``step`` counts optimizer steps. A ``train`` line of step ``s`` describes the update that made
+policy version ``s + 1``; an ``eval`` line of step ``s`` describes policy version ``s``. A resumed
+run drops the lines that lie beyond its checkpoint, so that each step stands once.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from prefixrl_mcore.config.run import MetricsConfig
+from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
+from prefixrl_mcore.observability.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["train", "eval", "sft"]
+
+
+class MetricsWriter:
+    """Appends metrics lines; the only writer of a run's ``metrics.jsonl``."""
+
+    def __init__(self, folder: RunFolder, config: MetricsConfig, *, num_steps_done: int) -> None:
+        """Open the file, dropping what lies beyond ``num_steps_done`` optimizer steps."""
+        folder.path.mkdir(parents=True, exist_ok=True)
+        truncate_metrics(folder.metrics_file, num_steps_done)
+        self._file = folder.metrics_file.open("a", encoding="utf-8")
+        self._sinks: list[Any] = []
+        if config.wandb is not None:
+            self._sinks.append(_WandbSink(folder, config))
+        if config.tensorboard:
+            self._sinks.append(_TensorboardSink(folder))
+
+    def write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
+        """Append one line; non-finite numbers are written as null, never as invalid JSON."""
+        line: dict[str, Any] = {"step": step, "kind": kind, "time": time.time()}
+        line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for sink in self._sinks:
+            sink.write(kind, step, values)
+
+    def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Hand a table of rollouts to the services that show one."""
+        for sink in self._sinks:
+            sink.write_rollouts(step, rows)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+def truncate_metrics(path: Path, num_steps_done: int) -> None:
+    """Drop lines that describe optimizer steps after the first ``num_steps_done``.
+
+    A half-written last line (a kill in the middle of a write) is dropped too, and logged.
+    """
+    if not path.exists():
+        return
+    kept: list[str] = []
+    num_dropped = 0
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            num_dropped += 1
+            continue
+        last = num_steps_done if line["kind"] == "eval" else num_steps_done - 1
+        if line["kind"] == "sft" or line["step"] <= last:
+            kept.append(text)
+        else:
+            num_dropped += 1
+    if num_dropped:
+        logger.info("%s: dropped %d lines beyond step %d", path, num_dropped, num_steps_done)
+        write_text_atomic(path, "".join(f"{text}\n" for text in kept))
+
+
+class _WandbSink:
+    """Weights & Biases; one W&B run per run folder, continued on resume."""
+
+    def __init__(self, folder: RunFolder, config: MetricsConfig) -> None:
+        assert config.wandb is not None, "built only when wandb is configured"
+        import wandb  # optional dependency, slow to import
+
+        self._wandb = wandb
+        self._every_steps = config.wandb.every_steps_rollouts
+        id_file = folder.path / "wandb.json"
+        run_id = json.loads(id_file.read_text())["id"] if id_file.exists() else None
+        self._run = wandb.init(
+            project=config.wandb.project,
+            mode=config.wandb.mode,
+            dir=str(folder.path),
+            id=run_id,
+            resume="allow",
+            name=folder.path.name,
+            config=json.loads(folder.config_file.read_text()),
+        )
+        write_json_atomic(id_file, {"id": self._run.id})
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
+        """Log with an explicit step, so that a resumed run continues the same curves."""
+        named = values if kind != "sft" else {f"sft_{k}": v for k, v in values.items()}
+        self._run.log({**named, "step": step})
+
+    def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Upload a table of rollouts every so many steps."""
+        if step % self._every_steps or not rows:
+            return
+        columns: list[int | str] = list(rows[0])
+        table = self._wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
+        self._run.log({"rollouts": table, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorboardSink:
+    """TensorBoard event files in the run folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # optional dependency
+
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"))
+
+    def write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
+        """Write one scalar per metric."""
+        for name, value in values.items():
+            self._writer.add_scalar(name if kind != "sft" else f"sft_{name}", value, step)
+
+    def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """TensorBoard has no tables; the Parquet files hold them."""
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class PhaseTimer:
+    """Adds up wall time by phase within a step: ``with timer.phase("rollout"): ...``."""
+
+    def __init__(self) -> None:
+        """Start with no phase."""
+        self._seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
+
+    def seconds(self, name: str) -> float:
+        """Return the seconds spent in ``name`` since the last ``take``."""
+        return self._seconds.get(name, 0.0)
+
+    def take(self) -> dict[str, float]:
+        """Return ``time/<phase>_seconds`` and ``time/step_seconds``, and start anew."""
+        now = time.perf_counter()
+        metrics = {f"time/{name}_seconds": value for name, value in self._seconds.items()}
+        metrics["time/step_seconds"] = now - self._start
+        self._seconds, self._start = {}, now
+        return metrics

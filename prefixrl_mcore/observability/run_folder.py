@@ -1,0 +1,156 @@
+"""The run folder: one place for everything that a run writes, tied to one config."""
+
+import json
+import logging
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from prefixrl_mcore.config.base import ConfigError, validate
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "prefixrl-mcore",
+    "torch",
+    "triton",
+    "numpy",
+    "megatron-core",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "math-verify",
+    "pyarrow",
+)
+
+MAY_CHANGE = (
+    "trainer.",
+    "checkpoint.",
+    "evaluation.",
+    "metrics.",
+    "rollout.engine",
+    "rollout.sglang.",
+    "rollout.transformers.",
+    "reward.num_workers",
+    "policy.parallel.",
+    "policy.recompute",
+    "run_folder",
+)
+"""Settings that a continued run may change: they decide how long and where, not what."""
+
+
+class RunFolder:
+    """Paths of one run, and the check that the folder belongs to the config at hand."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; nothing is written before ``claim``."""
+        self.path = path
+        self.config_file = path / "config.json"
+        self.environment_file = path / "environment.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.progress_file = path / "progress.json"
+        self.stages_file = path / "stages.json"
+        self.rollouts = path / "rollouts"
+        self.eval = path / "eval"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+
+    def claim(self, config: RunConfig) -> None:
+        """Write the resolved config, or check that the folder already belongs to it.
+
+        Raises:
+            ConfigError: if the folder holds a run of another config; nothing is overwritten.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run_folder {self.path}: is a file; name a folder")
+        if self.config_file.exists():
+            changed = self._check_same_run(config)
+            if not changed:
+                return
+            logger.info("%s: continued with changed settings: %s", self.path, ", ".join(changed))
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self.config_file, config.model_dump_json(indent=2) + "\n")
+        write_json_atomic(self.environment_file, describe_environment())
+
+    def read_config(self) -> RunConfig:
+        """Return the config that the folder was made with.
+
+        Raises:
+            ConfigError: if the folder holds no run or its config is not readable.
+        """
+        if not self.config_file.exists():
+            raise ConfigError(f"{self.path}: not a run folder (no config.json); check the path")
+        return validate(
+            RunConfig, json.loads(self.config_file.read_text()), where=str(self.config_file)
+        )
+
+    def add_stage_seconds(self, stage: str, seconds: float) -> None:
+        """Add ``seconds`` to the time that ``stage`` has taken in this run, over all starts."""
+        stages = json.loads(self.stages_file.read_text()) if self.stages_file.exists() else {}
+        stages[stage] = stages.get(stage, 0.0) + seconds
+        write_json_atomic(self.stages_file, stages)
+
+    def _check_same_run(self, config: RunConfig) -> list[str]:
+        """Return the changed settings that may change; refuse all others."""
+        before = flatten(json.loads(self.config_file.read_text()))
+        after = flatten(json.loads(config.model_dump_json()))
+        keys = sorted(set(before) | set(after))
+        changed = [key for key in keys if before.get(key) != after.get(key)]
+        refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
+        if refused:
+            lines = [f"  {k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in refused]
+            raise ConfigError(
+                f"run_folder {self.path} holds a run of another config:\n"
+                + "\n".join(lines)
+                + "\nUse another --run-folder, or restore these values. Nothing was changed."
+            )
+        return changed
+
+
+def flatten(tree: dict[str, Any], parent: str = "") -> dict[str, Any]:
+    """Return ``tree`` with dotted keys; lists are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{parent}{key}"
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return git commit, package versions and machine, as saved with each run."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_is_dirty": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Return git's answer about the source tree, or None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,133 @@
+"""Core attention of the local layer spec: causal, inside each sequence of a packed stream.
+
+Megatron's own ``DotProductAttention`` refuses packed streams; the alternative upstream needs
+Transformer Engine. This one is torch's scaled dot-product attention on the padded layout of
+``packed.py``, with grouped query heads, on any device.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own alias)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from prefixrl_mcore.policy.packed import FromSlots, PackedStream, ToSlots
+
+
+class PackedCausalAttention(MegatronModule):
+    """``softmax(q k^T / sqrt(d)) v``, causal, separately in each sequence."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        """Create the (parameterless) layer; the signature is Megatron's core-attention builder's.
+
+        Raises:
+            ValueError: for masks, dropout or context parallelism, which are not implemented.
+        """
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.causal or attention_type != "self":
+            raise ValueError(
+                f"layer {layer_number}: only causal self-attention is implemented, got "
+                f"{attn_mask_type} {attention_type!r}"
+            )
+        if config.attention_dropout:
+            raise ValueError(
+                f"layer {layer_number}: attention dropout {config.attention_dropout} is not "
+                "implemented, expected 0"
+            )
+        if config.context_parallel_size > 1:
+            raise ValueError("context parallelism is not implemented in PackedCausalAttention")
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query_TBNK: Tensor,
+        key_TBGK: Tensor,
+        value_TBGK: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Return the [T, 1, heads * width] attention output of this rank's heads.
+
+        Args:
+            query_TBNK: [T, 1, heads, width] rotated queries.
+            key_TBGK: [T, 1, key-value heads, width] rotated keys.
+            value_TBGK: [T, 1, key-value heads, width] values.
+            attention_mask: must be None: the packed layout says who sees whom.
+            attn_mask_type: ignored, causal.
+            attention_bias: must be None.
+            packed_seq_params: the stream's ``PackedStream``.
+
+        Raises:
+            ValueError: if a mask or bias is given, or no ``PackedStream``.
+        """
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("PackedCausalAttention takes no mask and no bias; pass None")
+        if not isinstance(packed_seq_params, PackedStream):
+            raise ValueError(
+                "PackedCausalAttention needs a PackedStream, got "
+                f"{type(packed_seq_params).__name__}"
+            )
+        packed = packed_seq_params
+        query_P, key_P, value_P = (
+            _to_slots(tensor.squeeze(1), packed) for tensor in (query_TBNK, key_TBGK, value_TBGK)
+        )
+        outputs: list[Tensor] = []
+        first = 0
+        for bucket in packed.buckets:
+            last = first + bucket.num_sequences * bucket.length
+            outputs.append(
+                _causal_attention(
+                    query_P[first:last],
+                    key_P[first:last],
+                    value_P[first:last],
+                    length=bucket.length,
+                    softmax_scale=self.softmax_scale,
+                )
+            )
+            first = last
+        output_P = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        output_T: Tensor = FromSlots.apply(output_P, packed)  # pyright: ignore[reportAssignmentType]  # untyped in torch
+        return output_T.unsqueeze(1)
+
+
+def _to_slots(tensor_T: Tensor, packed: PackedStream) -> Tensor:
+    """Lay a [T, heads, width] tensor out in slots."""
+    return ToSlots.apply(tensor_T, packed)  # pyright: ignore[reportReturnType]  # untyped in torch
+
+
+def _causal_attention(
+    query_PNK: Tensor,
+    key_PGK: Tensor,
+    value_PGK: Tensor,
+    *,
+    length: int,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Return [slots, heads * width] of one bucket of sequences of ``length`` slots."""
+    query, key, value = (
+        tensor.unflatten(0, (-1, length)).transpose(1, 2)
+        for tensor in (query_PNK, key_PGK, value_PGK)
+    )
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        scale=softmax_scale,
+        enable_gqa=key.size(1) != query.size(1),
+    )
+    return output.transpose(1, 2).flatten(0, 1).flatten(1)

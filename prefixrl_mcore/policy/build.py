@@ -1,0 +1,206 @@
+"""Construction of the Megatron model, its optimizer and its schedule; nothing else builds them.
+
+``GPTModel`` is used because it has the ``output_processor`` hook (see ``head.py``). The layers
+are Megatron's local ones with our attention, norm and rotary embedding, on CPU and GPU alike.
+"""
+
+import logging
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from prefixrl_mcore.config.policy import OptimizerConfig, PolicyConfig
+from prefixrl_mcore.policy import cpu_runtime
+from prefixrl_mcore.policy.attention import PackedCausalAttention
+from prefixrl_mcore.policy.model_config import ModelShape, build_transformer_config
+from prefixrl_mcore.policy.norm import RmsNorm
+from prefixrl_mcore.policy.packed import PackedRotaryEmbedding
+from prefixrl_mcore.policy.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+
+@cpu_runtime.megatron_on_cpu()
+def build_model_chunks(
+    shape: ModelShape, policy: PolicyConfig, topology: Topology
+) -> list[DistributedDataParallel]:
+    """Return this rank's model chunks, wrapped for data parallelism, with random weights.
+
+    One chunk, or one per virtual pipeline stage. All ranks must call this.
+
+    Args:
+        shape: what to build.
+        policy: precision, layout and optimizer sharding.
+        topology: this rank's place; ``topology.initialize`` has been called.
+    """
+    config = build_transformer_config(shape, policy, device=topology.device)
+    padded_vocab_size = shape.padded_vocab_size(topology.tp_size)
+    num_chunks = policy.parallel.virtual_pipeline_model_parallel_size
+    stages: list[int | None] = list(range(num_chunks)) if num_chunks else [None]
+    chunks = [_build_gpt(shape, config, padded_vocab_size, vp_stage=stage) for stage in stages]
+    for chunk in chunks:
+        chunk.to(topology.device)
+    modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=policy.optimizer.use_distributed_optimizer,
+        overlap_grad_reduce=False,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
+        for index, module in enumerate(modules)
+    ]
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    # The interleaved schedule takes one function per chunk, which the declared type leaves out.
+    setattr(config, "no_sync_func", no_sync if num_chunks else no_sync[0])  # noqa: B010
+    num_parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    logger.info("built %s: %d parameters on this rank", shape.architecture, num_parameters)
+    return wrapped
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    """Return the GPTModel inside the data-parallel and precision wrappers."""
+    while not isinstance(chunk, GPTModel):
+        inner = getattr(chunk, "module", None)
+        if not isinstance(inner, torch.nn.Module):
+            raise TypeError(f"unwrap: no GPTModel inside {type(chunk).__name__}")
+        chunk = inner
+    return chunk
+
+
+@cpu_runtime.megatron_on_cpu()
+def build_optimizer(
+    chunks: list[DistributedDataParallel], policy: PolicyConfig, *, lr: float
+) -> MegatronOptimizer:
+    """Return AdamW over ``chunks`` with float32 state and empty moments.
+
+    Matrices have weight decay; norms and biases have none. All ranks must call this.
+    """
+    optimizer = policy.optimizer
+    is_bf16 = policy.dtype == "bfloat16"
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        min_lr=min(optimizer.min_lr, lr),
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=is_bf16,
+        params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+    )
+    megatron_chunks: list[MegatronModule] = [*chunks]
+    return get_megatron_optimizer(config, megatron_chunks)
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, *, lr: float, num_steps: int
+) -> OptimizerParamScheduler:
+    """Return the learning-rate schedule; its step count is the number of optimizer steps taken.
+
+    Warm-up of ``w`` steps gives ``lr * k / (w + 1)`` at the k-th step (k from 1), so that the
+    first step is not lost to a rate of zero. After it, ``constant`` stays, ``cosine`` and
+    ``linear`` fall towards ``min_lr``, which would be reached at step ``num_steps + 1``.
+
+    Args:
+        optimizer: its parameter groups get learning rate and weight decay.
+        config: shape of the schedule.
+        lr: peak learning rate (``config.lr`` is not read, so that phases can differ).
+        num_steps: optimizer steps of the run.
+
+    Raises:
+        ValueError: if the warm-up leaves no step, or ``min_lr`` exceeds the peak.
+    """
+    warmup = config.num_warmup_steps
+    if config.schedule != "constant" and warmup >= num_steps:
+        raise ValueError(
+            f"policy.optimizer.num_warmup_steps must be below the number of steps, got {warmup} "
+            f">= {num_steps}"
+        )
+    if config.schedule != "constant" and config.min_lr > lr:
+        raise ValueError(
+            f"policy.optimizer.min_lr must not exceed the peak, got {config.min_lr} > {lr}"
+        )
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=lr / (warmup + 1),
+        max_lr=lr,
+        min_lr=min(config.min_lr, lr),
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(num_steps, warmup + 1),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=max(num_steps, 1),
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def _build_gpt(
+    shape: ModelShape, config: TransformerConfig, padded_vocab_size: int, *, vp_stage: int | None
+) -> GPTModel:
+    """Return one pipeline chunk."""
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config, vp_stage),  # pyright: ignore[reportArgumentType]  # declared narrower than TransformerBlock takes
+        vocab_size=padded_vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ),
+        post_process=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ),
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,  # pyright: ignore[reportArgumentType]  # declared int, used as a number
+        vp_stage=vp_stage,
+    )
+    model.rotary_pos_emb = PackedRotaryEmbedding(
+        kv_channels=shape.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=shape.rotary_base,  # pyright: ignore[reportArgumentType]  # as above
+        use_cpu_initialization=config.use_cpu_initialization,
+    )
+    return model
+
+
+def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Return the layers of one chunk: Megatron's local spec with our attention and norm."""
+    submodules = get_gpt_layer_local_submodules(
+        qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    submodules.input_layernorm = RmsNorm
+    submodules.pre_mlp_layernorm = RmsNorm
+    self_attention = submodules.self_attention
+    assert isinstance(self_attention, ModuleSpec), "megatron's local spec"
+    attention = self_attention.submodules
+    assert isinstance(attention, SelfAttentionSubmodules), "megatron's local spec"
+    attention.core_attention = PackedCausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RmsNorm
+        attention.k_layernorm = RmsNorm
+    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RmsNorm)

@@ -1,0 +1,292 @@
+"""Streams through the model: Megatron's own schedules, with the loss contract of the project.
+
+Shape suffixes: ``T`` tokens of a stream, ``R`` rows of a stream that predict a completion token.
+
+Loss contract: the loss function returns the local *sum*, the local number of trained tokens and
+metric sums. Megatron adds the gradients of all microbatches and ranks and divides them once by
+the global token count (``calculate_per_token_loss``). Nothing else divides.
+"""
+
+# ruff: noqa: N815 - record fields carry shape suffixes
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from prefixrl_mcore.config.policy import LossConfig
+from prefixrl_mcore.data.packing import Stream
+from prefixrl_mcore.loss.policy_gradient import (
+    LossTerms,
+    metric_names,
+    policy_gradient_terms,
+)
+from prefixrl_mcore.policy.head import HeadRows, compute_row_logprobs
+from prefixrl_mcore.policy.packed import PackedStream, build_packed_stream
+from prefixrl_mcore.policy.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Microbatch:
+    """One stream as tensors on the model's device."""
+
+    token_ids_BT: Tensor
+    """[1, T] int64."""
+
+    packed: PackedStream
+    """Positions and sequence boundaries."""
+
+    head: HeadRows
+    """Rows and targets."""
+
+    advantages_R: Tensor
+    """[R] float32."""
+
+    weights_R: Tensor
+    """[R] float32."""
+
+    rollout_logprobs_R: Tensor | None
+    """[R] float32 nats; None when the batch has none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamSettings:
+    """How streams become microbatches."""
+
+    temperature: float
+    """Divides the logits."""
+
+    true_vocab_size: int
+    """Tokens of the vocabulary without padding."""
+
+    is_static: bool
+    """Keep the padding, so that all microbatches have one length: pipeline stages send each other
+    tensors of a fixed shape. Otherwise the padding is cut off and costs nothing."""
+
+    multiple: int
+    """The kept length is a multiple of this (sequence parallelism splits it evenly)."""
+
+    device: torch.device
+    """Where the tensors are put."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    """Sums over all microbatches and ranks; equal on every rank."""
+
+    loss: float
+    """Sum of the loss over all trained tokens."""
+
+    metric_sums: dict[str, float]
+    """Sums over all rows."""
+
+    metric_maxima: dict[str, float]
+    """Maxima over all rows."""
+
+
+def build_microbatch(
+    stream: Stream, settings: StreamSettings, *, has_rollout_logprobs: bool
+) -> Microbatch:
+    """Return one packed stream as tensors."""
+    starts, num_tokens = _kept_sequences(stream, settings)
+    to_device = partial(_to_device, device=settings.device)
+    packed = build_packed_stream(
+        sequence_starts=starts,
+        position_ids_T=to_device(stream.position_ids_T[:num_tokens]),
+        device=settings.device,
+    )
+    head = HeadRows(
+        rows_R=to_device(stream.rows_R),
+        targets_R=to_device(stream.targets_R),
+        temperature=settings.temperature,
+        true_vocab_size=settings.true_vocab_size,
+    )
+    return Microbatch(
+        token_ids_BT=to_device(stream.token_ids_T[None, :num_tokens]),
+        packed=packed,
+        head=head,
+        advantages_R=to_device(stream.advantages_R),
+        weights_R=to_device(stream.weights_R),
+        rollout_logprobs_R=to_device(stream.rollout_logprobs_R) if has_rollout_logprobs else None,
+    )
+
+
+def run_schedule[T](
+    chunks: Sequence[DistributedDataParallel],
+    microbatches: Sequence[Microbatch],
+    loss_function: Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, T]],
+    *,
+    forward_only: bool,
+) -> list[T]:
+    """Run Megatron's forward(-backward) schedule and return what the loss function reported.
+
+    Afterwards, unless ``forward_only``, every parameter's ``main_grad`` is the gradient of the
+    global sum divided by the global token count. All ranks must call this with equally many
+    microbatches (and, with pipeline stages, of equal length).
+
+    Args:
+        chunks: this rank's model chunks.
+        microbatches: this data-parallel rank's microbatches, in order.
+        loss_function: called on the last stage with a microbatch and the [2, R] output of the
+            head; returns the local sum, the local token count and anything to report.
+        forward_only: compute no gradient.
+
+    Returns:
+        One report per microbatch on the last pipeline stage, nothing on the others.
+    """
+    schedule = get_forward_backward_func()
+    iterators = [iter(microbatches) for _ in chunks]
+    with torch.set_grad_enabled(not forward_only):
+        return schedule(
+            forward_step_func=partial(_forward_step, loss_function=loss_function),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(microbatches),
+            seq_length=microbatches[0].token_ids_BT.size(1),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def policy_loss(
+    microbatch: Microbatch, output_2R: Tensor, *, loss: LossConfig
+) -> tuple[Tensor, Tensor, LossTerms]:
+    """Return the summed loss, the trained-token count and the terms of one microbatch."""
+    terms = policy_gradient_terms(
+        policy_logprobs_R=output_2R[0],
+        entropies_R=output_2R[1],
+        advantages_R=microbatch.advantages_R,
+        weights_R=microbatch.weights_R,
+        rollout_logprobs_R=microbatch.rollout_logprobs_R,
+        importance=loss.importance,
+        max_importance=loss.max_importance,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        entropy_coefficient=loss.entropy_coefficient,
+    )
+    return terms.summed_loss, _token_count(output_2R), terms
+
+
+def row_report(
+    microbatch: Microbatch, output_2R: Tensor
+) -> tuple[Tensor, Tensor, tuple[np.ndarray, np.ndarray]]:
+    """Return a zero loss and, as report, the rows' logprobs and entropies (float32 numpy)."""
+    logprobs_R, entropies_R = output_2R.detach().float().cpu().numpy()
+    return output_2R.sum() * 0.0, _token_count(output_2R), (logprobs_R, entropies_R)
+
+
+def reduce_totals(
+    reports: Sequence[LossTerms], topology: Topology, *, has_rollout_logprobs: bool
+) -> Totals:
+    """Add up the reports of all microbatches and data-parallel ranks; all ranks must call this.
+
+    The last pipeline stage has the reports; the others take part with zeros.
+    """
+    sum_names, max_names = metric_names(has_rollout_logprobs=has_rollout_logprobs)
+    # float64 keeps the order of streams and ranks out of the reported digits.
+    sums = torch.zeros(1 + len(sum_names), dtype=torch.float64)
+    maxima = torch.zeros(len(max_names), dtype=torch.float64)
+    for terms in reports:
+        rows = [terms.summed_loss.detach(), *(terms.metric_sums[name] for name in sum_names)]
+        sums += torch.stack(rows).double().cpu()
+        if max_names:
+            largest = torch.stack([terms.metric_maxima[name] for name in max_names])
+            maxima = torch.maximum(maxima, largest.double().cpu())
+    if topology.world_size > 1:
+        # Tensor-parallel ranks hold the same reports: rank 0 of each group speaks for it.
+        if topology.tp_rank:
+            sums.zero_()
+        dist.all_reduce(sums)
+        if max_names:
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    loss, *metric_sums = sums.tolist()
+    return Totals(
+        loss=loss,
+        metric_sums=dict(zip(sum_names, metric_sums, strict=True)),
+        metric_maxima=dict(zip(max_names, maxima.tolist(), strict=True)),
+    )
+
+
+def run_model(chunk: DistributedDataParallel, microbatch: Microbatch) -> Tensor:
+    """Run one model chunk forward on one microbatch.
+
+    Returns:
+        [2, R] float32 logprobs and entropies on the last pipeline stage, hidden states elsewhere.
+    """
+    return chunk(
+        microbatch.token_ids_BT,
+        microbatch.packed.position_ids_T,
+        attention_mask=None,
+        packed_seq_params=microbatch.packed,
+        output_processor=compute_row_logprobs,
+        output_processor_context=microbatch.head,
+    )
+
+
+def _forward_step[T](
+    data_iterator: Iterator[Microbatch],
+    model: DistributedDataParallel,
+    *,
+    loss_function: Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, T]],
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, T]]]:
+    """Run one chunk on the next microbatch, as Megatron's schedules ask for it."""
+    microbatch = next(data_iterator)
+    return run_model(model, microbatch), partial(loss_function, microbatch)
+
+
+def _kept_sequences(stream: Stream, settings: StreamSettings) -> tuple[np.ndarray, int]:
+    """Return the sequence starts without a padding sequence, and the tokens to keep.
+
+    What padding is kept becomes sequences of one token each, so that its attention is free.
+    """
+    starts = np.asarray(stream.sequence_starts, dtype=np.int64)
+    if not len(stream.rows_R):
+        starts = starts[:1]
+    elif stream.rows_R[-1] < starts[-2]:
+        starts = starts[:-1]  # no row in the last sequence: it is the padding
+    end = int(starts[-1])
+    num_tokens = len(stream.token_ids_T)
+    if not settings.is_static:
+        num_tokens = min(num_tokens, -(-max(end, 1) // settings.multiple) * settings.multiple)
+    if num_tokens % settings.multiple:
+        raise ValueError(
+            f"stream of {num_tokens} tokens does not divide into {settings.multiple} equal parts; "
+            "make batch.stream_tokens a multiple of the tensor-parallel size"
+        )
+    return np.concatenate((starts, np.arange(end + 1, num_tokens + 1))), num_tokens
+
+
+def _token_count(output_2R: Tensor) -> Tensor:
+    """Return the [] int32 number of trained tokens; int32 because Megatron sums it as such."""
+    return torch.tensor(output_2R.size(1), dtype=torch.int32, device=output_2R.device)
+
+
+def _to_device(values: np.ndarray, *, device: torch.device) -> Tensor:
+    """Return an array as a tensor on ``device``; shares memory on the CPU."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+
+def gather_row_reports(
+    reports: Sequence[tuple[np.ndarray, np.ndarray]], topology: Topology, *, num_streams: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return every stream's (logprobs_R, entropies_R), in batch order, on every rank.
+
+    All ranks must call this. Stream i belongs to data-parallel rank ``i % dp_size``.
+    """
+    if topology.world_size == 1:
+        return list(reports)
+    speaks = topology.is_last_stage and topology.tp_rank == 0
+    mine = (topology.dp_rank, list(reports)) if speaks else None
+    gathered: list[tuple[int, list[tuple[np.ndarray, np.ndarray]]] | None]
+    gathered = [None] * topology.world_size
+    dist.all_gather_object(gathered, mine)
+    by_rank = dict(entry for entry in gathered if entry is not None)
+    return [
+        by_rank[index % topology.dp_size][index // topology.dp_size] for index in range(num_streams)
+    ]

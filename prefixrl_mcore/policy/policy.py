@@ -1,0 +1,319 @@
+"""The trained policy: a Megatron model, its optimizer, and one update per packed batch."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
+from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
+from prefixrl_mcore.config.policy import LossConfig, PolicyConfig
+from prefixrl_mcore.data.packing import PackedBatch
+from prefixrl_mcore.policy import cpu_runtime, topology
+from prefixrl_mcore.policy.build import build_model_chunks, build_optimizer, build_scheduler
+from prefixrl_mcore.policy.forward_backward import (
+    Microbatch,
+    StreamSettings,
+    Totals,
+    build_microbatch,
+    gather_row_reports,
+    policy_loss,
+    reduce_totals,
+    row_report,
+    run_schedule,
+)
+from prefixrl_mcore.policy.model_config import ModelShape, read_hf_config, read_model_shape
+from prefixrl_mcore.records import UpdateResult
+
+logger = logging.getLogger(__name__)
+
+
+class MegatronPolicy:
+    """The weights being trained, and everything that changes them.
+
+    All methods are collective: every rank calls them in the same order with equal arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        hf_config: Mapping[str, Any],
+        policy: PolicyConfig,
+        loss: LossConfig,
+        stream_tokens: int,
+        temperature: float,
+        num_steps: int,
+        seed: int,
+    ) -> None:
+        """Build the model with random weights, its optimizer and its schedule.
+
+        Args:
+            hf_config: parsed Hugging Face ``config.json``.
+            policy: precision, layout, optimizer.
+            loss: estimator.
+            stream_tokens: length of every stream, tokens.
+            temperature: sampling temperature that logprobs are computed at.
+            num_steps: optimizer steps that the schedule covers.
+            seed: seed of the random weights.
+
+        Raises:
+            ValueError: if the model is not supported or the layout does not fit.
+        """
+        self.topology = topology.initialize(policy.parallel, seed=seed)
+        self.hf_config = dict(hf_config)
+        self.model_path: Path | None = None
+        """Folder that the weights came from; its tokenizer goes into checkpoints."""
+        self.shape: ModelShape = read_model_shape(hf_config)
+        self.stream_tokens = stream_tokens
+        self.policy_version = 0
+        """Optimizer steps applied to the weights."""
+        self._policy = policy
+        self._loss = loss
+        self._num_steps = num_steps
+        self.stream_settings = self._stream_settings(temperature)
+        torch.manual_seed(seed)
+        self.model_chunks: list[DistributedDataParallel] = build_model_chunks(
+            self.shape, policy, self.topology
+        )
+        self.optimizer: MegatronOptimizer
+        self.scheduler: OptimizerParamScheduler
+        self.reset_optimizer(policy.optimizer.lr)
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        model_path: Path,
+        policy: PolicyConfig,
+        loss: LossConfig,
+        stream_tokens: int,
+        temperature: float,
+        num_steps: int,
+        seed: int,
+    ) -> "MegatronPolicy":
+        """Return a policy with the weights of a Hugging Face folder.
+
+        Args:
+            model_path: folder with ``config.json`` and safetensors.
+            policy: precision, layout, optimizer.
+            loss: estimator.
+            stream_tokens: length of every stream, tokens.
+            temperature: sampling temperature that logprobs are computed at.
+            num_steps: optimizer steps that the schedule covers.
+            seed: seed of Megatron's random states.
+
+        Raises:
+            ValueError: if the model is not supported, the layout does not fit, or the folder is
+                incomplete.
+        """
+        hf_config = read_hf_config(model_path)
+        built = cls(
+            hf_config=hf_config,
+            policy=policy,
+            loss=loss,
+            stream_tokens=stream_tokens,
+            temperature=temperature,
+            num_steps=num_steps,
+            seed=seed,
+        )
+        built.model_path = model_path
+        with cpu_runtime.megatron_on_cpu():
+            load_hf_weights(built.model_chunks, model_path, hf_config)
+        built.adopt_model_weights()
+        return built
+
+    @cpu_runtime.megatron_on_cpu()
+    def update(self, batch: PackedBatch, *, loss: LossConfig | None = None) -> UpdateResult:
+        """Take one optimizer step on ``batch`` and return what it did.
+
+        Minimises ``sum_r weights_r * loss_r / num_trained_tokens`` over the global batch. When no
+        row can carry a gradient (no trained token, or every advantage zero without an entropy
+        bonus) nothing changes: not the weights, not the moments, not the schedule, not
+        ``policy_version``; the metrics are still computed.
+
+        Args:
+            batch: equal on every rank, packed for this number of data-parallel ranks.
+            loss: estimator of this update (a supervised phase has another); None is the policy's.
+
+        Raises:
+            ValueError: if the batch was packed for another layout.
+            FloatingPointError: if loss or gradient is not finite; raised on every rank, before
+                the optimizer has changed anything.
+        """
+        self._check_batch(batch)
+        loss = loss or self._loss
+        learning_rate = self.learning_rate
+        is_skipped = not _has_gradient(batch, loss)
+        if is_skipped and batch.num_trained_tokens == 0:
+            return UpdateResult(
+                loss=0.0,
+                gradient_norm=0.0,
+                learning_rate=learning_rate,
+                num_trained_tokens=0,
+                was_skipped=True,
+            )
+        self._zero_gradients()
+        totals = self._run_loss(batch, loss, forward_only=is_skipped)
+        _check_finite("loss", totals.loss, self.policy_version)
+        gradient_norm = 0.0 if is_skipped else self._apply_gradients()
+        return UpdateResult(
+            loss=totals.loss / batch.num_trained_tokens,
+            gradient_norm=gradient_norm,
+            learning_rate=learning_rate,
+            num_trained_tokens=batch.num_trained_tokens,
+            was_skipped=is_skipped,
+            metrics=_mean_metrics(totals, batch.num_trained_tokens),
+        )
+
+    @cpu_runtime.megatron_on_cpu()
+    def row_statistics(self, batch: PackedBatch) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return each stream's (logprobs_R, entropies_R), float32, nats, under current weights.
+
+        No gradient. Every rank gets every stream, in the order of ``batch.streams``.
+
+        Raises:
+            ValueError: if the batch was packed for another layout.
+        """
+        self._check_batch(batch)
+        reports = run_schedule(
+            self.model_chunks, self._microbatches(batch), row_report, forward_only=True
+        )
+        return gather_row_reports(reports, self.topology, num_streams=len(batch.streams))
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (Hugging Face name, full tensor) of every weight, on every rank.
+
+        All ranks must exhaust the iterator.
+        """
+        return export_hf_weights(self.model_chunks, self.hf_config)
+
+    def reset_optimizer(self, lr: float) -> None:
+        """Start the optimizer anew: empty moments, schedule at its beginning with peak ``lr``.
+
+        Weights and ``policy_version`` stay.
+        """
+        self.optimizer = build_optimizer(self.model_chunks, self._policy, lr=lr)
+        self.scheduler = build_scheduler(
+            self.optimizer, self._policy.optimizer, lr=lr, num_steps=self._num_steps
+        )
+
+    @cpu_runtime.megatron_on_cpu()
+    def adopt_model_weights(self) -> None:
+        """Make the optimizer start from the model's weights; call after writing weights.
+
+        A bfloat16 or sharded optimizer keeps its own float32 copy, which would otherwise undo the
+        change at the next step. Also applies the schedule's present learning rate and weight
+        decay, which a loaded optimizer state does not carry over.
+        """
+        self.optimizer.reload_model_params()
+        self.scheduler.step(0)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next optimizer step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _stream_settings(self, temperature: float) -> StreamSettings:
+        """Return how this layout wants its streams."""
+        parallel = self._policy.parallel
+        return StreamSettings(
+            temperature=temperature,
+            true_vocab_size=self.shape.vocab_size,
+            is_static=parallel.pipeline_model_parallel_size > 1,
+            multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            device=self.topology.device,
+        )
+
+    def _check_batch(self, batch: PackedBatch) -> None:
+        """Refuse a batch that does not fit the layout."""
+        dp_size = self.topology.dp_size
+        if batch.num_ranks != dp_size:
+            raise ValueError(
+                f"batch was packed for {batch.num_ranks} data-parallel rank(s), the policy has "
+                f"{dp_size}; pass num_ranks={dp_size} to pack()"
+            )
+        lengths = {len(stream.token_ids_T) for stream in batch.streams}
+        if lengths != {self.stream_tokens}:
+            raise ValueError(
+                f"batch has streams of {sorted(lengths)} tokens, the policy was built for "
+                f"{self.stream_tokens}"
+            )
+        per_rank = len(batch.streams) // dp_size
+        stages = self._policy.parallel.pipeline_model_parallel_size
+        if self._policy.parallel.virtual_pipeline_model_parallel_size and per_rank % stages:
+            raise ValueError(
+                f"batch has {per_rank} streams per rank; the interleaved schedule needs a "
+                f"multiple of {stages}; pass streams_multiple={stages} to pack()"
+            )
+
+    def _microbatches(self, batch: PackedBatch) -> list[Microbatch]:
+        """Return this data-parallel rank's streams as tensors."""
+        return [
+            build_microbatch(
+                stream, self.stream_settings, has_rollout_logprobs=batch.has_rollout_logprobs
+            )
+            for stream in batch.rank_streams(self.topology.dp_rank)
+        ]
+
+    def _run_loss(self, batch: PackedBatch, loss: LossConfig, *, forward_only: bool) -> Totals:
+        """Run the loss over the batch; leaves gradients unless ``forward_only``."""
+        reports = run_schedule(
+            self.model_chunks,
+            self._microbatches(batch),
+            partial(policy_loss, loss=loss),
+            forward_only=forward_only,
+        )
+        return reduce_totals(
+            reports, self.topology, has_rollout_logprobs=batch.has_rollout_logprobs
+        )
+
+    def _zero_gradients(self) -> None:
+        """Clear the gradient buffers and the parameters' gradients."""
+        for chunk in self.model_chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _apply_gradients(self) -> float:
+        """Clip, step optimizer and schedule, and return the norm before clipping."""
+        self.optimizer.prepare_grads()
+        gradient_norm = float(self.optimizer.get_grad_norm())
+        _check_finite("gradient norm", gradient_norm, self.policy_version)
+        step_outcome = self.optimizer.step()
+        if not step_outcome or not step_outcome[0]:
+            raise FloatingPointError(
+                f"policy version {self.policy_version}: the optimizer refused the step"
+            )
+        self.scheduler.step(1)
+        self.policy_version += 1
+        return gradient_norm
+
+
+def _has_gradient(batch: PackedBatch, loss: LossConfig) -> bool:
+    """Return whether any row of the global batch can move the weights."""
+    if loss.entropy_coefficient:
+        return any(np.any(stream.weights_R) for stream in batch.streams)
+    return any(np.any(stream.weights_R * stream.advantages_R) for stream in batch.streams)
+
+
+def _mean_metrics(totals: Totals, num_trained_tokens: int) -> dict[str, float]:
+    """Return means over trained tokens, and maxima."""
+    means = {name: value / num_trained_tokens for name, value in totals.metric_sums.items()}
+    return means | totals.metric_maxima
+
+
+def _check_finite(what: str, value: float, policy_version: int) -> None:
+    """Refuse to go on with a NaN or an infinity."""
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"policy version {policy_version}: {what} is {value}; no step was taken. Look at the "
+            "batch's rollouts and logprob gap; lower policy.optimizer.lr if it happens again"
+        )

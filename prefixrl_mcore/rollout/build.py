@@ -1,0 +1,65 @@
+"""Choosing and building the rollout engine of a run."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from prefixrl_mcore.config.rollout import RolloutConfig
+from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine
+from prefixrl_mcore.rollout.sglang_engine import SGLangEngine
+from prefixrl_mcore.rollout.transformers_engine import TransformersEngine
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(
+    config: RolloutConfig, model_folder: Path, *, logs_folder: Path, device: str | None = None
+) -> RolloutEngine:
+    """Return the engine that ``config.engine`` names, serving a Hugging Face folder.
+
+    With ``engine = None`` SGLang is tried first; where its environment is missing or its server
+    does not start, the transformers engine takes its place, and one warning says why.
+
+    Args:
+        config: the run's rollout section.
+        model_folder: weights (version -1), config and tokenizer.
+        logs_folder: gets the output of the servers that are started.
+        device: ``cpu`` or ``cuda``; None takes the GPU where there is one.
+
+    Raises:
+        ValueError: if the folder is not a model's.
+        EngineError: if SGLang was asked for by name and cannot be had.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.engine != "transformers":
+        try:
+            return _build_sglang(config, model_folder, logs_folder=logs_folder, device=device)
+        except EngineError as error:
+            if config.engine == "sglang":
+                raise
+            logger.warning(
+                "SGLang is not used, the transformers engine takes its place: %s\n"
+                'Set rollout.engine = "transformers" to choose it without this warning.',
+                error,
+            )
+    return TransformersEngine(model_folder, config.transformers, device=device)
+
+
+def _build_sglang(
+    config: RolloutConfig, model_folder: Path, *, logs_folder: Path, device: str
+) -> SGLangEngine:
+    """Return the SGLang engine; EngineError if its environment is missing or it fails."""
+    python = config.sglang.python
+    if config.sglang.url is None and not python.is_file():
+        raise EngineError(
+            f"its interpreter {python.absolute()} does not exist; run `make setup-sglang`, or set "
+            "rollout.sglang.python to an environment that has SGLang"
+        )
+    return SGLangEngine(
+        model_folder,
+        config.sglang,
+        max_total_tokens=config.max_total_tokens,
+        logs_folder=logs_folder,
+        device=device,
+    )

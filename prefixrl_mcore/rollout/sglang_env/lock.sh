@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Make the lock files again after a change of requirements-*.in:  lock.sh UV [--upgrade]
+# Versions that are locked already are kept, unless --upgrade asks for newer ones.
+set -euo pipefail
+
+uv=$(realpath "$1")
+shift
+cd "$(dirname "$0")"
+
+compile() {
+    "$uv" pip compile --quiet --no-header --no-annotate --no-emit-index-url --generate-hashes \
+        --no-build --python-version 3.12 --python-platform x86_64-manylinux_2_34 "$@"
+}
+
+compile "$@" --config-file no-dependencies.toml requirements-cpu.in \
+    --output-file requirements-cpu.lock
+compile "$@" requirements-gpu.in --output-file requirements-gpu.lock

@@ -1,0 +1,209 @@
+"""The in-process rollout engine: a ``transformers`` model and a decoding loop of our own.
+
+It runs anywhere and is the fallback where SGLang does not start. All samples of a request share
+one computation of its context, and finished rows leave the batch.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from prefixrl_mcore.config.rollout import TransformersConfig
+from prefixrl_mcore.records import Completion
+from prefixrl_mcore.rollout.decoding import BatchDecoder, Row
+from prefixrl_mcore.rollout.engine import (
+    EngineError,
+    OnCompleted,
+    SampleRequest,
+    SamplingParams,
+)
+from prefixrl_mcore.rollout.request_limits import completion_limits
+from prefixrl_mcore.rollout.weight_names import WeightCoverage
+
+logger = logging.getLogger(__name__)
+
+
+class TransformersEngine:
+    """Samples with float32 weights in this process.
+
+    Equal requests with equal seeds give equal completions whatever else is in the batch, up to
+    the rounding of matrix products, whose order depends on the batch's size: about one token in a
+    million falls on the other side of a rounding error. Equal *calls* give equal completions.
+    """
+
+    def __init__(
+        self, model_folder: Path, config: TransformersConfig, *, device: str = "cpu"
+    ) -> None:
+        """Load the model of a Hugging Face folder.
+
+        Raises:
+            ValueError: if the folder holds no model, or one with other than full attention.
+        """
+        if not (model_folder / "config.json").is_file():
+            raise ValueError(
+                f"model folder {model_folder}: expected a Hugging Face model, found no config.json"
+            )
+        transformers.logging.disable_progress_bar()  # it would tear our own progress display
+        self._config = config
+        self._device = torch.device(device)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            model_folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
+        self._model.to(self._device).eval()
+        _check_full_attention(self._model.config, model_folder)
+        self._weights, self._tied_names = _weights_by_name(self._model)
+        self._policy_version = -1
+        self._cannot_sample = ""
+
+    @property
+    def name(self) -> str:
+        """``transformers <version>``."""
+        return f"transformers {transformers.__version__}"
+
+    @property
+    def is_seeded(self) -> bool:
+        """True: every row has random numbers of its own."""
+        return True
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights loaded last; ``-1`` for those of the model folder."""
+        return self._policy_version
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        on_completed: OnCompleted | None = None,
+    ) -> list[list[Completion]]:
+        """Return ``num_samples`` completions for each request, in the order of the requests.
+
+        Raises:
+            ValueError: if a request or ``params`` makes no sense.
+            EngineError: if the engine is closed, paused, or without complete weights.
+        """
+        if self._cannot_sample:
+            raise EngineError(f"{self.name}: cannot sample: {self._cannot_sample}")
+        limits = completion_limits(
+            requests,
+            params,
+            vocab_size=self._model.config.vocab_size,
+            max_positions=getattr(self._model.config, "max_position_embeddings", None),
+        )
+        # Contexts of similar length are neighbours, so that batches hold little padding.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].context_token_ids))
+        rows = [
+            Row(request=requests[index], sample_index=sample_index, max_new_tokens=limits[index])
+            for index in order
+            for sample_index in range(requests[index].num_samples)
+        ]
+        done: dict[str, dict[int, Completion]] = {request.request_id: {} for request in requests}
+        size = self._config.max_batch_size
+        for first in range(0, len(rows), size):
+            self._sample_rows(rows[first : first + size], params, done, on_completed)
+        return [
+            [done[request.request_id][index] for index in range(request.num_samples)]
+            for request in requests
+        ]
+
+    def _sample_rows(
+        self,
+        rows: Sequence[Row],
+        params: SamplingParams,
+        done: dict[str, dict[int, Completion]],
+        on_completed: OnCompleted | None,
+    ) -> None:
+        """Sample one batch of rows into ``done`` (request id -> sample index -> completion)."""
+
+        def on_done(index: int, completion: Completion) -> None:
+            request = rows[index].request
+            of_request = done[request.request_id]
+            of_request[rows[index].sample_index] = completion
+            if on_completed is not None and len(of_request) == request.num_samples:
+                num_tokens = sum(len(one.token_ids) for one in of_request.values())
+                on_completed(request.num_samples, num_tokens)
+
+        decoder = BatchDecoder(self._model, rows, params, policy_version=self._policy_version)
+        decoder.run(on_done)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Replace all weights; later completions carry ``policy_version``.
+
+        Raises:
+            EngineError: if a name is unknown, missing or repeated, or its shape differs; the
+                engine then refuses to sample until a complete set is loaded.
+        """
+        if self._model is None:
+            raise EngineError(f"{self.name}: cannot load weights: the engine is closed")
+        paused = self._cannot_sample if self._cannot_sample == _PAUSED else ""
+        self._cannot_sample = "its weights are incomplete; load_weights failed or did not finish"
+        shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+        coverage = WeightCoverage(shapes=shapes, tied_names=self._tied_names)
+        for name, weight in weights:
+            if coverage.is_to_load(name, tuple(weight.shape)):
+                self._weights[name].copy_(weight)
+        coverage.check_complete()
+        self._policy_version = policy_version
+        self._cannot_sample = paused
+
+    def pause(self) -> None:
+        """Refuse to sample until ``resume``; nothing is in flight between calls."""
+        if not self._cannot_sample:
+            self._cannot_sample = _PAUSED
+
+    def resume(self) -> None:
+        """Accept requests again."""
+        if self._cannot_sample == _PAUSED:
+            self._cannot_sample = ""
+
+    def sleep(self) -> None:
+        """Move the weights to host memory; ``load_weights`` must follow after ``wake``."""
+        self._cannot_sample = "it slept; call wake and load_weights first"
+        self._model.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Take device memory again."""
+        self._model.to(self._device)
+        self._weights, self._tied_names = _weights_by_name(self._model)
+
+    def is_healthy(self) -> bool:
+        """Return whether ``sample`` would be accepted."""
+        return not self._cannot_sample
+
+    def close(self) -> None:
+        """Free the model; safe to call twice."""
+        self._cannot_sample = "it is closed"
+        self._model = None
+        self._weights = {}
+
+
+_PAUSED = "it is paused; call resume first"
+
+
+def _weights_by_name(model: nn.Module) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Return name -> weight of everything that is saved, and the second names of tied weights."""
+    state = model.state_dict()
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    return {name: state[name] for name in state if name not in tied}, frozenset(tied)
+
+
+def _check_full_attention(hf_config: PreTrainedConfig, model_folder: Path) -> None:
+    """Refuse layers whose cache is not one slot per token."""
+    layer_types = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
+    others = sorted(layer_types - {"full_attention"})
+    if others:
+        raise ValueError(
+            f"model folder {model_folder}: the transformers engine samples models with full "
+            f"attention in every layer, got layers of type {', '.join(others)}; set "
+            'rollout.engine = "sglang"'
+        )

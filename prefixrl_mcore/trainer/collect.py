@@ -1,0 +1,215 @@
+"""``prefixrl collect``: rejection sampling until one verified trace per problem, or a cap.
+
+Every try is charged, the failed ones too: 2ND FLOPs with D the prompt and completion tokens. A
+round is written to the trace store as a whole, so a killed collection loses at most one round.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from prefixrl_mcore.accounting.flops import count_parameters, sampling_flops
+from prefixrl_mcore.config.run import CollectConfig, RunConfig
+from prefixrl_mcore.data.trace_schema import AttemptRecord, TraceRecord
+from prefixrl_mcore.data.traces import TraceStore, build_trace_id
+from prefixrl_mcore.eval.runner import Evaluator
+from prefixrl_mcore.eval.setup import build_evaluator, read_training_problems
+from prefixrl_mcore.observability.progress import Progress
+from prefixrl_mcore.observability.run_folder import RunFolder
+from prefixrl_mcore.records import PrefixedProblem, ScoredRollout
+from prefixrl_mcore.rollout.sampling import derive_seed, sample_groups
+from prefixrl_mcore.rollout.scoring import score_groups
+from prefixrl_mcore.trainer.trace_commands import print_stats
+
+logger = logging.getLogger(__name__)
+
+
+def collect(config: RunConfig) -> None:
+    """Sample until every training problem has a trace or has used up its tries.
+
+    Problems that found none are kept in the store with their cost. Calling it again continues.
+
+    Raises:
+        ValueError: if the store belongs to another tokenizer, template or model.
+    """
+    start = time.perf_counter()
+    folder = RunFolder(config.run_folder)
+    training_problems = read_training_problems(config)
+    folder.claim(config)
+    with ExitStack() as stack:
+        evaluator = stack.enter_context(
+            build_evaluator(
+                config,
+                model_folder=config.model.path,
+                temperature=config.collect.temperature,
+                logs_folder=folder.logs,
+                problems=training_problems,
+            )
+        )
+        store = TraceStore.open_or_create(
+            config.traces_folder,
+            tokenizer_hash=evaluator.renderer.tokenizer_hash,
+            chat_template_hash=evaluator.renderer.chat_template_hash,
+            model=str(config.model.path),
+        )
+        problems = evaluator.plain_starts(training_problems)
+        progress = stack.enter_context(
+            Progress("collect", total=len(problems), file=folder.path / "progress-collect.json")
+        )
+        collector = Collector(
+            settings=config.collect,
+            evaluator=evaluator,
+            store=store,
+            source_model=str(config.model.path),
+            weights_hash=hash_weights(config.model.path),
+            num_parameters=count_parameters(config.model.path),
+        )
+        while collector.sample_round(problems, progress):
+            pass
+    folder.add_stage_seconds("collect", time.perf_counter() - start)
+    print_stats(store, Console(stderr=True))
+
+
+def hash_weights(model_folder: Path) -> str:
+    """Return the SHA-256 over the safetensors files of a model folder, in order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(model_folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collector:
+    """Samples rounds of tries and writes them to the store."""
+
+    settings: CollectConfig
+    """Tries per round and in all."""
+
+    evaluator: Evaluator
+    """Engine, verifier and prompts."""
+
+    store: TraceStore
+    """Receives traces and costs."""
+
+    source_model: str
+    """Path of the sampled model."""
+
+    weights_hash: str
+    """Hash of its weights."""
+
+    num_parameters: int
+    """N of 2ND."""
+
+    def sample_round(self, problems: Sequence[PrefixedProblem], progress: Progress) -> bool:
+        """Sample one round over problems that are still open; return False when there are none."""
+        spent = {attempt.problem_id: attempt for attempt in self.store.attempts()}
+        num_solved = sum(attempt.is_solved for attempt in spent.values())
+        progress.update(
+            num_solved,
+            tries=sum(attempt.num_tries for attempt in spent.values()),
+            flops=sum(attempt.flops for attempt in spent.values()),
+        )
+        chosen = self._open(problems, spent)[: self.settings.problems_per_round]
+        if not chosen:
+            return False
+        progress.update(waiting_for=f"tries at {len(chosen)} open problems")
+        num_tries = [_tries(spent, item) for item in chosen]
+        label = f"collect/{chosen[0].problem.problem_id}/{num_tries[0]}"
+        start = time.perf_counter()
+        sampled = sample_groups(
+            self.evaluator.engine,
+            chosen,
+            self.evaluator.params,
+            group_size=min(self.settings.tries_per_round, self.settings.max_tries - max(num_tries)),
+            label=label,
+            seed=self.settings.seed,
+        )
+        scored = score_groups(sampled, self.evaluator.verifier, self.evaluator.renderer)
+        seconds = (time.perf_counter() - start) / len(chosen)
+        attempts = [self._attempt(group, seconds) for group in scored]
+        traces = [
+            self._trace(group, spent, attempt, seed=derive_seed(self.settings.seed, label, index))
+            for index, (group, attempt) in enumerate(zip(scored, attempts, strict=True))
+            if attempt.is_solved
+        ]
+        self.store.append(traces, attempts)
+        return True
+
+    def _open(
+        self, problems: Sequence[PrefixedProblem], spent: dict[str, AttemptRecord]
+    ) -> list[PrefixedProblem]:
+        """Return the problems that have neither a trace nor used up their tries."""
+        return [
+            item
+            for item in problems
+            if not _is_solved(spent, item) and _tries(spent, item) < self.settings.max_tries
+        ]
+
+    def _attempt(self, group: Sequence[ScoredRollout], seconds: float) -> AttemptRecord:
+        """Return what a round spent on one problem."""
+        num_tokens = sum(
+            len(scored.rollout.prefixed_problem.prompt_token_ids)
+            + len(scored.rollout.completion.token_ids)
+            for scored in group
+        )
+        return AttemptRecord(
+            problem_id=group[0].rollout.prefixed_problem.problem.problem_id,
+            num_tries=len(group),
+            num_tokens=num_tokens,
+            flops=sampling_flops(self.num_parameters, num_tokens),
+            seconds=seconds,
+            is_solved=any(scored.verdict.reward > 0 for scored in group),
+        )
+
+    def _trace(
+        self,
+        group: Sequence[ScoredRollout],
+        spent: dict[str, AttemptRecord],
+        attempt: AttemptRecord,
+        *,
+        seed: int,
+    ) -> TraceRecord:
+        """Return the round's first correct completion, with the cost of all tries so far."""
+        rollout = next(scored.rollout for scored in group if scored.verdict.reward > 0)
+        completion, start = rollout.completion, rollout.prefixed_problem
+        before = spent.get(attempt.problem_id)
+        return TraceRecord(
+            trace_id=build_trace_id(attempt.problem_id, completion.token_ids),
+            problem_id=attempt.problem_id,
+            prompt_token_ids=start.prompt_token_ids,
+            completion_token_ids=completion.token_ids,
+            rollout_logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+            sampler=self.evaluator.engine.name,
+            source_model=self.source_model,
+            policy_version=completion.policy_version,
+            weights_hash=self.weights_hash,
+            temperature=self.settings.temperature,
+            seed=seed,
+            verifier=self.evaluator.verifier.name,
+            tokenizer_hash=self.store.header.tokenizer_hash,
+            chat_template_hash=self.store.header.chat_template_hash,
+            num_tries=attempt.num_tries + (before.num_tries if before else 0),
+            flops=attempt.flops + (before.flops if before else 0.0),
+            seconds=attempt.seconds + (before.seconds if before else 0.0),
+        )
+
+
+def _tries(spent: dict[str, AttemptRecord], item: PrefixedProblem) -> int:
+    """Return the tries that a problem has had."""
+    attempt = spent.get(item.problem.problem_id)
+    return attempt.num_tries if attempt else 0
+
+
+def _is_solved(spent: dict[str, AttemptRecord], item: PrefixedProblem) -> bool:
+    """Return whether a problem has a trace."""
+    attempt = spent.get(item.problem.problem_id)
+    return attempt is not None and attempt.is_solved

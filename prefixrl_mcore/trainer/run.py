@@ -1,0 +1,211 @@
+"""``prefixrl train``: build a session on this rank, resume if asked, train, leave it tidy."""
+
+import itertools
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
+from prefixrl_mcore.checkpoint.save_load import latest_checkpoint, load_checkpoint
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.data.prefixes import read_prefixes
+from prefixrl_mcore.data.prompts import PromptRenderer
+from prefixrl_mcore.data.source import MixtureSource, original_problems, union
+from prefixrl_mcore.data.traces import TraceStore
+from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
+from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
+from prefixrl_mcore.observability.progress import Progress
+from prefixrl_mcore.observability.run_folder import RunFolder
+from prefixrl_mcore.policy.policy import MegatronPolicy
+from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
+from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
+from prefixrl_mcore.trainer.loop import train
+from prefixrl_mcore.trainer.session import Session
+from prefixrl_mcore.trainer.sft import run_sft
+from prefixrl_mcore.trainer.signals import StopSignal
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(config: RunConfig, *, resume: bool) -> int:
+    """Train as the config says and return the exit code; every rank calls this.
+
+    Raises:
+        ConfigError: if the folder holds another run, or one that ``resume`` was not given for.
+    """
+    start = time.perf_counter()
+    folder = RunFolder(config.run_folder)
+    _check_start(folder, config, resume=resume)
+    with ExitStack() as stack:
+        topology = initialize(config.policy.parallel, seed=config.seed)
+        stack.callback(shut_down)
+        run_on_first(lambda: folder.claim(config))
+        stop = StopSignal()
+        session = build_session(config, folder, topology, stack)
+        checkpoint = latest_checkpoint(folder.checkpoints) if resume else None
+        if checkpoint is not None:
+            restore(session, checkpoint)
+        _open_outputs(session)
+        if checkpoint is None and config.method == "sft_then_rl":
+            run_sft(session, _read_sft_traces(config))
+        if checkpoint is None:
+            session.evaluate(0)
+        train(session, stop)
+        if topology.is_first:
+            folder.add_stage_seconds("train", time.perf_counter() - start)
+        return 0 if stop.received is None else 128 + stop.received
+
+
+def _check_start(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
+    """Refuse to write over a run that was started before.
+
+    Raises:
+        ConfigError: naming the remedy.
+    """
+    if resume or not folder.metrics_file.exists():
+        return
+    raise ConfigError(
+        f"run_folder {config.run_folder}: holds a training run already; continue it with --resume, "
+        "or choose another --run-folder. Nothing was changed."
+    )
+
+
+def build_session(
+    config: RunConfig, folder: RunFolder, topology: Topology, stack: ExitStack
+) -> Session:
+    """Build this rank's session at step 0; rank 0 also starts the engine and the verifier."""
+    renderer = PromptRenderer(config.model.path, config.data.prompt)
+    sets = read_evaluation_sets(config)
+    originals = original_problems(renderer.render(problem) for problem in sets["train"])
+    prefixed: list[PrefixedProblem] = []
+    if config.method == "prefixrl":
+        prefixed = _read_prefixed(config, renderer, sets["train"])
+    policy = MegatronPolicy.build(
+        model_path=config.model.path,
+        policy=config.policy,
+        loss=config.loss,
+        stream_tokens=config.stream_tokens,
+        temperature=config.rollout.temperature,
+        num_steps=config.trainer.num_steps,
+        seed=config.seed,
+    )
+    evaluator = None
+    if topology.is_first:
+        evaluator = stack.enter_context(
+            build_evaluator(
+                config,
+                model_folder=config.model.path,
+                temperature=config.evaluation.temperature,
+                logs_folder=folder.logs,
+                problems=itertools.chain.from_iterable(sets.values()),
+            )
+        )
+    return Session(
+        config=config,
+        folder=folder,
+        topology=topology,
+        policy=policy,
+        source=MixtureSource(union(prefixed, originals), seed=config.seed),
+        meter=FlopsMeter(
+            num_parameters=count_parameters(config.model.path),
+            collect_flops=_collect_flops(config, renderer),
+        ),
+        evaluation_sets=sets,
+        evaluator=evaluator,
+        metrics=None,
+        progress=Progress("train", total=config.trainer.num_steps, enabled=False),
+        timer=PhaseTimer(),
+        stack=stack,
+    )
+
+
+def _read_prefixed(
+    config: RunConfig, renderer: PromptRenderer, problems: list[Problem]
+) -> list[PrefixedProblem]:
+    """Return the prefixed problems that ``prefixrl prefixes`` wrote."""
+    return read_prefixes(
+        config.prefixes_folder,
+        problems,
+        tokenizer_hash=renderer.tokenizer_hash,
+        chat_template_hash=renderer.chat_template_hash,
+    )
+
+
+def _collect_flops(config: RunConfig, renderer: PromptRenderer) -> float:
+    """Return what the traces cost; 0 for a method that uses none."""
+    if config.method == "rl":
+        return 0.0
+    store = TraceStore.open(
+        config.traces_folder,
+        tokenizer_hash=renderer.tokenizer_hash,
+        chat_template_hash=renderer.chat_template_hash,
+    )
+    return store.total_flops()
+
+
+def _read_sft_traces(config: RunConfig) -> list[Trace]:
+    """Return one trace per problem of the store.
+
+    Raises:
+        ConfigError: if there is no store.
+    """
+    renderer = PromptRenderer(config.model.path, config.data.prompt)
+    traces = read_traces(config, renderer)
+    if not traces:
+        raise ConfigError(
+            f"method sft_then_rl: no traces in {config.traces_folder}; run prefixrl collect first"
+        )
+    return list(traces.values())
+
+
+def restore(session: Session, checkpoint: Path) -> None:
+    """Put the session into the state of a checkpoint; all ranks call this.
+
+    Raises:
+        ConfigError: if the checkpoint is of another method.
+        CheckpointError: if it is incomplete, corrupt, or of another model.
+    """
+    step, state = load_checkpoint(checkpoint, session.policy)
+    if state["method"] != session.config.method:
+        raise ConfigError(
+            f"{checkpoint}: is of method {state['method']!r}, the config says "
+            f"{session.config.method!r}; use the run's own config"
+        )
+    session.source.load_state(state["source"])
+    session.meter.load_state(state["flops"])
+    session.first_step = step
+    logger.info("resumed from %s: %d of %d steps done", checkpoint, step, _num_steps(session))
+    if session.topology.is_first:
+        _drop_rollouts_beyond(session.folder, step)
+
+
+def _num_steps(session: Session) -> int:
+    """Return the steps that the run will have in the end."""
+    return session.config.trainer.num_steps
+
+
+def _drop_rollouts_beyond(folder: RunFolder, step: int) -> None:
+    """Remove rollout tables of steps that will be run again."""
+    for path in folder.rollouts.glob("step-*.parquet"):
+        if int(path.stem.removeprefix("step-")) >= step:
+            path.unlink()
+
+
+def _open_outputs(session: Session) -> None:
+    """Open metrics and progress on rank 0."""
+    if not session.topology.is_first:
+        return
+    session.metrics = MetricsWriter(
+        session.folder, session.config.metrics, num_steps_done=session.first_step
+    )
+    session.stack.callback(session.metrics.close)
+    session.progress = session.stack.enter_context(
+        Progress(
+            f"train {session.config.method}",
+            total=session.config.trainer.num_steps,
+            file=session.folder.progress_file,
+        )
+    )
+    session.progress.update(session.first_step)

@@ -1,0 +1,246 @@
+"""Everything that is alive while one rank trains, and the verbs that the loop is made of."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prefixrl_mcore.accounting.flops import FlopsMeter
+from prefixrl_mcore.checkpoint.save_load import save_checkpoint
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.data.packing import Aggregation, PackedBatch, pack
+from prefixrl_mcore.data.source import MixtureSource
+from prefixrl_mcore.eval.in_training import evaluate_in_training
+from prefixrl_mcore.eval.runner import Evaluator
+from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
+from prefixrl_mcore.observability.progress import Progress
+from prefixrl_mcore.observability.run_folder import RunFolder
+from prefixrl_mcore.policy.policy import MegatronPolicy
+from prefixrl_mcore.policy.topology import Topology, run_on_first
+from prefixrl_mcore.records import Group, PrefixedProblem, Problem, TrainingSequence, UpdateResult
+from prefixrl_mcore.rollout.engine import SamplingParams
+from prefixrl_mcore.rollout.sampling import sample_groups
+from prefixrl_mcore.rollout.scoring import score_groups
+from prefixrl_mcore.trainer.groups import group_metrics, training_sequences, with_advantages
+from prefixrl_mcore.trainer.rollout_log import rollout_rows, write_rollouts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class Session:
+    """One rank's view of a training run; built by ``trainer.build``.
+
+    The evaluator (engine, verifier) and the metrics writer exist on rank 0 only. What they find
+    out is broadcast, so that every rank packs the same batch.
+    """
+
+    config: RunConfig
+    """The run's settings."""
+
+    folder: RunFolder
+    """Where the run writes."""
+
+    topology: Topology
+    """This rank's place among the trainer's ranks."""
+
+    policy: MegatronPolicy
+    """This rank's part of the policy."""
+
+    source: MixtureSource
+    """Order of the prefixed and original problems; in the same state on every rank."""
+
+    meter: FlopsMeter
+    """Charged FLOPs and tokens so far; in the same state on every rank."""
+
+    evaluation_sets: dict[str, list[Problem]]
+    """Name → problems evaluated without a prefix; ``train`` first."""
+
+    evaluator: Evaluator | None
+    """Engine, verifier and prompts on rank 0; None on the other ranks."""
+
+    metrics: MetricsWriter | None
+    """Metrics on rank 0; None on the other ranks."""
+
+    progress: Progress
+    """Live display; does nothing on the other ranks."""
+
+    timer: PhaseTimer
+    """Wall time by phase of the current step."""
+
+    stack: ExitStack
+    """Closes engine, verifier, metrics and progress."""
+
+    first_step: int = 0
+    """First RL step to run; above 0 after a resume."""
+
+    def sync_weights(self) -> None:
+        """Bring the engine to the policy's version; all ranks call this (collective export)."""
+        with self.timer.phase("sync"):
+            version = self.policy.policy_version
+            engine_version = run_on_first(lambda: self._evaluator.engine.policy_version)
+            if engine_version == version:
+                return
+            self.progress.update(waiting_for="weight sync")
+            weights = self.policy.export_weights()
+            if self.topology.is_first:
+                self._evaluator.engine.load_weights(weights, version)
+            for _ in weights:  # the other ranks take part in the gathers until the stream ends
+                pass
+
+    def sample_and_score(
+        self, prefixed_problems: Sequence[PrefixedProblem], step: int
+    ) -> list[Group]:
+        """Sample one group per prefixed problem and verify it; all ranks get the groups."""
+        return run_on_first(lambda: self._sample_and_score(prefixed_problems, step))
+
+    def _sample_and_score(
+        self, prefixed_problems: Sequence[PrefixedProblem], step: int
+    ) -> list[Group]:
+        """Do the work of ``sample_and_score`` on rank 0."""
+        run, evaluator = self.config, self._evaluator
+        self.progress.update(waiting_for="rollouts")
+        with self.timer.phase("rollout"):
+            sampled = sample_groups(
+                evaluator.engine,
+                prefixed_problems,
+                self.sampling_params,
+                group_size=run.batch.group_size,
+                label=str(step),
+                seed=run.seed,
+            )
+        self.progress.update(waiting_for="verifier")
+        with self.timer.phase("verify"):
+            scored = score_groups(sampled, evaluator.verifier, evaluator.renderer)
+        self._check_versions(scored[0][0].rollout.completion.policy_version)
+        return with_advantages(scored, run.loss)
+
+    def _check_versions(self, sampled_version: int) -> None:
+        """Refuse rollouts of other weights: the loop is strictly on-policy."""
+        if sampled_version != self.policy.policy_version:
+            raise RuntimeError(
+                f"rollouts carry policy version {sampled_version}, the policy is at "
+                f"{self.policy.policy_version}: the weight sync did not take effect"
+            )
+
+    def pack(self, groups: Sequence[Group]) -> PackedBatch:
+        """Pack the step's rollouts into streams; every rank packs the same."""
+        return self.pack_sequences(
+            training_sequences(groups), aggregation=self.config.loss.aggregation
+        )
+
+    def pack_sequences(
+        self, sequences: Sequence[TrainingSequence], *, aggregation: Aggregation
+    ) -> PackedBatch:
+        """Pack sequences into streams that fit this run's layout."""
+        run = self.config
+        return pack(
+            sequences,
+            stream_tokens=run.stream_tokens,
+            num_ranks=run.policy.parallel.data_parallel_size,
+            streams_multiple=run.policy.parallel.pipeline_model_parallel_size,
+            aggregation=aggregation,
+            max_completion_tokens=run.rollout.max_completion_tokens,
+        )
+
+    def update(self, batch: PackedBatch) -> UpdateResult:
+        """Apply one optimizer step; all ranks call this."""
+        self.progress.update(waiting_for="policy update")
+        with self.timer.phase("update"):
+            return self.policy.update(batch)
+
+    def log_step(
+        self, step: int, groups: Sequence[Group], batch: PackedBatch, update: UpdateResult
+    ) -> None:
+        """Charge the step's FLOPs on every rank; write metrics and rollouts on rank 0."""
+        self.meter.charge_step(groups, batch)
+        if self.metrics is None:
+            return
+        rollout_seconds = self.timer.seconds("rollout")
+        values = {
+            **group_metrics(groups),
+            "rollout/tokens_per_second": _num_completion_tokens(groups) / rollout_seconds,
+            "loss/policy_gradient": update.loss,
+            "policy/gradient_norm": update.gradient_norm,
+            "policy/learning_rate": update.learning_rate,
+            "policy/version": float(self.policy.policy_version),
+            "policy/was_skipped": float(update.was_skipped),
+            "batch/num_streams": float(len(batch.streams)),
+            "batch/padding_fraction": batch.num_padding_tokens
+            / (len(batch.streams) * self.config.stream_tokens),
+            **update.metrics,
+            **self.meter.metrics(),
+            **self.timer.take(),
+        }
+        self.metrics.write("train", step, values)
+        rows = rollout_rows(step, groups, self._evaluator.renderer)
+        if step % self.config.trainer.rollouts_every_steps == 0:
+            write_rollouts(self.folder.rollouts, step, rows)
+        self.metrics.write_rollouts(step, rows)
+        self.progress.update(
+            step + 1,
+            waiting_for="next step",
+            reward=values["rollout/reward_mean"],
+            all_negative=values["rollout/all_negative_fraction"],
+            tokens_per_s=values["rollout/tokens_per_second"],
+        )
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate policy version ``step`` and write an ``eval`` line; all ranks call this."""
+        self.sync_weights()
+        with self.timer.phase("eval"):
+            run_on_first(lambda: self._evaluate(step))
+
+    def _evaluate(self, step: int) -> None:
+        """Do the work of ``evaluate`` on rank 0."""
+        assert self.metrics is not None, "rank 0 has a metrics writer"
+        self.progress.update(waiting_for="evaluation")
+        values = evaluate_in_training(
+            self._evaluator, self.evaluation_sets, self.config.evaluation, label=f"eval/{step}"
+        )
+        values |= self.meter.metrics()
+        self.metrics.write("eval", step, values)
+        self.progress.update(train_accuracy=values["eval/train/accuracy"])
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of ``step`` finished RL steps; all ranks call this."""
+        self.progress.update(waiting_for="checkpoint")
+        with self.timer.phase("save"):
+            save_checkpoint(
+                self.folder.checkpoints,
+                step,
+                self.policy,
+                self.state(step),
+                keep_last=self.config.checkpoint.keep_last,
+            )
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return what a resumed run needs besides the policy, as JSON."""
+        return {
+            "step": step,
+            "method": self.config.method,
+            "source": self.source.state(),
+            "flops": self.meter.state(),
+        }
+
+    def is_over_budget(self) -> bool:
+        """Return whether the charged FLOPs have reached ``trainer.max_flops``."""
+        limit = self.config.trainer.max_flops
+        return limit is not None and self.meter.total_flops >= limit
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """Sampling in training: the run's temperature instead of the evaluation's."""
+        return replace(self._evaluator.params, temperature=self.config.rollout.temperature)
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        """The evaluator of rank 0."""
+        assert self.evaluator is not None, "only rank 0 samples"
+        return self.evaluator
+
+
+def _num_completion_tokens(groups: Sequence[Group]) -> int:
+    """Return the tokens sampled in a step."""
+    return sum(len(s.rollout.completion.token_ids) for group in groups for s in group.rollouts)

@@ -1,0 +1,131 @@
+"""The supervised phase of ``sft_then_rl``: traces as completions, epochs chosen by held-back loss.
+
+Supervised fine-tuning is REINFORCE with advantage 1 on recorded completions, so it runs through
+the same packing, policy update and accounting. At small scale a memorising SFT reaches a high
+accuracy on its training problems and none elsewhere; the validation loss stops it before that.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from prefixrl_mcore.checkpoint.save_load import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.policy import LossConfig
+from prefixrl_mcore.data.packing import PackedBatch
+from prefixrl_mcore.records import Trace, TrainingSequence
+from prefixrl_mcore.trainer.session import Session
+
+logger = logging.getLogger(__name__)
+
+MAXIMUM_LIKELIHOOD = LossConfig()
+"""Plain log-likelihood: no importance weight, no entropy bonus, mean over tokens."""
+
+
+def run_sft(session: Session, traces: Sequence[Trace]) -> None:
+    """Train on the traces until the validation loss stops falling, then keep the best epoch.
+
+    All ranks call this. Each epoch that improves is saved under ``sft/``; a killed phase
+    continues after the last one. Leaves the policy with fresh optimizer state for RL.
+
+    Raises:
+        ConfigError: if there are too few traces to hold some back.
+    """
+    run = session.config
+    training, validation = split_traces(traces, run.sft.validation_fraction, seed=run.seed)
+    folder = session.folder.path / "sft"
+    validation_batch = _pack(session, validation)
+    session.policy.reset_optimizer(run.sft.lr)
+    best_loss, first_epoch = _validation_loss(session, validation_batch), 0
+    latest = latest_checkpoint(folder)
+    if latest is not None:
+        first_epoch, state = load_checkpoint(latest, session.policy)
+        best_loss = state["validation_loss"]
+        session.meter.load_state(state["flops"])
+    for epoch in range(first_epoch, run.sft.max_epochs):
+        _train_epoch(session, training, epoch)
+        loss = _validation_loss(session, validation_batch)
+        _log_epoch(session, epoch + 1, loss)
+        if loss >= best_loss:
+            break
+        best_loss = loss
+        state = {"validation_loss": loss, "flops": session.meter.state()}
+        save_checkpoint(folder, epoch + 1, session.policy, state, keep_last=1)
+    best = latest_checkpoint(folder)
+    if best is None:
+        raise ConfigError(
+            f"sft: no epoch improved the validation loss {best_loss:.4f}; lower sft.lr, "
+            f"got {run.sft.lr}"
+        )
+    load_checkpoint(best, session.policy)
+    session.policy.reset_optimizer(run.policy.optimizer.lr)
+    logger.info("sft: kept %s, validation loss %.4f nats per token", best.name, best_loss)
+
+
+def split_traces(
+    traces: Sequence[Trace], validation_fraction: float, *, seed: int
+) -> tuple[list[Trace], list[Trace]]:
+    """Return (training, validation) traces, split at random with a fixed seed.
+
+    Raises:
+        ConfigError: if a side would be empty.
+    """
+    order = np.random.default_rng([seed, 1]).permutation(len(traces))
+    num_validation = round(validation_fraction * len(traces))
+    if not 0 < num_validation < len(traces):
+        raise ConfigError(
+            f"sft.validation_fraction {validation_fraction} of {len(traces)} traces leaves nothing "
+            "to train on or to validate on; collect more traces or change the fraction"
+        )
+    chosen = [traces[index] for index in order]
+    return chosen[num_validation:], chosen[:num_validation]
+
+
+def _train_epoch(session: Session, training: Sequence[Trace], epoch: int) -> None:
+    """Pass once over the training traces in a random order of this epoch."""
+    run = session.config
+    order = np.random.default_rng([run.seed, 2, epoch]).permutation(len(training))
+    for start in range(0, len(training), run.sft.traces_per_step):
+        chosen = [training[index] for index in order[start : start + run.sft.traces_per_step]]
+        session.progress.update(waiting_for=f"sft epoch {epoch + 1}")
+        session.policy.update(_pack(session, chosen), loss=MAXIMUM_LIKELIHOOD)
+        session.meter.charge_sft(_num_tokens(chosen))
+
+
+def _validation_loss(session: Session, batch: PackedBatch) -> float:
+    """Return the mean negative logprob of the held-back traces, nats per completion token."""
+    statistics = session.policy.row_statistics(batch)
+    return -sum(float(logprobs.sum()) for logprobs, _ in statistics) / batch.num_trained_tokens
+
+
+def _log_epoch(session: Session, epoch: int, loss: float) -> None:
+    """Log one epoch, and write it to the metrics of rank 0."""
+    logger.info("sft epoch %d: validation loss %.4f nats per token", epoch, loss)
+    if session.metrics is not None:
+        values = {"loss/validation_nats": loss, **session.meter.metrics()}
+        session.metrics.write("sft", epoch, values)
+
+
+def _pack(session: Session, traces: Sequence[Trace]) -> PackedBatch:
+    """Pack traces as sequences whose completion is the whole trace."""
+    sequences = [
+        TrainingSequence(
+            sequence_id=trace.trace_id,
+            group_index=index,
+            context_token_ids=trace.prompt_token_ids,
+            completion_token_ids=trace.completion_token_ids,
+            advantage=1.0,
+        )
+        for index, trace in enumerate(traces)
+    ]
+    return session.pack_sequences(sequences, aggregation="token_mean")
+
+
+def _num_tokens(traces: Sequence[Trace]) -> int:
+    """Return prompt and completion tokens of the traces."""
+    return sum(len(t.prompt_token_ids) + len(t.completion_token_ids) for t in traces)

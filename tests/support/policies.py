@@ -1,0 +1,153 @@
+"""Policies and batches for tests of the Megatron boundary, and Hugging Face as their truth."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+
+from prefixrl_mcore.config.policy import LossConfig, OptimizerConfig, ParallelConfig, PolicyConfig
+from prefixrl_mcore.data.packing import PackedBatch, Stream, pack
+from prefixrl_mcore.policy.policy import MegatronPolicy
+from prefixrl_mcore.records import TrainingSequence
+
+STREAM_TOKENS = 96
+NO_CLIPPING = 1e9
+TEMPERATURE = 0.7
+VOCAB_SIZE = 32
+
+
+def make_sequences(
+    num_sequences: int = 16, *, seed: int = 0, group_size: int = 2
+) -> list[TrainingSequence]:
+    """Return sequences of 9 to 36 random tokens, some with one-token contexts or completions."""
+    generator = np.random.default_rng(seed)
+    sequences: list[TrainingSequence] = []
+    context: tuple[int, ...] = ()
+    for index in range(num_sequences):
+        if index % group_size == 0:
+            length = 1 if index == 0 else int(generator.integers(4, 16))
+            context = _tokens(generator, length)
+        completion = _tokens(generator, 1 if index == 3 else int(generator.integers(5, 20)))
+        sequences.append(
+            TrainingSequence(
+                sequence_id=f"rollout-{index}",
+                group_index=index // group_size,
+                context_token_ids=context,
+                completion_token_ids=completion,
+                advantage=float(generator.normal()),
+                rollout_logprobs=tuple(generator.normal(-3.0, 0.1, len(completion)).tolist()),
+            )
+        )
+    return sequences
+
+
+def _tokens(generator: np.random.Generator, number: int) -> tuple[int, ...]:
+    return tuple(generator.integers(4, VOCAB_SIZE, number).tolist())
+
+
+def make_batch(
+    sequences: Sequence[TrainingSequence] | None = None,
+    *,
+    stream_tokens: int = STREAM_TOKENS,
+    num_ranks: int = 1,
+    streams_multiple: int = 1,
+) -> PackedBatch:
+    """Return ``sequences`` (by default those of ``make_sequences``) packed."""
+    return pack(
+        make_sequences() if sequences is None else sequences,
+        stream_tokens=stream_tokens,
+        num_ranks=num_ranks,
+        streams_multiple=streams_multiple,
+        max_completion_tokens=32,
+    )
+
+
+def build_policy(
+    folder: Path,
+    *,
+    parallel: ParallelConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    loss: LossConfig | None = None,
+    stream_tokens: int = STREAM_TOKENS,
+    recompute: str = "none",
+    dtype: str = "float32",
+    num_steps: int = 10,
+) -> MegatronPolicy:
+    """Return a policy with the weights of ``folder``; without clipping unless configured."""
+    return MegatronPolicy.build(
+        model_path=folder,
+        policy=PolicyConfig.model_validate(
+            {
+                "dtype": dtype,
+                "parallel": parallel or ParallelConfig(),
+                "optimizer": optimizer or OptimizerConfig(lr=1e-3, clip_grad=NO_CLIPPING),
+                "recompute": recompute,
+            }
+        ),
+        loss=loss or LossConfig(),
+        stream_tokens=stream_tokens,
+        temperature=TEMPERATURE,
+        num_steps=num_steps,
+        seed=0,
+    )
+
+
+def weights_of(policy: MegatronPolicy) -> dict[str, Tensor]:
+    """Return a copy of every weight by its Hugging Face name; all ranks must call this."""
+    return {name: tensor.detach().clone() for name, tensor in policy.export_weights()}
+
+
+def gradients_of(policy: MegatronPolicy) -> dict[str, Tensor]:
+    """Return the gradients of the last update by Hugging Face names; all ranks must call this."""
+    parameters = [p for chunk in policy.model_chunks for p in chunk.parameters()]
+    kept = [parameter.data.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.data.copy_(parameter.main_grad)
+    gradients = weights_of(policy)
+    for parameter, data in zip(parameters, kept, strict=True):
+        parameter.data.copy_(data)
+    return gradients
+
+
+def hf_row_statistics(model: Qwen3ForCausalLM, stream: Stream) -> tuple[Tensor, Tensor]:
+    """Return [R] logprobs and entropies of a stream, one forward pass per sequence."""
+    logprobs: list[Tensor] = []
+    entropies: list[Tensor] = []
+    starts = stream.sequence_starts.tolist()
+    for first, last in itertools.pairwise(starts):
+        inside = (stream.rows_R >= first) & (stream.rows_R < last)
+        if not inside.any():
+            continue
+        tokens = torch.from_numpy(stream.token_ids_T[None, first:last])
+        rows = torch.from_numpy(stream.rows_R[inside] - first)
+        targets = torch.from_numpy(stream.targets_R[inside])
+        logits_RV = model(tokens).logits[0, rows].float() / TEMPERATURE
+        logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
+        logprobs.append(logprobs_RV.gather(1, targets[:, None])[:, 0])
+        entropies.append(-(logprobs_RV.exp() * logprobs_RV).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def hf_loss(
+    model: Qwen3ForCausalLM, batch: PackedBatch, *, entropy_coefficient: float = 0.0
+) -> Tensor:
+    """Return the REINFORCE objective of a whole batch, with gradient."""
+    total = torch.zeros(())
+    for stream in batch.streams:
+        if not stream.num_rows:
+            continue
+        logprobs_R, entropies_R = hf_row_statistics(model, stream)
+        terms_R = torch.from_numpy(stream.advantages_R) * logprobs_R
+        terms_R = terms_R + entropy_coefficient * entropies_R
+        total = total - (torch.from_numpy(stream.weights_R) * terms_R).sum()
+    return total / batch.num_trained_tokens
+
+
+def max_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Return the largest absolute difference over equally named tensors."""
+    assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)

@@ -1,0 +1,167 @@
+"""FLOPs and tokens of a run, by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from prefixrl_mcore.accounting.flops import (
+    FlopsMeter,
+    count_parameters,
+    sampling_flops,
+    update_flops,
+)
+from prefixrl_mcore.data.packing import pack
+from prefixrl_mcore.records import (
+    Completion,
+    Group,
+    PrefixedProblem,
+    Problem,
+    Rollout,
+    ScoredRollout,
+    TrainingSequence,
+    Verdict,
+)
+from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
+
+PROBLEM = Problem(problem_id="p", text="x", answer="1")
+
+
+def _group(num_prompt: int, num_prefix: int, completions: list[int], cached: int) -> Group:
+    start = PrefixedProblem(
+        prefixed_problem_id="p",
+        problem=PROBLEM,
+        prompt_token_ids=(1,) * num_prompt,
+        prefix_token_ids=(2,) * num_prefix,
+    )
+    rollouts = tuple(
+        ScoredRollout(
+            rollout=Rollout(
+                rollout_id=f"0/0/{index}",
+                prefixed_problem=start,
+                completion=Completion(
+                    token_ids=(3,) * length,
+                    logprobs=(-1.0,) * length,
+                    finish_reason="stop",
+                    policy_version=0,
+                    num_cached_tokens=cached if index else 0,
+                ),
+            ),
+            verdict=Verdict(reward=0.0, reason="wrong"),
+        )
+        for index, length in enumerate(completions)
+    )
+    return Group(prefixed_problem=start, rollouts=rollouts, advantages=(0.0,) * len(completions))
+
+
+def test_rules_are_2nd_and_6nd() -> None:
+    assert sampling_flops(100, 7) == 1400.0
+    assert update_flops(100, 7) == 4200.0
+
+
+def test_the_rule_reproduces_the_published_cost_of_rejection_sampling() -> None:
+    # 8.03e9 parameters, 650,000 traces of 6,700 tokens: 0.70e20 FLOPs.
+    assert sampling_flops(8_030_000_000, 650_000 * 6_700) == pytest.approx(0.70e20, rel=0.005)
+
+
+def test_a_step_by_hand() -> None:
+    # Group 1: context 10 + 5, completions 4 and 6, the second's context cached: 40 tokens.
+    # Group 2: context 10, completions 3 and 3, nothing cached: 26 tokens.
+    groups = [_group(10, 5, [4, 6], cached=14), _group(10, 0, [3, 3], cached=0)]
+    sequences = [
+        TrainingSequence(
+            sequence_id=f"{g}/{i}",
+            group_index=g,
+            context_token_ids=group.prefixed_problem.context_token_ids,
+            completion_token_ids=scored.rollout.completion.token_ids,
+            advantage=0.0,
+        )
+        for g, group in enumerate(groups)
+        for i, scored in enumerate(group.rollouts)
+    ]
+    batch = pack(sequences, stream_tokens=48, max_completion_tokens=8)
+    assert len(batch.streams) == 2
+
+    meter = FlopsMeter(num_parameters=100, collect_flops=5e5)
+    meter.charge_step(groups, batch)
+    # 2 * 100 * 66 and 6 * 100 * 66: groups without any gradient are charged as well.
+    assert meter.sampling_flops == 13_200.0
+    assert meter.update_flops == 39_600.0
+    assert meter.charged_tokens == 132
+    # Sampling computes 66 - 14; the update computes two streams of 48, padding included.
+    assert meter.computed_tokens == 52 + 96
+    meter.charge_sft(50)
+    assert meter.sft_flops == 30_000.0
+    assert meter.metrics() == {
+        "flops/total": 582_800.0,
+        "flops/collect": 500_000.0,
+        "flops/sft": 30_000.0,
+        "flops/sampling": 13_200.0,
+        "flops/update": 39_600.0,
+        "tokens/charged": 182.0,
+        "tokens/computed": 198.0,
+    }
+
+
+def test_the_state_survives_json() -> None:
+    meter = FlopsMeter(num_parameters=100, collect_flops=5e5)
+    meter.charge_sampling(60, num_cached_tokens=14)
+    meter.charge_update(60, num_computed_tokens=80)
+    meter.charge_sft(50, num_computed_tokens=64)
+    restored = FlopsMeter(num_parameters=100, collect_flops=5e5)
+    restored.load_state(json.loads(json.dumps(meter.state())))
+    assert restored == meter
+    assert restored.total_flops == meter.total_flops == 578_000.0
+
+
+def test_a_state_of_another_model_or_store_is_refused() -> None:
+    state = FlopsMeter(num_parameters=100, collect_flops=5e5).state()
+    with pytest.raises(ValueError, match="num_parameters of the saved run is 100, of this run 101"):
+        FlopsMeter(num_parameters=101, collect_flops=5e5).load_state(state)
+    with pytest.raises(ValueError, match="collect_flops of the saved run is 500000"):
+        FlopsMeter(num_parameters=100).load_state(state)
+    with pytest.raises(ValueError, match="num_parameters must be at least 1, got 0"):
+        FlopsMeter(num_parameters=0)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_parameters_of_a_hugging_face_folder(tmp_path: Path, is_tied: bool) -> None:
+    folder = write_tiny_qwen3(tmp_path, tie_word_embeddings=is_tied)
+    model = build_tiny_qwen3(tie_word_embeddings=is_tied)
+    # ``parameters`` yields a tied embedding once.
+    assert count_parameters(folder) == sum(p.numel() for p in model.parameters())
+
+
+def _folder(folder: Path, config: dict[str, object], tensors: dict[str, tuple[int, ...]]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    arrays = {name: np.zeros(shape, dtype=np.float16) for name, shape in tensors.items()}
+    save_file(arrays, folder / "model.safetensors")
+    return folder
+
+
+def test_a_saved_copy_of_a_tied_embedding_counts_once(tmp_path: Path) -> None:
+    tensors = {"model.embed_tokens.weight": (7, 3), "lm_head.weight": (7, 3)}
+    assert count_parameters(_folder(tmp_path, {"tie_word_embeddings": True}, tensors)) == 21
+    assert count_parameters(_folder(tmp_path, {"tie_word_embeddings": False}, tensors)) == 42
+
+
+def test_experts_count_by_the_share_that_a_token_uses(tmp_path: Path) -> None:
+    tensors = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (5, 2) for i in range(8)}
+    tensors["model.layers.0.mlp.gate.weight"] = (8, 2)
+    config: dict[str, object] = {"num_experts": 8, "num_experts_per_tok": 2}
+    assert count_parameters(_folder(tmp_path, config, tensors)) == 16 + 2 * 10
+    with pytest.raises(ValueError, match="num_experts_per_tok is missing"):
+        count_parameters(_folder(tmp_path, {"num_experts": 8}, tensors))
+
+
+def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: does not exist"):
+        count_parameters(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no \*\.safetensors files"):
+        count_parameters(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="damaged safetensors file"):
+        count_parameters(tmp_path)

@@ -1,0 +1,197 @@
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefixrl_mcore.checkpoint.convert.hf_folder import HfWeights, write_hf_folder
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, read_manifest, verify
+from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
+from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
+from prefixrl_mcore.checkpoint.torch_dist import Piece, TorchDistReader, write_torch_dist
+from tests.support.policies import build_policy, make_batch, max_difference, weights_of
+from tests.support.tiny_models import write_tiny_qwen3
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("model"), tie_word_embeddings=request.param)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Tensor]]:
+    """A checkpoint after one update, and its weights as the live model exports them."""
+    policy = build_policy(source)
+    policy.update(make_batch())
+    path = save_checkpoint(tmp_path_factory.mktemp("run"), 1, policy, {})
+    return path, weights_of(policy)
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    with HfWeights(folder) as weights:
+        return {name: weights.read(name) for name in weights.shapes}
+
+
+def test_the_folder_equals_the_live_export_bit_for_bit(
+    source: Path, trained: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    checkpoint, live = trained
+    assert convert_to_hf(checkpoint, tmp_path / "out") == checkpoint
+    assert max_difference(weights_in(tmp_path / "out"), live) == 0.0
+    assert max_difference(live, weights_in(source)) > 1e-4  # the update did something
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_folder_of_checkpoints_stands_for_its_latest(
+    trained: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    checkpoint, _ = trained
+    assert convert_to_hf(checkpoint.parent, tmp_path / "out") == checkpoint
+
+
+def test_transformers_loads_the_folder_and_computes_the_same(
+    trained: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    checkpoint, live = trained
+    convert_to_hf(checkpoint, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = AutoModelForCausalLM.from_config(model.config)
+    # strict=False: a tied model's state dict also names its output head.
+    assert expected.load_state_dict(live, strict=False).unexpected_keys == []
+    token_ids = torch.arange(4, 30)[None]
+    with torch.no_grad():
+        ours = model.eval()(token_ids).logits.log_softmax(-1)
+        theirs = expected.eval()(token_ids).logits.log_softmax(-1)
+    assert torch.equal(ours, theirs)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("1 + 2").input_ids != []
+
+
+def test_there_and_back_again_gives_the_same_bits(source: Path, tmp_path: Path) -> None:
+    convert_from_hf(source, tmp_path / "checkpoint")
+    verify(tmp_path / "checkpoint")
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert max_difference(weights_in(tmp_path / "out"), weights_in(source)) == 0.0
+
+
+def test_a_folder_of_several_files_converts_alike(source: Path, tmp_path: Path) -> None:
+    split = tmp_path / "split"
+    write_hf_folder(weights_in(source).items(), source, split, max_shard_bytes=60_000)
+    assert len(list(split.glob("*.safetensors"))) > 3
+    convert_from_hf(split, tmp_path / "checkpoint")
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert max_difference(weights_in(tmp_path / "out"), weights_in(source)) == 0.0
+
+
+def test_a_converted_checkpoint_loads_into_a_policy(source: Path, tmp_path: Path) -> None:
+    convert_from_hf(source, tmp_path / "checkpoint")
+    is_tied = json.loads((source / "config.json").read_text())["tie_word_embeddings"]
+    other = write_tiny_qwen3(tmp_path / "other", seed=5, tie_word_embeddings=is_tied)
+    policy = build_policy(other)
+    load_checkpoint(tmp_path / "checkpoint", policy)
+    assert max_difference(weights_of(policy), weights_in(source)) == 0.0
+
+
+def test_a_chosen_dtype_is_written_both_ways(source: Path, tmp_path: Path) -> None:
+    convert_from_hf(source, tmp_path / "checkpoint", torch.bfloat16)
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    rounded = {name: tensor.bfloat16() for name, tensor in weights_in(source).items()}
+    assert max_difference(weights_in(tmp_path / "out"), rounded) == 0.0
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "wide", torch.float32)
+    assert {t.dtype for t in weights_in(tmp_path / "wide").values()} == {torch.float32}
+
+
+def test_no_model_and_no_process_group_are_needed(tmp_path: Path) -> None:
+    convert_from_hf(write_tiny_qwen3(tmp_path / "source"), tmp_path / "checkpoint")
+    script = (
+        "import sys; from pathlib import Path; import torch.distributed as dist\n"
+        "from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf\n"
+        "checkpoint, out = map(Path, sys.argv[1:])\n"
+        "convert_to_hf(checkpoint, out)\n"
+        "convert_from_hf(out, out.with_name('back'))\n"
+        "assert not dist.is_initialized()\n"
+        "assert not {'megatron', 'transformers'} & sys.modules.keys()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "checkpoint"), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_damaged_checkpoint_makes_no_folder(source: Path, tmp_path: Path) -> None:
+    convert_from_hf(source, tmp_path / "checkpoint")
+    data = tmp_path / "checkpoint" / "megatron" / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: content is damaged"):
+        convert_to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_conversion_makes_no_checkpoint(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: is missing"):
+        convert_from_hf(tmp_path / "nowhere", tmp_path / "checkpoint")
+    broken = tmp_path / "broken"
+    write_hf_folder(weights_in(source).items(), source, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"11 missing: model\.layers\.2\."):
+        convert_from_hf(broken, tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_what_exists_is_not_overwritten(
+    source: Path, trained: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(CheckpointError, match="file: exists"):
+        convert_to_hf(trained[0], tmp_path / "file")
+    created = read_manifest(trained[0]).created_unix_seconds
+    with pytest.raises(CheckpointError, match="exists, expected a new or empty folder"):
+        convert_from_hf(source, trained[0])
+    assert read_manifest(trained[0]).created_unix_seconds == created
+
+
+def piece(name: str, full_shape: tuple[int, ...], offsets: tuple[int, ...], *rows: int) -> Piece:
+    """A [len(rows), 1] part of a tensor."""
+    tensor = torch.tensor(rows)[:, None]
+    return Piece(name=name, full_shape=full_shape, offsets=offsets, tensor=tensor)
+
+
+def test_pieces_are_put_together_in_their_places(tmp_path: Path) -> None:
+    pieces = [piece("w", (3, 1), (2, 0), 7), piece("w", (3, 1), (0, 0), 5, 6)]
+    write_torch_dist(tmp_path, pieces)
+    reader = TorchDistReader(tmp_path)
+    assert reader.shapes == {"w": (3, 1)}
+    assert reader.read("w").tolist() == [[5], [6], [7]]
+    assert [reader.read("w", index).tolist() for index in range(3)] == [[5], [6], [7]]
+
+
+def test_a_hole_in_a_tensor_is_refused(tmp_path: Path) -> None:
+    write_torch_dist(tmp_path, [piece("w", (3, 1), (0, 0), 5, 6)])
+    with pytest.raises(CheckpointError, match=r"w \(index None\) has pieces of 2 .* expected 3"):
+        TorchDistReader(tmp_path).read("w")
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_metadata_that_would_run_code_is_refused_without_running_it(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "touched")))
+    with pytest.raises(CheckpointError, match=r"not to be trusted \(names "):
+        TorchDistReader(tmp_path)
+    assert not (tmp_path / "touched").exists()

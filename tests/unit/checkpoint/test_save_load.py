@@ -1,0 +1,218 @@
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.megatron_state import get_rng_state, set_rng_state
+from prefixrl_mcore.checkpoint.offline import convert_from_hf
+from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state
+from prefixrl_mcore.checkpoint.save_load import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from prefixrl_mcore.config.policy import OptimizerConfig
+from prefixrl_mcore.policy.policy import MegatronPolicy
+from tests.support.policies import build_policy, make_batch, max_difference, weights_of
+from tests.support.tiny_models import build_tiny_qwen3, write_model_folder, write_tiny_qwen3
+
+EXTRA_STATE = {"cursor": 7, "epochs": [1, 2], "flops": 1.5e18, "note": "é"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("model"))
+
+
+def schedule(*, is_sharded: bool = False) -> OptimizerConfig:
+    """A schedule whose rate differs at every step, and weight decay."""
+    return OptimizerConfig(
+        lr=1e-3,
+        schedule="linear",
+        num_warmup_steps=2,
+        weight_decay=0.1,
+        clip_grad=1.0,
+        use_distributed_optimizer=is_sharded,
+    )
+
+
+def assert_same_future(ours: MegatronPolicy, theirs: MegatronPolicy) -> None:
+    """Two more updates give bitwise the same weights, losses and learning rates."""
+    batch = make_batch()
+    for _ in range(2):
+        assert ours.update(batch) == theirs.update(batch)
+    assert max_difference(weights_of(ours), weights_of(theirs)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["plain", "distributed"])
+@pytest.mark.parametrize("num_updates", [0, 2])
+def test_training_goes_on_as_if_it_had_not_stopped(
+    source: Path, tmp_path: Path, dtype: str, is_sharded: bool, num_updates: int
+) -> None:
+    unbroken = build_policy(source, optimizer=schedule(is_sharded=is_sharded), dtype=dtype)
+    for _ in range(num_updates):
+        unbroken.update(make_batch())
+    path = save_checkpoint(tmp_path, num_updates, unbroken, EXTRA_STATE)
+    assert path == tmp_path / f"step-{num_updates:06d}"
+
+    other = write_tiny_qwen3(tmp_path / "other weights", seed=5)
+    resumed = build_policy(other, optimizer=schedule(is_sharded=is_sharded), dtype=dtype)
+    resumed.update(make_batch())  # nothing of the present state may remain
+    assert load_checkpoint(tmp_path, resumed) == (num_updates, EXTRA_STATE)
+    assert resumed.policy_version == num_updates
+    assert resumed.learning_rate == unbroken.learning_rate
+    assert_same_future(resumed, unbroken)
+
+
+def test_random_states_come_back(source: Path, tmp_path: Path) -> None:
+    policy = build_policy(source)
+    before = get_rng_state()
+    path = save_checkpoint(tmp_path, 1, policy, {})
+    draws = [random.random(), np.random.random(), torch.rand(1).item()]
+    torch.manual_seed(99)
+    load_checkpoint(path, policy)
+    assert [random.random(), np.random.random(), torch.rand(1).item()] == draws
+    set_rng_state(before)
+
+
+@pytest.mark.parametrize("num_updates", [0, 1])
+def test_saving_does_not_change_what_is_saved(
+    source: Path, tmp_path: Path, num_updates: int
+) -> None:
+    policy, other = build_policy(source), build_policy(source)
+    for _ in range(num_updates):
+        policy.update(make_batch())
+        other.update(make_batch())
+    save_checkpoint(tmp_path, 1, policy, {})
+    assert_same_future(policy, other)
+
+
+def test_a_checkpoint_carries_config_and_tokenizer_as_bytes(source: Path, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 3, build_policy(source), EXTRA_STATE)
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (path / "hf" / name).read_bytes() == (source / name).read_bytes()
+    assert not list((path / "hf").glob("*.safetensors"))
+    state = read_trainer_state(path)
+    assert (state.step, state.policy_version, state.world_size) == (3, 0, 1)
+    assert state.extra_state == EXTRA_STATE
+
+
+def test_a_policy_without_a_folder_saves_its_config(source: Path, tmp_path: Path) -> None:
+    policy = build_policy(source)
+    policy.model_path = None
+    path = save_checkpoint(tmp_path, 0, policy, {})
+    assert json.loads((path / "hf" / "config.json").read_text()) == policy.hf_config
+
+
+def test_only_the_last_checkpoints_are_kept(source: Path, tmp_path: Path) -> None:
+    policy = build_policy(source)
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, step, policy, {}, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000020", "step-000030"]
+    # A run that went back to 20 and saves 25 keeps what was written last, not what counts most.
+    save_checkpoint(tmp_path, 25, policy, {}, keep_last=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000025"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000025"
+
+
+def test_the_latest_complete_checkpoint_is_found_without_its_pointer(
+    source: Path, tmp_path: Path
+) -> None:
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    assert latest_checkpoint(tmp_path) is None
+    policy = build_policy(source)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, policy, {})
+    (tmp_path / "latest").unlink()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000003"
+    (tmp_path / "step-000003" / "trainer.json").write_text("")
+    (tmp_path / "latest").write_text("step-000003\n")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000002"
+    (tmp_path / "latest").write_text("step-000001\n")  # somebody wants to go back
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(
+            lambda p: (p / "megatron/__0_0.distcp").write_bytes(b"x"), "got 1 bytes", id="truncated"
+        ),
+        pytest.param(lambda p: (p / "megatron/.metadata").unlink(), "is missing", id="missing"),
+        pytest.param(lambda p: (p / "manifest.json").unlink(), "incomplete", id="no manifest"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_path_and_changes_nothing(
+    source: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    policy = build_policy(source)
+    path = save_checkpoint(tmp_path, 1, policy, {})
+    damage(path)
+    weights = weights_of(policy)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_checkpoint(path, policy)
+    assert str(path) in str(error.value)
+    assert max_difference(weights_of(policy), weights) == 0.0
+
+
+def test_a_missing_checkpoint_is_refused_by_path(source: Path, tmp_path: Path) -> None:
+    policy = build_policy(source)
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint folder"):
+        load_checkpoint(tmp_path / "nowhere", policy)
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        load_checkpoint(tmp_path, policy)
+
+
+def test_another_model_is_refused_by_the_fields_that_differ(source: Path, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, build_policy(source), {})
+    wider = write_model_folder(build_tiny_qwen3(ffn_size=64), tmp_path / "wider")
+    with pytest.raises(CheckpointError, match="intermediate_size got 128, expected 64") as error:
+        load_checkpoint(path, build_policy(wider))
+    assert str(path) in str(error.value)
+
+
+def test_another_kind_of_optimizer_is_refused(source: Path, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, build_policy(source, optimizer=schedule()), {})
+    other = write_tiny_qwen3(tmp_path / "other weights", seed=5)
+    sharded = build_policy(other, optimizer=schedule(is_sharded=True))
+    weights = weights_of(sharded)
+    with pytest.raises(CheckpointError, match=r"optimizer\.state.*same kind of optimizer"):
+        load_checkpoint(path, sharded)
+    assert max_difference(weights_of(sharded), weights) == 0.0
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["plain", "distributed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_converted_folder_starts_training_like_the_folder_itself(
+    source: Path, tmp_path: Path, dtype: str, is_sharded: bool
+) -> None:
+    convert_from_hf(source, tmp_path / "start")
+    other = write_tiny_qwen3(tmp_path / "other weights", seed=5)
+    policy = build_policy(other, optimizer=schedule(is_sharded=is_sharded), dtype=dtype)
+    assert load_checkpoint(tmp_path / "start", policy) == (0, {})
+    expected = build_policy(source, optimizer=schedule(is_sharded=is_sharded), dtype=dtype)
+    assert max_difference(weights_of(policy), weights_of(expected)) == 0.0
+    assert_same_future(policy, expected)
+
+
+@pytest.mark.parametrize("value", [{"x": float("nan")}, {"x": object()}, {"x": {1, 2}}])
+def test_extra_state_that_is_not_json_is_refused_before_anything_is_written(
+    source: Path, tmp_path: Path, value: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match="extra_state of checkpoint step 4 is not JSON"):
+        save_checkpoint(tmp_path, 4, build_policy(source), value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_and_keep_last_out_of_range_are_refused(source: Path, tmp_path: Path) -> None:
+    policy = build_policy(source)
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        save_checkpoint(tmp_path, -1, policy, {})
+    with pytest.raises(ValueError, match="keep_last must be at least 1 or None, got 0"):
+        save_checkpoint(tmp_path, 0, policy, {}, keep_last=0)

@@ -1,0 +1,131 @@
+"""Loading of configs: strictness, flags, cross-field rules, JSON round trip."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.config.base import ConfigError, read_toml, validate
+from prefixrl_mcore.config.load import dump_json, load_config
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.demo.settings import TaskConfig
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+MINIMAL = 'run_folder = "r"\n[model]\npath = "m"\n[data]\nproblems = "p.jsonl"\n'
+
+
+def _load(folder: Path, text: str, *flags: str) -> RunConfig:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return load_config(RunConfig, path, list(flags))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda p: p.name)
+def test_every_config_file_loads(path: Path) -> None:
+    config_cls = TaskConfig if path.name == "task.toml" else RunConfig
+    assert validate(config_cls, read_toml(path), where=str(path))
+
+
+def test_there_are_config_files() -> None:
+    assert len(list(CONFIGS.rglob("*.toml"))) >= 4
+
+
+def test_the_paper_recipe_is_the_default(tmp_path: Path) -> None:
+    config = _load(tmp_path, MINIMAL)
+    assert (config.batch.prompts_per_step, config.batch.group_size) == (128, 8)
+    assert config.prefixes.num_per_trace == 3
+    assert (config.prefixes.min_fraction, config.prefixes.max_fraction) == (0.4, 0.8)
+    assert config.policy.optimizer.lr == 1e-6
+    assert config.policy.optimizer.clip_grad == 1.0
+    assert (config.rollout.temperature, config.evaluation.temperature) == (1.0, 0.7)
+    assert (config.rollout.max_completion_tokens, config.rollout.max_total_tokens) == (16384, 36000)
+    assert (config.loss.baseline, config.loss.normalize_std) == ("mean", False)
+    assert (config.loss.importance, config.loss.aggregation) == ("none", "token_mean")
+    assert config.collect.max_tries == 2500
+
+
+def test_a_flag_overrides_the_file(tmp_path: Path) -> None:
+    text = MINIMAL + "[policy.optimizer]\nlr = 1e-5\n"
+    assert _load(tmp_path, text).policy.optimizer.lr == 1e-5
+    assert _load(tmp_path, text, "--policy.optimizer.lr", "3e-4").policy.optimizer.lr == 3e-4
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.temperatur: unknown key.*'temperature'"):
+        _load(tmp_path, MINIMAL + "[rollout]\ntemperatur = 1.0\n")
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.problems: required"):
+        _load(tmp_path, 'run_folder = "r"\n[model]\npath = "m"\n[data]\n')
+
+
+def test_a_value_out_of_range_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"batch\.group_size.*got 1"):
+        _load(tmp_path, MINIMAL + "[batch]\ngroup_size = 1\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("[prefixes]\nmin_fraction=0.9\nmax_fraction=0.5\n", "0.9 > 0.5", id="cuts"),
+        pytest.param("[batch]\nstream_tokens=100\n", "100 < 36000", id="stream"),
+        pytest.param("[rollout]\nmax_completion_tokens=36000\n", "36000 >= 36000", id="room"),
+        pytest.param(
+            "[policy.parallel]\nsequence_parallel=true\n", "tensor_model_parallel", id="sp"
+        ),
+    ],
+)
+def test_cross_field_rules_say_values_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _load(tmp_path, MINIMAL + text)
+
+
+def test_a_flag_is_checked_by_the_same_rules(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _load(tmp_path, MINIMAL, "--prefixes.min-fraction", "0.95")
+    assert stopped.value.code == 2
+    assert "0.95 > 0.8" in capsys.readouterr().err
+
+
+def test_a_misspelled_flag_gets_a_suggestion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _load(tmp_path, MINIMAL, "--policy.optimizer.rl", "1e-5")
+    assert stopped.value.code == 2
+    assert "--policy.optimizer.lr" in capsys.readouterr().err
+
+
+def test_broken_toml_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.toml: not valid TOML"):
+        _load(tmp_path, "run_folder = \n")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(RunConfig, tmp_path / "none.toml", [])
+
+
+def test_json_round_trip_is_equal(tmp_path: Path) -> None:
+    config = _load(tmp_path, MINIMAL + "[metrics]\nwandb = { project = 'x' }\n")
+    assert validate(RunConfig, json.loads(dump_json(config)), where="json") == config
+
+
+def test_the_config_is_frozen(tmp_path: Path) -> None:
+    config = _load(tmp_path, MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # pyright: ignore[reportAttributeAccessIssue]  # that is the test
+
+
+def test_configs_load_without_torch() -> None:
+    code = (
+        "import sys, prefixrl_mcore.config.load, prefixrl_mcore.config.run, prefixrl_mcore.cli;"
+        "import prefixrl_mcore.records, prefixrl_mcore.launch.check;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,99 @@
+"""metrics.jsonl: explicit steps, resume without doubles, W&B offline."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.config.run import MetricsConfig, WandbConfig
+from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer, truncate_metrics
+from prefixrl_mcore.observability.run_folder import RunFolder
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write(folder: RunFolder, num_steps: int, *, num_steps_done: int = 0) -> None:
+    writer = MetricsWriter(folder, MetricsConfig(), num_steps_done=num_steps_done)
+    for step in range(num_steps_done, num_steps):
+        writer.write("train", step, {"rollout/reward_mean": step / 10})
+        writer.write("eval", step + 1, {"eval/train/accuracy": step / 10})
+    writer.close()
+
+
+def test_each_line_carries_step_kind_and_values(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    _write(folder, 1)
+    train, evaluation = _lines(folder.metrics_file)
+    assert (train["step"], train["kind"], train["rollout/reward_mean"]) == (0, "train", 0.0)
+    assert (evaluation["step"], evaluation["kind"]) == (1, "eval")
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    _write(folder, 5)
+    _write(folder, 5, num_steps_done=3)
+    steps = [(line["kind"], line["step"]) for line in _lines(folder.metrics_file)]
+    assert len(steps) == len(set(steps)) == 10
+    assert steps[:6] == [
+        (kind, step)
+        for pair in ((("train", s), ("eval", s + 1)) for s in range(3))
+        for kind, step in pair
+    ]
+
+
+def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    _write(folder, 2)
+    with folder.metrics_file.open("a") as file:
+        file.write('{"step": 2, "ki')
+    truncate_metrics(folder.metrics_file, 2)
+    assert [line["step"] for line in _lines(folder.metrics_file)] == [0, 1, 1, 2]
+
+
+def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    writer = MetricsWriter(folder, MetricsConfig(), num_steps_done=0)
+    writer.write("train", 0, {"a": float("nan"), "b": float("inf"), "c": 1.0})
+    writer.close()
+    (line,) = _lines(folder.metrics_file)
+    assert (line["a"], line["b"], line["c"]) == (None, None, 1.0)
+
+
+def test_tensorboard_events_are_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    writer = MetricsWriter(folder, MetricsConfig(tensorboard=True), num_steps_done=0)
+    writer.write("train", 0, {"a": 1.0})
+    writer.close()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.slow
+def test_wandb_offline_keeps_one_run_id_over_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = RunFolder(tmp_path)
+    folder.config_file.write_text("{}")
+    config = MetricsConfig(wandb=WandbConfig())
+    ids = []
+    for first in (0, 1):
+        writer = MetricsWriter(folder, config, num_steps_done=first)
+        writer.write("train", first, {"a": 1.0})
+        writer.write_rollouts(10, [{"completion_text": "x", "reward": 1.0}])
+        writer.close()
+        ids.append(json.loads((tmp_path / "wandb.json").read_text())["id"])
+    assert ids[0] == ids[1]
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_phases_add_up_within_a_step_and_start_anew() -> None:
+    timer = PhaseTimer()
+    for _ in range(2):
+        with timer.phase("rollout"):
+            pass
+    first = timer.take()
+    assert set(first) == {"time/rollout_seconds", "time/step_seconds"}
+    assert 0 <= first["time/rollout_seconds"] <= first["time/step_seconds"]
+    assert set(timer.take()) == {"time/step_seconds"}

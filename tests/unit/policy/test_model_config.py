@@ -1,0 +1,154 @@
+"""Reading of Hugging Face ``config.json``: what is mapped, what is refused and how it is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixrl_mcore.config.policy import PolicyConfig
+from prefixrl_mcore.policy.model_config import (
+    build_transformer_config,
+    read_hf_config,
+    read_model_shape,
+)
+
+QWEN3_8B_V4: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def _v5() -> dict[str, Any]:
+    config = dict(QWEN3_8B_V4)
+    for name in ("rope_scaling", "rope_theta", "torch_dtype"):
+        del config[name]
+    return config | {
+        "dtype": "bfloat16",
+        "layer_types": ["full_attention"] * 36,
+        "pad_token_id": None,
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    }
+
+
+def test_qwen3_8b_of_either_transformers_generation_has_this_shape() -> None:
+    shape = read_model_shape(QWEN3_8B_V4)
+    assert read_model_shape(_v5()) == shape
+    assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size) == (36, 4096, 12288)
+    assert (shape.num_attention_heads, shape.num_query_groups, shape.kv_channels) == (32, 8, 128)
+    assert (shape.rotary_base, shape.layernorm_epsilon) == (1e6, 1e-6)
+    assert (shape.qk_layernorm, shape.add_qkv_bias, shape.tie_word_embeddings) == (
+        True,
+        False,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tp", "rows"), [(1, 151936), (8, 151936), (7, 151942)], ids=["1", "divides", "padded"]
+)
+def test_vocabulary_is_padded_to_equal_shards(tp: int, rows: int) -> None:
+    assert read_model_shape(QWEN3_8B_V4).padded_vocab_size(tp) == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM", id="family"),
+        pytest.param({"architectures": None}, "architectures", id="no-family"),
+        pytest.param({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling", id="yarn"),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
+            "rope_parameters",
+            id="llama3",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+            id="partial-rotary",
+        ),
+        pytest.param({"use_sliding_window": True}, "use_sliding_window", id="sliding-window"),
+        pytest.param(
+            {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types", id="layers"
+        ),
+        pytest.param({"hidden_act": "gelu"}, "hidden_act = 'gelu'", id="activation"),
+        pytest.param({"attention_dropout": 0.1}, "attention_dropout", id="dropout"),
+        pytest.param(
+            {"quantization_config": {"quant_method": "fp8"}}, "quantization_config", id="fp8"
+        ),
+        pytest.param({"logit_softcap": 30.0}, "unknown.*logit_softcap = 30.0", id="unknown"),
+        pytest.param({"rms_norm_eps": None}, "rms_norm_eps is missing", id="missing"),
+        pytest.param({"rope_theta": None}, "rope_theta is missing", id="no-theta"),
+        pytest.param({"vocab_size": 0}, "vocab_size must be a positive integer", id="zero"),
+    ],
+)
+def test_a_field_that_is_not_implemented_is_refused_by_name(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_model_shape(QWEN3_8B_V4 | change)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"tensor_model_parallel_size": 16}, "8 key-value heads do not divide into 16"),
+        ({"pipeline_model_parallel_size": 5}, "36 layers do not divide into 5"),
+        (
+            {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 4},
+            "36 layers do not divide into 16",
+        ),
+    ],
+    ids=["tp", "pp", "vpp"],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(
+    parallel: dict[str, int], message: str
+) -> None:
+    policy = PolicyConfig.model_validate({"parallel": parallel})
+    with pytest.raises(ValueError, match=message):
+        build_transformer_config(read_model_shape(QWEN3_8B_V4), policy, device=torch.device("cpu"))
+
+
+def test_megatron_config_divides_by_global_token_counts() -> None:
+    config = build_transformer_config(
+        read_model_shape(QWEN3_8B_V4), PolicyConfig(), device=torch.device("cpu")
+    )
+    assert config.calculate_per_token_loss
+    assert (config.bf16, config.params_dtype) == (True, torch.bfloat16)
+    assert (config.hidden_dropout, config.attention_dropout) == (0.0, 0.0)
+
+
+def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: does not exist"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+        read_hf_config(tmp_path)

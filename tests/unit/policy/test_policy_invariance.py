@@ -1,0 +1,169 @@
+"""What must not matter to the gradient: prompts and prefixes as targets, packing, neighbours."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from prefixrl_mcore.config.policy import LossConfig
+from prefixrl_mcore.data.packing import PackedBatch, Stream
+from prefixrl_mcore.policy import cpu_runtime
+from prefixrl_mcore.policy.build import unwrap
+from prefixrl_mcore.policy.forward_backward import build_microbatch, run_model
+from tests.support.policies import (
+    build_policy,
+    gradients_of,
+    make_batch,
+    make_sequences,
+    max_difference,
+)
+
+TOLERANCE = 2e-6
+"""float32: other orders of summation; the gradients' largest entries are of size 0.1 to 1."""
+
+
+def _gradients(folder: Path, batch: PackedBatch, **settings: object) -> dict[str, Tensor]:
+    policy = build_policy(folder, **settings)
+    policy.update(batch)
+    return gradients_of(policy)
+
+
+def _row_mask(stream: Stream) -> np.ndarray:
+    mask = np.zeros(len(stream.token_ids_T), dtype=bool)
+    mask[stream.rows_R] = True
+    return mask
+
+
+def _spread(values_R: np.ndarray, mask_T: np.ndarray, filler: np.ndarray | float) -> np.ndarray:
+    """Return [T] values: those of rows at the rows, ``filler`` everywhere else."""
+    values_T = np.full(mask_T.size, filler, dtype=values_R.dtype)
+    values_T[mask_T] = values_R
+    return values_T
+
+
+def _masked_gradients(
+    folder: Path, batch: PackedBatch, *, garbage: float, garbage_targets: int
+) -> dict[str, Tensor]:
+    """Return gradients when every position is a row, with weights 0 instead of row selection.
+
+    Positions that are no rows of ``batch`` get ``garbage`` as advantage and rollout logprob, and
+    ``garbage_targets`` as target.
+    """
+    streams = []
+    for stream in batch.streams:
+        mask_T = _row_mask(stream)
+        streams.append(
+            dataclasses.replace(
+                stream,
+                rows_R=np.arange(mask_T.size),
+                targets_R=_spread(stream.targets_R, mask_T, garbage_targets),
+                advantages_R=_spread(stream.advantages_R, mask_T, garbage),
+                weights_R=_spread(stream.weights_R, mask_T, 0.0),
+                rollout_logprobs_R=_spread(stream.rollout_logprobs_R, mask_T, garbage),
+                sequence_index_R=_spread(stream.sequence_index_R, mask_T, 0),
+            )
+        )
+    return _gradients(folder, dataclasses.replace(batch, streams=tuple(streams)))
+
+
+def test_targets_and_loss_inputs_of_prompt_and_prefix_have_exactly_no_effect(
+    tied_folder: Path,
+) -> None:
+    batch = make_batch()
+    clean = _masked_gradients(tied_folder, batch, garbage=0.0, garbage_targets=0)
+    dirty = _masked_gradients(tied_folder, batch, garbage=1e6, garbage_targets=17)
+    assert max_difference(clean, dirty) == 0.0
+    # The mask and the selection of rows are the same loss, but for the count that divides it.
+    num_positions = sum(len(stream.token_ids_T) for stream in batch.streams)
+    selected = _gradients(tied_folder, batch)
+    scaled = {name: g * (num_positions / batch.num_trained_tokens) for name, g in clean.items()}
+    assert max_difference(scaled, selected) < TOLERANCE
+    assert max(float(g.abs().max()) for g in selected.values()) > 0.05
+
+
+def test_only_completion_tokens_are_rows_and_targets(tied_folder: Path) -> None:
+    sequences = make_sequences()
+    batch = make_batch(sequences)
+    by_id = {sequence.sequence_id: sequence for sequence in sequences}
+    for stream in batch.streams:
+        for row, target, index in zip(
+            stream.rows_R, stream.targets_R, stream.sequence_index_R, strict=True
+        ):
+            sequence = by_id[batch.sequence_ids[index]]
+            in_completion = stream.position_ids_T[row] + 1 - len(sequence.context_token_ids)
+            assert sequence.completion_token_ids[in_completion] == target
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_gradient_does_not_depend_on_packing_order_or_microbatches(
+    tied_folder: Path, seed: int
+) -> None:
+    sequences = make_sequences()
+    expected = _gradients(tied_folder, make_batch(sequences))
+    shuffled = [sequences[i] for i in np.random.default_rng(seed).permutation(len(sequences))]
+    for stream_tokens in (40, 64, 512):
+        batch = make_batch(shuffled, stream_tokens=stream_tokens, streams_multiple=seed)
+        gradients = _gradients(tied_folder, batch, stream_tokens=stream_tokens)
+        assert max_difference(gradients, expected) < TOLERANCE
+    reversed_streams = make_batch(shuffled, stream_tokens=40)
+    reversed_streams = dataclasses.replace(reversed_streams, streams=reversed_streams.streams[::-1])
+    gradients = _gradients(tied_folder, reversed_streams, stream_tokens=40)
+    assert max_difference(gradients, expected) < TOLERANCE
+
+
+def test_filler_streams_change_nothing(tied_folder: Path) -> None:
+    sequences = make_sequences(2)
+    expected = _gradients(tied_folder, make_batch(sequences))
+    batch = make_batch(sequences, streams_multiple=3)
+    assert batch.num_filler_streams == 2
+    assert max_difference(_gradients(tied_folder, batch), expected) < TOLERANCE
+
+
+def test_a_sequence_sees_no_other_sequence_in_the_stream(tied_folder: Path) -> None:
+    """The gradient of one sequence's logprobs reaches its own token embeddings only."""
+    policy = build_policy(tied_folder)
+    stream = make_batch().streams[0]
+    microbatch = build_microbatch(stream, policy.stream_settings, has_rollout_logprobs=True)
+    model = unwrap(policy.model_chunks[0])
+    embeddings: list[Tensor] = []
+
+    def keep(module: object, inputs: object, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    hook = model.embedding.register_forward_hook(keep)
+    with cpu_runtime.megatron_on_cpu():
+        logprobs_R = run_model(policy.model_chunks[0], microbatch)[0]
+    hook.remove()
+    starts = stream.sequence_starts.tolist()
+    num_checked = 0
+    for first, last in itertools.pairwise(starts):
+        inside = torch.from_numpy((stream.rows_R >= first) & (stream.rows_R < last))
+        if not inside.any():
+            continue
+        (grad_T,) = torch.autograd.grad(logprobs_R[inside].sum(), embeddings[0], retain_graph=True)
+        size_T = grad_T.abs().amax(dim=(1, 2))
+        assert size_T[first : last - 1].min() > 0.0  # the last token predicts nothing
+        assert float(torch.cat((size_T[:first], size_T[last:])).sum()) == 0.0
+        num_checked += 1
+    assert num_checked >= 3
+
+
+def test_rollout_logprobs_do_not_enter_reinforce(tied_folder: Path) -> None:
+    batch = make_batch()
+    changed = dataclasses.replace(
+        batch,
+        streams=tuple(
+            dataclasses.replace(s, rollout_logprobs_R=s.rollout_logprobs_R - 1.0)
+            for s in batch.streams
+        ),
+    )
+    plain = _gradients(tied_folder, batch)
+    assert max_difference(plain, _gradients(tied_folder, changed)) == 0.0
+    truncated = LossConfig(importance="truncated", max_importance=5.0)
+    weighted = _gradients(tied_folder, changed, loss=truncated)
+    assert max_difference(plain, weighted) > 1e-3

@@ -22,6 +22,11 @@ help:  ## list the targets
 
 setup: .venv/.locked  ## the trainer's environment, from uv.lock, in .venv
 
+SGLANG_ENV := prefixrl_mcore/rollout/sglang_env
+.venv-sglang/.locked: $(wildcard $(SGLANG_ENV)/*.lock) $(SGLANG_ENV)/setup.sh | setup
+	$(SGLANG_ENV)/setup.sh $(UV) .venv/bin/python .venv-sglang
+	@touch $@
+
 setup-sglang: .venv-sglang/.locked  ## SGLang's own environment, in .venv-sglang
 
 demo: setup setup-sglang  ## the whole of PrefixRL on this CPU, with a report at the end

@@ -9,6 +9,7 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -145,9 +146,10 @@ def _sharded_state(policy: Trainable, *, is_loading: bool, has_optimizer: bool) 
     }
     state: dict[str, Any] = dict(models)
     if has_optimizer:
-        state["optimizer"] = policy.optimizer.sharded_state_dict(
-            models, is_loading=is_loading, metadata=metadata
-        )
+        with _padding_between_buckets(policy.optimizer):
+            state["optimizer"] = policy.optimizer.sharded_state_dict(
+                models, is_loading=is_loading, metadata=metadata
+            )
         state["scheduler"] = policy.scheduler.state_dict()
     return state
 
@@ -197,6 +199,43 @@ def _load_optimizer(  # untyped upstream
         part.load_parameter_state_from_fully_reshardable(sharded)
         for parameter, step in steps.items():
             part.optimizer.state[parameter]["step"] = step
+
+
+@contextmanager
+def _padding_between_buckets(optimizer: Any) -> Iterator[None]:  # noqa: ANN401  (untyped upstream)
+    """Let ``DistributedOptimizer`` find each parameter's state where it looks for it.
+
+    megatron-core 0.19.2 gathers the state of a buffer without the padding between its buckets,
+    and then cuts it at offsets that count the padding: every parameter behind the first padding
+    is saved shifted. There are several buckets as soon as a tied embedding is on two pipeline
+    stages. Can go when ``sharded_param_state_fully_reshardable`` no longer pads with zeros.
+    """
+    sharded = [part for part in _parts(optimizer) if hasattr(part, "get_parameter_state_dp_zero")]
+    for part in sharded:
+        part.get_parameter_state_dp_zero = partial(_gather_with_padding, part)
+    try:
+        yield
+    finally:
+        for part in sharded:
+            del part.get_parameter_state_dp_zero
+
+
+def _gather_with_padding(part: Any, **arguments: bool) -> dict[Any, Any] | None:  # noqa: ANN401
+    gathered = type(part).get_parameter_state_dp_zero(part, **arguments)
+    if gathered is None:
+        return None
+    for index, buffer in enumerate(part.buffers):
+        for tensors in gathered[index].values():
+            for key, compact in tensors.items():
+                if not isinstance(compact, torch.Tensor):
+                    continue
+                padded, begin = compact.new_zeros(buffer.numel), 0
+                for bucket in buffer.buckets:
+                    length = bucket.numel_unpadded
+                    padded[bucket.offset :][:length] = compact[begin:][:length]
+                    begin += length
+                tensors[key] = padded
+    return gathered
 
 
 def _restore_step_zero(state: dict[Any, Any]) -> None:

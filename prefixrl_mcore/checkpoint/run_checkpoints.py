@@ -67,9 +67,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint that ``latest`` names if it is complete, else the newest complete one.
 
     Complete means that the manifest is there and every file has its size. None if there is none.
-    Call it on one rank only: it also tidies up after a save that was killed.
+    Only reads, so that it can be called beside a running trainer; the process that owns the folder
+    calls ``clean_up`` first, which also brings back a checkpoint whose replacement was killed
+    between two renames.
     """
-    clean_up(folder)
     pointer = folder / LATEST_NAME
     if pointer.is_file():
         named = folder / pointer.read_text(encoding="utf-8").strip()
@@ -81,7 +82,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what killed saves left half-written, half-renamed or half-deleted."""
+    """Remove or undo what killed saves left half-written, half-renamed or half-deleted.
+
+    Only the trainer that writes to the folder may call this, on one rank, with no save under way.
+    """
     manifest.clean_temporaries(folder)
     for path in folder.glob(f".{LATEST_NAME}.tmp-*"):
         path.unlink()

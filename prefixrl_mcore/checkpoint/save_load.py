@@ -34,7 +34,7 @@ from prefixrl_mcore.checkpoint.run_checkpoints import (
 )
 from prefixrl_mcore.policy.topology import run_on_first
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["clean_up", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
 

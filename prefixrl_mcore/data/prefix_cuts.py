@@ -116,8 +116,8 @@ def cut_prefixes(
         finds_answer: decides ``answer_in_prefix``; called once.
 
     Raises:
-        ValueError: if a prompt + trace is longer than ``max_total_tokens``, a prompt + prefix
-            leaves no room for a completion, or no trace has a known problem.
+        ValueError: if a prompt + trace is longer than ``max_total_tokens`` (so that every prefix
+            leaves room for a completion), or no trace has a known problem.
     """
     by_id = {problem.problem_id: problem for problem in problems}
     known = [trace for trace in traces if trace.problem_id in by_id]
@@ -129,7 +129,6 @@ def cut_prefixes(
         for trace, lengths in zip(known, positions, strict=True)
         for num_tokens in lengths
     ]
-    _check_room(cuts, max_total_tokens)
     has_answer = finds_answer(
         [(c.problem.answer, c.trace.completion_token_ids[: c.num_tokens]) for c in cuts]
     )
@@ -201,19 +200,25 @@ def _check_trace_lengths(traces: Sequence[Trace], max_total_tokens: int) -> None
     )
 
 
-def _check_room(cuts: Sequence[_Cut], max_total_tokens: int) -> None:
-    """Refuse prefixes after which not even one token fits."""
+def check_room(prefixed: Sequence[PrefixedProblem], max_total_tokens: int) -> None:
+    """Refuse prefixes after which not even one token fits.
+
+    Freshly cut prefixes always leave room; stored ones may not, when the limit was lowered since.
+
+    Raises:
+        ValueError: with the lengths of the first of them.
+    """
     no_room = [
-        f"{c.trace.trace_id!r}: {len(c.trace.prompt_token_ids)} prompt + {c.num_tokens} prefix "
-        "tokens"
-        for c in cuts
-        if len(c.trace.prompt_token_ids) + c.num_tokens >= max_total_tokens
+        f"{item.prefixed_problem_id!r}: {len(item.prompt_token_ids)} prompt + "
+        f"{len(item.prefix_token_ids)} prefix tokens"
+        for item in prefixed
+        if len(item.context_token_ids) >= max_total_tokens
     ]
     _raise_if_any(
         no_room,
-        len(cuts),
+        len(prefixed),
         f"prefixes leave no room for a completion in rollout.max_total_tokens = {max_total_tokens}",
-        "raise it, or lower prefixes.max_fraction",
+        "raise it, or cut again with a lower prefixes.max_fraction",
     )
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from prefixrl_mcore.config.data import PrefixConfig
 from prefixrl_mcore.data.durable import write_bytes_atomically
-from prefixrl_mcore.data.prefix_cuts import PrefixStats, answer_finder, cut_prefixes
+from prefixrl_mcore.data.prefix_cuts import PrefixStats, answer_finder, check_room, cut_prefixes
 from prefixrl_mcore.data.traces import check_hash
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.records import PrefixedProblem, Problem
@@ -85,6 +85,8 @@ def read_prefixes(
     tokenizer_hash: str,
     chat_template_hash: str,
     config: PrefixConfig | None = None,
+    *,
+    max_total_tokens: int | None = None,
 ) -> list[PrefixedProblem]:
     """Return the prefixes of the given problems, in the order in which they were written.
 
@@ -96,10 +98,11 @@ def read_prefixes(
         tokenizer_hash: hash that the prefixes must have been made with.
         chat_template_hash: hash that the prompts must have been made with.
         config: settings that the prefixes must have been cut with; None accepts any.
+        max_total_tokens: prompt, prefix and completion together; None has no limit.
 
     Raises:
-        ValueError: if the folder has no prefixes or damaged ones, a hash or a setting differs, or
-            a problem's answer has changed since.
+        ValueError: if the folder has no prefixes or damaged ones, a hash or a setting differs, a
+            problem's answer has changed since, or a prefix leaves no room for a completion.
     """
     header = _read_header(folder)
     check_hash("tokenizer", folder, header["tokenizer_hash"], tokenizer_hash)
@@ -113,6 +116,8 @@ def read_prefixes(
     rows = _read_rows(folder, header["table_sha256"])
     by_id = {problem.problem_id: problem for problem in problems}
     items = [_item(row, by_id[row["problem_id"]]) for row in rows if row["problem_id"] in by_id]
+    if max_total_tokens is not None:
+        check_room(items, max_total_tokens)
     if len(items) < len(rows):
         _logger.warning(
             "%s: %d of %d prefixes belong to problems that are not trained on, and are left out",

@@ -134,6 +134,7 @@ class TraceStore:
         self.header = header
         """What all traces have in common."""
         self._known_ids: set[str] | None = None
+        self._round_attempts: list[list[AttemptRecord]] = []
 
     @classmethod
     def create(
@@ -299,9 +300,13 @@ class TraceStore:
         )
 
     def _attempts_by_round(self) -> Iterator[AttemptRecord]:
-        """Yield the attempts of every part as they were added."""
-        for part in self._parts():
-            yield from attempts_from_table(_read_table(part / _ATTEMPTS, ATTEMPT_SCHEMA))
+        """Yield the attempts of every part as they were added; each part is read once."""
+        parts = self._parts()
+        for part in parts[len(self._round_attempts) :]:
+            table = _read_table(part / _ATTEMPTS, ATTEMPT_SCHEMA)
+            self._round_attempts.append(attempts_from_table(table))
+        for attempts in self._round_attempts:
+            yield from attempts
 
     def _parts(self) -> list[Path]:
         """Return the parts in order; refuse a gap, which means that files were lost."""

@@ -3,16 +3,16 @@ r"""The K-part quiz: a synthetic, verifiable task that is hard without the start
 Part ``i`` of a problem names an operation and two digits ``x0 x1``. Its answer is
 ``k = table[10 * m0 + m1]`` with ``m0 = (x0 + a0) mod 10`` and ``m1 = (x1 + a1) mod 10``; the
 digits ``a0 a1`` belong to the operation, the table to the whole quiz. A solution is one step per
-part. A step names a method; only one method per operation, the sound one, works the answer out::
+part. A step names a method; only one method, the sound one, works the answer out::
 
     a 6 6 Q 9 1 \boxed{2}      sound: writes m0 m1, then the answer
     a 6 6 S \boxed{0}          any other method: a guess
 
 A problem counts as solved when all K boxed answers are right, so a policy that takes the sound
 method with probability ``s`` solves it with ``q ** K``, ``q = s + (1 - s) / num_values``, and
-succeeds after a prefix that holds ``j`` steps with ``q ** (K - j)``. Which method is sound is
-shared by all problems and by all parts of one operation: what is learned at the end of a solution
-helps at its start. No torch here.
+succeeds after a prefix that holds ``j`` steps with ``q ** (K - j)``. The sound method is shared by
+all problems and, by default, by all parts: what is learned at the end of a solution helps at its
+start. No torch here.
 """
 
 import json
@@ -49,8 +49,10 @@ class Quiz:
     num_parts: int = 8
     """Parts of a problem, each with an answer of its own."""
 
-    num_ops: int = 2
-    """Operations; part ``i`` uses operation ``i mod num_ops``."""
+    num_ops: int = 8
+    """Operations; part ``i`` uses operation ``i mod num_ops``. With fewer operations than parts a
+    policy has to count steps to know which part comes next, and loses count when its steps grow
+    longer than those that it was pre-trained on."""
 
     num_methods: int = 4
     """Methods that a step can name, one of them sound for each operation."""
@@ -69,7 +71,7 @@ class Quiz:
         """Refuse sizes that the names or the digits cannot express."""
         bounds = {
             "num_parts": (self.num_parts, 1, 64),
-            "num_ops": (self.num_ops, 1, len(_METHOD_NAMES)),
+            "num_ops": (self.num_ops, 1, len(string.ascii_lowercase)),
             "num_methods": (self.num_methods, 2, len(_METHOD_NAMES)),
             "num_values": (self.num_values, 2, _NUM_DIGITS),
         }

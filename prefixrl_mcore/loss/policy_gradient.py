@@ -76,9 +76,10 @@ def policy_gradient_terms(
 
     plus ``entropy_coefficient * entropy``; ``summed_loss = -sum(weights * term)``.
 
-    Metrics: ``loss/entropy_nats``; ``loss/logprob_gap_mean_nats`` and ``…_max_nats`` of
-    ``|policy - rollout|``; ``loss/k1_nats`` (``rollout - policy``) and ``loss/k3_nats``
-    (``ratio - 1 - log ratio``), both estimates of KL(rollout policy || policy);
+    Metrics: ``loss/entropy_nats``; ``loss/logprob_gap_mean_nats`` and
+    ``loss/logprob_gap_max_nats`` of ``|policy - rollout|``; ``loss/k1_nats``
+    (``rollout - policy``) and ``loss/k3_nats`` (``ratio - 1 - log ratio``), both
+    estimates of KL(rollout policy || policy);
     ``loss/clipped_fraction``, rows whose weight was cut (``truncated``) or whose gradient was
     removed (``ppo_clip``); ``loss/importance_mean``, the ratio before any cut;
     ``loss/extreme_fraction``, rows with ``|log ratio| > MAX_LOG_RATIO``. They are not weighted.

@@ -181,5 +181,5 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         """Return the [T, 1, 1, kv_channels] float32 angles."""
         if self.inv_freq.device != position_ids_T.device:
             self.inv_freq = self.inv_freq.to(position_ids_T.device)
-        half = torch.outer(1 + 2*position_ids_T.to(self.inv_freq.dtype), self.inv_freq)
+        half = torch.outer(position_ids_T.to(self.inv_freq.dtype), self.inv_freq)
         return torch.cat((half, half), dim=-1)[:, None, None, :]

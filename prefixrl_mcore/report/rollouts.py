@@ -7,6 +7,7 @@ and the page says how many of how many it shows.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,56 +97,78 @@ def choose_rollouts(
         max_bytes: upper bound on their JSON, with the same exception.
     """
     notices: list[str] = []
-    counts = _count_rows(folder / "rollouts", notices)
-    pieces = TokenPieces.load(tokenizer_folder)
-    per_table = [_groups_of(path, notices) for path in _evenly(list(counts), MAX_TABLES)]
+    sizes = _group_sizes(folder / "rollouts", notices)
+    tables = [path for path, groups in sizes.items() if groups]
+    plan = _plan({path: sizes[path] for path in _evenly(tables, MAX_TABLES)}, max_rollouts)
+    compact = _read_groups(plan, TokenPieces.load(tokenizer_folder))
     chosen: list[dict[str, Any]] = []
-    num_shown = num_bytes = num_shortened = 0
-    for rows in _round_robin([_evenly(groups, len(groups)) for groups in per_table if groups]):
-        group, shortened = _compact_group(rows, pieces)
-        size = len(json.dumps(group, ensure_ascii=False).encode())
-        if chosen and (num_shown + len(rows) > max_rollouts or num_bytes + size > max_bytes):
+    num_bytes = num_shortened = 0
+    for place in plan:
+        group, shortened = compact[place]
+        num_bytes += len(json.dumps(group, ensure_ascii=False).encode("utf-8", "replace"))
+        if chosen and num_bytes > max_bytes:
             break
         chosen.append(group)
-        num_shown += len(rows)
-        num_bytes += size
         num_shortened += shortened
     chosen.sort(key=lambda group: (group["step"], group["group"]))
     return RolloutChoice(
         groups=tuple(chosen),
-        num_shown=num_shown,
-        num_total=sum(counts.values()),
-        num_tables=len(counts),
+        num_shown=sum(len(group["rollouts"]) for group in chosen),
+        num_total=sum(sum(groups.values()) for groups in sizes.values()),
+        num_tables=len(sizes),
         num_tables_shown=len({group["step"] for group in chosen}),
         num_shortened=num_shortened,
         notices=tuple(notices),
     )
 
 
-def _count_rows(folder: Path, notices: list[str]) -> dict[Path, int]:
-    """Return the rows of every readable table, by name (and so by step)."""
-    counts = {}
+def _group_sizes(folder: Path, notices: list[str]) -> dict[Path, dict[int, int]]:
+    """Return the rollouts of every group of every usable table, by name (and so by step)."""
+    sizes = {}
     for path in sorted(folder.glob("*.parquet")):
         try:
-            metadata = pq.read_metadata(path)
+            missing = [name for name in _COLUMNS if name not in pq.read_schema(path).names]
+            if missing:
+                notices.append(f"rollouts/{path.name} lacks {', '.join(missing)}; not shown")
+                continue
+            column = pq.read_table(path, columns=["group_index"])["group_index"]
         except (OSError, pa.ArrowException) as error:
             notices.append(f"rollouts/{path.name} could not be read: {error}")
             continue
-        counts[path] = metadata.num_rows
-    return counts
+        sizes[path] = dict(sorted(Counter(column.to_pylist()).items()))
+    return sizes
 
 
-def _groups_of(path: Path, notices: list[str]) -> list[list[dict[str, Any]]]:
-    """Return the rows of one table by group; nothing, with a notice, if columns are missing."""
-    names = set(pq.read_schema(path).names)
-    missing = [name for name in _COLUMNS if name not in names]
-    if missing:
-        notices.append(f"rollouts/{path.name} lacks {', '.join(missing)}; it is not shown")
-        return []
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for row in pq.read_table(path, columns=list(_COLUMNS)).to_pylist():
-        groups.setdefault(row["group_index"], []).append(row)
-    return [groups[index] for index in sorted(groups)]
+def _plan(sizes: Mapping[Path, Mapping[int, int]], max_rollouts: int) -> list[tuple[Path, int]]:
+    """Return (table, group index) of the groups to read, the most important first."""
+    orders = [[(p, g) for g in _evenly(list(groups), len(groups))] for p, groups in sizes.items()]
+    plan: list[tuple[Path, int]] = []
+    num_rollouts = 0
+    for path, group in _round_robin(orders):
+        num_rollouts += sizes[path][group]
+        if plan and num_rollouts > max_rollouts:
+            break
+        plan.append((path, group))
+    return plan
+
+
+def _read_groups(
+    plan: Sequence[tuple[Path, int]], pieces: TokenPieces
+) -> dict[tuple[Path, int], tuple[dict[str, Any], int]]:
+    """Return the planned groups in the page's form, each with its number of shortened texts.
+
+    A table of long completions is gigabytes as Python lists, so only planned rows become any.
+    """
+    compact = {}
+    for path in dict.fromkeys(path for path, _ in plan):
+        wanted = [group for other, group in plan if other == path]
+        table = pq.read_table(path, columns=list(_COLUMNS), filters=[("group_index", "in", wanted)])
+        rows: dict[int, list[dict[str, Any]]] = {}
+        for row in table.to_pylist():
+            rows.setdefault(row["group_index"], []).append(row)
+        for group, members in rows.items():
+            compact[path, group] = _compact_group(members, pieces)
+    return compact
 
 
 def _evenly[T](items: Sequence[T], count: int) -> list[T]:

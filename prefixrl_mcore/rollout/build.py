@@ -34,7 +34,13 @@ def build_engine(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.engine != "transformers":
         try:
-            return _build_sglang(config, model_folder, logs_folder=logs_folder, device=device)
+            return SGLangEngine(
+                model_folder,
+                config.sglang,
+                max_total_tokens=config.max_total_tokens,
+                logs_folder=logs_folder,
+                device=device,
+            )
         except EngineError as error:
             if config.engine == "sglang":
                 raise
@@ -44,22 +50,3 @@ def build_engine(
                 error,
             )
     return TransformersEngine(model_folder, config.transformers, device=device)
-
-
-def _build_sglang(
-    config: RolloutConfig, model_folder: Path, *, logs_folder: Path, device: str
-) -> SGLangEngine:
-    """Return the SGLang engine; EngineError if its environment is missing or it fails."""
-    python = config.sglang.python
-    if config.sglang.url is None and not python.is_file():
-        raise EngineError(
-            f"its interpreter {python.absolute()} does not exist; run `make setup-sglang`, or set "
-            "rollout.sglang.python to an environment that has SGLang"
-        )
-    return SGLangEngine(
-        model_folder,
-        config.sglang,
-        max_total_tokens=config.max_total_tokens,
-        logs_folder=logs_folder,
-        device=device,
-    )

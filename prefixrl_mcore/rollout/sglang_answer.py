@@ -68,7 +68,7 @@ class AnswerReader:
         spans = meta.get("weight_versions") or []
         if str(meta["weight_version"]) != self.weight_version or len(spans) > 1:
             raise EngineError(
-                f"{self.where}: sampled with weights {meta['weight_version']!r} {spans or ''}, "
+                f"{self.where}: sampled with weights {spans or meta['weight_version']!r}, "
                 f"expected {self.weight_version!r} (policy version {self.policy_version}); does "
                 "another trainer update this server?"
             )
@@ -95,4 +95,5 @@ class AnswerReader:
                 "the server's KV cache or context length is too small; raise "
                 "rollout.sglang.max_kv_tokens or memory_fraction"
             )
-        return "length"
+        # SGLang looks at the length first, so an end token in the last place goes unreported.
+        return "stop" if token_ids[-1] in self.stop_token_ids else "length"

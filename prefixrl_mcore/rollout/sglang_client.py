@@ -6,13 +6,19 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import urllib3
 from torch import Tensor
+
+from prefixrl_mcore.rollout.weight_names import WeightCoverage
 
 _CONNECT_SECONDS = 5.0
 _HEALTH_SECONDS = 5.0
 _CONTROL_SECONDS = 600.0
 """Limit of control calls: a flush is quick, a bucket of weights may be large."""
+
+_BUCKET_BYTES = 256 * 1024**2
+"""Weights that are sent in one call; base64 makes a third more of them."""
 
 MAX_CONNECTIONS = 256
 """Requests in flight at once; the server has a queue of its own."""
@@ -99,10 +105,6 @@ class SGLangClient:
         """Take device memory again."""
         self._control("/resume_memory_occupation", {})
 
-    def flush_cache(self) -> None:
-        """Forget all keys and values; only allowed while nothing is in flight."""
-        self._control("/flush_cache", {})
-
     def begin_update(self) -> bool:
         """Open a session of weight updates; return False where the server knows none.
 
@@ -125,7 +127,11 @@ class SGLangClient:
     def update_weights(
         self, serialized: str, *, num_ranks: int, weight_version: str | None
     ) -> None:
-        """Load one bucket of weights.
+        """Load one bucket of weights; the last one also forgets all keys and values.
+
+        Nothing may be in flight: the flush would be refused, though the weights had changed. (The
+        endpoint for flushing would do as well, but returns memory to the system too, which takes
+        ten times as long as the update of a small model.)
 
         Args:
             serialized: from ``serialize_weights``.
@@ -134,8 +140,7 @@ class SGLangClient:
         """
         payload: dict[str, Any] = {
             "serialized_named_tensors": [serialized] * num_ranks,
-            # An update with a flush answers 400 while requests run, though it has been made.
-            "flush_cache": False,
+            "flush_cache": weight_version is not None,
         }
         if weight_version is not None:
             payload["weight_version"] = weight_version
@@ -208,7 +213,30 @@ def generate_payload(
     }
 
 
-def serialize_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Return (name, tensor) pairs as the server reads them: a plain pickle, by value."""
-    plain = [(name, weight.detach().contiguous()) for name, weight in weights]
-    return base64.b64encode(pickle.dumps(plain, protocol=4)).decode("ascii")
+def serialize_weights(
+    weights: Iterable[tuple[str, Tensor]], coverage: WeightCoverage, dtype: torch.dtype
+) -> list[str]:
+    """Return the weights as the server reads them, in buckets: plain pickles, by value.
+
+    Raises:
+        EngineError: if the weights are not exactly those of ``coverage``.
+    """
+    buckets: list[str] = []
+    bucket: list[tuple[str, Tensor]] = []
+    num_bytes = 0
+    for name, weight in weights:
+        if not coverage.is_to_load(name, tuple(weight.shape)):
+            continue
+        bucket.append((name, weight.detach().to(device="cpu", dtype=dtype).contiguous()))
+        num_bytes += weight.numel() * dtype.itemsize
+        if num_bytes >= _BUCKET_BYTES:
+            buckets.append(_pickled(bucket))
+            bucket, num_bytes = [], 0
+    coverage.check_complete()
+    return [*buckets, _pickled(bucket)] if bucket else buckets
+
+
+def _pickled(bucket: list[tuple[str, Tensor]]) -> str:
+    # A view would be pickled with all of the storage that it looks at.
+    own = [(name, weight.clone()) for name, weight in bucket]
+    return base64.b64encode(pickle.dumps(own, protocol=4)).decode("ascii")

@@ -43,9 +43,6 @@ from prefixrl_mcore.rollout.weight_names import (
 
 logger = logging.getLogger(__name__)
 
-_BUCKET_BYTES = 256 * 1024**2
-"""Weights that are sent in one call; base64 makes a third more of them."""
-
 _HEALTH_POLL_SECONDS = 1.0
 
 _PAUSED = "it is paused; call resume first"
@@ -264,7 +261,8 @@ class SGLangEngine:
                 f"{self.name}: cannot load weights while completions are sampled; wait for sample"
             )
         try:
-            self._buckets = self._read_buckets(weights)
+            coverage = read_weight_coverage(self._model_folder)
+            self._buckets = serialize_weights(weights, coverage, self._dtype)
             self._policy_version = policy_version
             self._weight_version = self._weights_name(policy_version)
             state = self._cannot_sample
@@ -277,25 +275,6 @@ class SGLangEngine:
             self._cannot_sample = state if state == _PAUSED else ""
         finally:
             self._in_use.release()
-
-    def _read_buckets(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-        """Return the weights serialized, in buckets, after a check that they are complete."""
-        coverage = read_weight_coverage(self._model_folder)
-        buckets: list[str] = []
-        bucket: list[tuple[str, Tensor]] = []
-        num_bytes = 0
-        for name, weight in weights:
-            if not coverage.is_to_load(name, tuple(weight.shape)):
-                continue
-            bucket.append((name, weight.detach().to(device="cpu", dtype=self._dtype)))
-            num_bytes += weight.numel() * self._dtype.itemsize
-            if num_bytes >= _BUCKET_BYTES:
-                buckets.append(serialize_weights(bucket))
-                bucket, num_bytes = [], 0
-        if bucket:
-            buckets.append(serialize_weights(bucket))
-        coverage.check_complete()
-        return buckets
 
     def _push_weights(self) -> None:
         """Send the current weights; raise ServerLost if the server went away meanwhile."""
@@ -313,7 +292,6 @@ class SGLangEngine:
             finally:
                 if has_session:
                     self._client.end_update()
-            self._client.flush_cache()
         except ServerRefusal as refusal:
             raise EngineError(
                 f"{self.name}: weights of version {self._policy_version} were refused: {refusal}"

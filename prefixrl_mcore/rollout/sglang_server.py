@@ -86,14 +86,23 @@ class SGLangServer:
             log_file: gets the server's output; its folder is made.
 
         Raises:
-            EngineError: if it dies or is not healthy in time; with the end of its log.
+            EngineError: if SGLang's environment is missing; if the server dies or is not healthy in
+                time, with the end of its log.
         """
+        # Not resolved: an environment's interpreter is a link, and finds its packages by the link.
+        python = config.python.absolute()
+        if not os.access(python, os.X_OK):
+            raise EngineError(
+                f"its interpreter {python} does not exist; run `make setup-sglang`, or set "
+                "rollout.sglang.python to an environment that has SGLang"
+            )
         port = _free_port()
         command = [
-            str(config.python),
+            str(python),
             str(_SUPERVISOR),
             str(os.getpid()),
-            *_server_command(
+            str(python),
+            *_server_arguments(
                 model_folder, config, device=device, port=port, max_total_tokens=max_total_tokens
             ),
             f"--weight-version={weight_version}",
@@ -183,10 +192,10 @@ class SGLangServer:
             return
 
 
-def _server_command(
+def _server_arguments(
     model_folder: Path, config: SGLangConfig, *, device: str, port: int, max_total_tokens: int
 ) -> list[str]:
-    """Return the command that the supervisor runs."""
+    """Return what the interpreter is given to run."""
     launcher = [str(_CPU_LAUNCHER)] if device == "cpu" else ["-m", "sglang.launch_server"]
     arguments: dict[str, str] = {
         "--model-path": str(model_folder),
@@ -215,7 +224,7 @@ def _server_command(
         # The scheduler otherwise polls all the time, on a core that the trainer needs.
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
     pairs = [part for pair in arguments.items() for part in pair]
-    return [str(config.python), *launcher, *pairs, *flags, *config.extra_args]
+    return [*launcher, *pairs, *flags, *config.extra_args]
 
 
 def _cpu_kv_tokens(model_folder: Path, min_tokens: int) -> int:

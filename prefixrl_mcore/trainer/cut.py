@@ -1,7 +1,6 @@
 """``prefixrl prefixes``: cut prefixes from the trace store, once for the run."""
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefixrl_mcore.config.run import RunConfig
-from prefixrl_mcore.data.prefix_cuts import PrefixStats, cut_prefixes
+from prefixrl_mcore.data.prefix_cuts import PrefixStats, answer_finder, cut_prefixes
 from prefixrl_mcore.data.prefixes import write_prefixes
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.traces import TraceStore
@@ -39,17 +38,13 @@ def cut(config: RunConfig) -> PrefixStats:
     with ExitStack() as stack:
         verifier = MathVerifier(config.reward)
         stack.callback(verifier.close)
-
-        def finds_answer(cuts: Sequence[tuple[str, tuple[int, ...]]]) -> list[bool]:
-            return verifier.find_answer([(answer, renderer.decode(ids)) for answer, ids in cuts])
-
         prefixed, stats = cut_prefixes(
             [record.as_trace() for record in store.traces()],
             read_training_problems(config),
             config.prefixes,
             max_total_tokens=config.rollout.max_total_tokens,
             max_completion_tokens=config.rollout.max_completion_tokens,
-            finds_answer=finds_answer,
+            finds_answer=answer_finder(verifier, renderer),
         )
     write_prefixes(
         config.prefixes_folder,

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
-from prefixrl_mcore.checkpoint.save_load import latest_checkpoint, load_checkpoint
+from prefixrl_mcore.checkpoint.save_load import clean_up, latest_checkpoint, load_checkpoint
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.prefixes import read_prefixes
@@ -44,7 +44,7 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
         run_on_first(lambda: folder.claim(config))
         stop = StopSignal()
         session = build_session(config, folder, topology, stack)
-        checkpoint = latest_checkpoint(folder.checkpoints) if resume else None
+        checkpoint = run_on_first(lambda: _recover(folder.checkpoints)) if resume else None
         if checkpoint is not None:
             restore(session, checkpoint)
         _open_outputs(session)
@@ -70,6 +70,12 @@ def _check_start(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
         f"run_folder {config.run_folder}: holds a training run already; continue it with --resume, "
         "or choose another --run-folder. Nothing was changed."
     )
+
+
+def _recover(checkpoints: Path) -> Path | None:
+    """Tidy up after a killed save and return the newest complete checkpoint."""
+    clean_up(checkpoints)
+    return latest_checkpoint(checkpoints)
 
 
 def build_session(
@@ -130,6 +136,8 @@ def _read_prefixed(
         problems,
         tokenizer_hash=renderer.tokenizer_hash,
         chat_template_hash=renderer.chat_template_hash,
+        config=config.prefixes,
+        max_total_tokens=config.rollout.max_total_tokens,
     )
 
 

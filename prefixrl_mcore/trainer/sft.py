@@ -7,10 +7,12 @@ accuracy on its training problems and none elsewhere; the validation loss stops 
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from prefixrl_mcore.checkpoint.save_load import (
+    clean_up,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -18,6 +20,7 @@ from prefixrl_mcore.checkpoint.save_load import (
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.data.packing import PackedBatch
+from prefixrl_mcore.policy.topology import run_on_first
 from prefixrl_mcore.records import Trace, TrainingSequence
 from prefixrl_mcore.trainer.session import Session
 
@@ -30,8 +33,9 @@ MAXIMUM_LIKELIHOOD = LossConfig()
 def run_sft(session: Session, traces: Sequence[Trace]) -> None:
     """Train on the traces until the validation loss stops falling, then keep the best epoch.
 
-    All ranks call this. Each epoch that improves is saved under ``sft/``; a killed phase
-    continues after the last one. Leaves the policy with fresh optimizer state for RL.
+    All ranks call this. The start and each epoch that improves are saved under ``sft/``; a killed
+    phase continues after the last one. Epochs that did not help are charged all the same. Leaves
+    the policy with fresh optimizer state for RL.
 
     Raises:
         ConfigError: if there are too few traces to hold some back.
@@ -41,9 +45,12 @@ def run_sft(session: Session, traces: Sequence[Trace]) -> None:
     folder = session.folder.path / "sft"
     validation_batch = _pack(session, validation)
     session.policy.reset_optimizer(run.sft.lr)
-    best_loss, first_epoch = _validation_loss(session, validation_batch), 0
+    run_on_first(lambda: clean_up(folder))
     latest = latest_checkpoint(folder)
-    if latest is not None:
+    if latest is None:
+        best_loss, first_epoch = _validation_loss(session, validation_batch), 0
+        _save_epoch(session, folder, 0, best_loss)
+    else:
         first_epoch, state = load_checkpoint(latest, session.policy)
         best_loss = state["validation_loss"]
         session.meter.load_state(state["flops"])
@@ -54,17 +61,25 @@ def run_sft(session: Session, traces: Sequence[Trace]) -> None:
         if loss >= best_loss:
             break
         best_loss = loss
-        state = {"validation_loss": loss, "flops": session.meter.state()}
-        save_checkpoint(folder, epoch + 1, session.policy, state, keep_last=1)
+        _save_epoch(session, folder, epoch + 1, loss)
     best = latest_checkpoint(folder)
-    if best is None:
-        raise ConfigError(
-            f"sft: no epoch improved the validation loss {best_loss:.4f}; lower sft.lr, "
-            f"got {run.sft.lr}"
-        )
-    load_checkpoint(best, session.policy)
+    assert best is not None, "epoch 0 was saved before the first epoch"
+    best_epoch, _ = load_checkpoint(best, session.policy)
     session.policy.reset_optimizer(run.policy.optimizer.lr)
-    logger.info("sft: kept %s, validation loss %.4f nats per token", best.name, best_loss)
+    if best_epoch == 0:
+        logger.warning(
+            "sft: no epoch improved the validation loss %.4f; RL starts from the initial weights. "
+            "Lower sft.lr (%g) or collect more traces",
+            best_loss,
+            run.sft.lr,
+        )
+    logger.info("sft: kept epoch %d, validation loss %.4f nats per token", best_epoch, best_loss)
+
+
+def _save_epoch(session: Session, folder: Path, epoch: int, validation_loss: float) -> None:
+    """Save the best epoch so far, in place of the one before."""
+    state = {"validation_loss": validation_loss, "flops": session.meter.state()}
+    save_checkpoint(folder, epoch, session.policy, state, keep_last=1)
 
 
 def split_traces(

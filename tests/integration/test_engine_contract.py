@@ -6,8 +6,6 @@ fails there instead when PREFIXRL_REQUIRE_SGLANG=1.
 
 import os
 import random
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine, SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.sglang_engine import SGLangEngine
 from tests.support.hf_logprobs import hf_completion_logprobs, hf_greedy_completion
+from tests.support.processes import wait_until_gone
 from tests.support.tiny_models import EOS_ID, VOCABULARY, write_tiny_qwen3
 
 # Both sides compute in float32; they differ in the order of sums, by about 2e-6 nats.
@@ -370,29 +369,32 @@ def test_killed_server_is_restarted_with_its_weights_and_the_batch_completes(
     engine.load_weights(weights_of(setting.model_b), 11)
     server = engine.server
     assert server is not None
-    requests = [request_of(seed, 10, 8) for seed in range(12)]
-    killer = threading.Timer(0.3, _kill_servers_of, [server.supervisor_pid])
+    # The first request is done at once, and the rest then has hundreds of tokens to go.
+    requests = [request_of(0, 795), *(request_of(seed, 10, 4) for seed in range(1, 8))]
+    is_killed = False
 
-    killer.start()
-    groups = engine.sample(requests, params_of(max_completion_tokens=1000))
-    killer.join()
+    def kill_once(*_counts: int) -> None:
+        nonlocal is_killed
+        if not is_killed:
+            is_killed = True
+            for child in psutil.Process(server.supervisor_pid).children():
+                child.kill()
+
+    params = params_of(max_completion_tokens=800, max_total_tokens=800)
+    groups = engine.sample(requests, params, kill_once)
 
     assert engine.server is not server
-    assert not psutil.pid_exists(server.supervisor_pid)
-    assert [len(group) for group in groups] == [8] * 12
+    assert not server.is_alive
+    assert [len(group) for group in groups] == [1] + [4] * 7
+    assert {len(one.token_ids) for group in groups[1:] for one in group} == {790}
     assert {one.policy_version for group in groups for one in group} == {11}
     for request, group in zip(requests, groups, strict=True):
         assert_logprobs_are_those_of(setting.model_b, [request], [group[:1]], temperature=1.0)
 
 
-def _kill_servers_of(supervisor_pid: int) -> None:
-    for child in psutil.Process(supervisor_pid).children():
-        child.kill()
-
-
 def test_closed_engine_leaves_no_process(setting: Setting) -> None:
     """The last test of the suite: it closes the engine of all others."""
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    before = [process.pid for process in psutil.Process().children(recursive=True)]
 
     setting.engine.close()
     setting.engine.close()
@@ -402,14 +404,4 @@ def test_closed_engine_leaves_no_process(setting: Setting) -> None:
         setting.engine.sample([request_of(0, 5)], params_of())
     if isinstance(setting.engine, SGLangEngine):
         assert before
-    deadline = time.monotonic() + 5
-    while _any_alive(before) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _any_alive(before)
-
-
-def _any_alive(pids: set[int]) -> bool:
-    return any(
-        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        for pid in pids
-    )
+    assert wait_until_gone(before) == []

@@ -46,6 +46,7 @@ const texts = all().map((node) => node.text).filter(Boolean);
 const labels = all().map((node) => node.attributes["aria-label"]).filter(Boolean);
 let fired = 0;
 const fire = (node, name, event) => {
+  if ("disabled" in node.attributes) return;
   for (const listener of node.listeners[name] || []) {
     listener({ preventDefault() {}, target: node, clientX: 300, clientY: 100, key: "ArrowRight", ...event });
     fired += 1;

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 from prefixrl_mcore.rewards.wire import Json
 
 _LEAK: list[bytes] = []
-_TOO_MANY_BYTES = 1 << 40
+_TOO_MANY_BYTES = 1 << 28
+"""Refused by the memory limit of the tests' pools, and by nothing else."""
 
 
 def misbehave(payload: Json) -> Json:
@@ -21,6 +22,11 @@ def misbehave(payload: Json) -> Json:
         result = _VERBS[str(payload[0])](*payload[1:])
         return payload if result is None else result
     return payload
+
+
+def _slow_pid() -> int:
+    time.sleep(0.05)
+    return os.getpid()
 
 
 def _hang() -> None:
@@ -83,7 +89,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "eat memory": _eat_memory,
     "eat memory quietly": _eat_memory_quietly,
     "leak": _leak,
-    "pid": os.getpid,
+    "slow pid": _slow_pid,
     "abort": os.abort,
     "exit": _exit,
     "die once": _die_once,

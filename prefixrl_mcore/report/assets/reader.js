@@ -32,7 +32,7 @@ function segment(kind, title, text) {
 // Surprising tokens are darker: 0 nats is clear, 3 nats and more are full.
 function tokenTint(hundredths) {
   const strength = isNumber(hundredths) ? Math.min(1, -hundredths / 300) : 0;
-  return `background:color-mix(in srgb, var(--bad) ${(strength * 42).toFixed(0)}%, transparent)`;
+  return `background:color-mix(in srgb, var(--bad) ${(strength * 55).toFixed(0)}%, transparent)`;
 }
 
 const tokenTitle = (i, hundredths) =>

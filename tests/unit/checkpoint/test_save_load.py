@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, begin_folder
 from prefixrl_mcore.checkpoint.megatron_state import get_rng_state, set_rng_state
 from prefixrl_mcore.checkpoint.offline import convert_from_hf
 from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state
@@ -136,6 +136,12 @@ def test_the_latest_complete_checkpoint_is_found_without_its_pointer(
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000002"
     (tmp_path / "latest").write_text("step-000001\n")  # somebody wants to go back
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
+
+
+def test_looking_for_checkpoints_leaves_a_save_under_way_alone(tmp_path: Path) -> None:
+    under_way = begin_folder(tmp_path / "step-000001")
+    assert latest_checkpoint(tmp_path) is None
+    assert under_way.is_dir()
 
 
 @pytest.mark.parametrize(

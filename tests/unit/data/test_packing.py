@@ -131,16 +131,14 @@ def test_sequence_mean_is_the_mean_of_the_sequences_token_means() -> None:
 
 
 def test_a_group_that_fits_stays_in_one_stream() -> None:
-    sequences = [
-        _sequence(f"{group}/{i}", (1, 2), (3,) * (1 + i), group=group)
-        for group in range(6)
-        for i in range(3)
-    ]  # 3 + 4 + 5 = 12 tokens per group
-    batch = pack(sequences, stream_tokens=30, max_completion_tokens=4)
-    for stream in batch.streams:
-        members = {batch.sequence_ids[i] for i in stream.sequence_index_R}
-        for group in {name.split("/")[0] for name in members}:
-            assert {f"{group}/{i}" for i in range(3)} <= members
+    # Placed one by one and by length, the two sequences of 4 tokens would be in two streams.
+    a = [_sequence(f"a{i}", (1, 2), (3, 4), group=0) for i in range(2)]
+    b = [_sequence(f"b{i}", (1, 2), (3,), group=1) for i in range(2)]
+    batch = pack([a[0], b[0], a[1], b[1]], stream_tokens=10, max_completion_tokens=4)
+    members = [
+        sorted({batch.sequence_ids[i] for i in stream.sequence_index_R}) for stream in batch.streams
+    ]
+    assert sorted(members) == [["a0", "a1"], ["b0", "b1"]]
 
 
 def test_a_group_that_does_not_fit_is_split() -> None:

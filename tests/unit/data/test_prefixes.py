@@ -204,13 +204,12 @@ def test_a_trace_longer_than_the_context_is_refused_with_numbers() -> None:
         _cut(many, max_total=100)
 
 
-def test_a_prefix_that_leaves_no_room_is_refused_and_a_reduced_budget_is_counted() -> None:
-    # Prompt 4 + trace 3 = 7 tokens fit; a prefix of 2 leaves one token, with 4 + 2 < 7.
+def test_a_reduced_completion_budget_is_counted() -> None:
+    # Prompt 4, prefix 2, completion 2: eight tokens.
     config = PrefixConfig(num_per_trace=1, min_fraction=0.6, max_fraction=0.7)
-    items, stats = _cut([_trace("a", 3)], config, max_total=7, max_completion=2)
-    assert (len(items), stats.num_reduced_budget) == (1, 1)
-    _, stats = _cut([_trace("a", 3)], config, max_total=8, max_completion=2)
-    assert stats.num_reduced_budget == 0
+    for max_total, num_reduced in ((7, 1), (8, 0)):
+        _, stats = _cut([_trace("a", 3)], config, max_total=max_total, max_completion=2)
+        assert stats.num_reduced_budget == num_reduced
 
 
 def _write(folder: Path, config: PrefixConfig, traces: Sequence[Trace]) -> list[PrefixedProblem]:
@@ -276,6 +275,18 @@ def test_other_settings_and_changed_answers_are_refused(tmp_path: Path) -> None:
     changed = [dataclasses.replace(PROBLEMS[0], answer="2"), *PROBLEMS[1:]]
     with pytest.raises(ValueError, match=r"the answer of problem 'p0' was '1' .* is '2' now"):
         read_prefixes(tmp_path, changed, **HASHES)
+
+
+def test_a_stored_prefix_that_leaves_no_room_is_refused_with_numbers(tmp_path: Path) -> None:
+    config = PrefixConfig(num_per_trace=1, min_fraction=0.5, max_fraction=0.5)
+    items = _write(tmp_path, config, [_trace("a", 50), _trace("b", 20)])  # contexts of 29 and 14
+    assert read_prefixes(tmp_path, PROBLEMS, **HASHES, max_total_tokens=30) == items
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 2 prefixes leave no room for a completion in rollout\.max_total_tokens = 29 "
+        r"\('p0#a@25': 4 prompt \+ 25 prefix tokens\); raise it",
+    ):
+        read_prefixes(tmp_path, PROBLEMS, **HASHES, max_total_tokens=29)
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:

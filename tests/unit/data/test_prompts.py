@@ -54,6 +54,8 @@ def test_the_word_level_tokenizer_of_the_demo_model_works(tmp_path: Path) -> Non
     assert prompt.token_ids[0] == BOS_ID
     assert renderer.decode(prompt.token_ids) == "<bos> <user> 1 + 2 :"
     assert renderer.stop_token_ids == (EOS_ID,)
+    # Punctuation is not moved to the word before it.
+    assert renderer.decode(renderer.encode_continuation("1 , 2")) == "1 , 2"
 
 
 def test_completion_text_leaves_out_only_a_final_end_token(folder: Path) -> None:

@@ -17,6 +17,7 @@ from prefixrl_mcore.data.verification import verify_store
 from prefixrl_mcore.records import Problem
 from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.fake_verifier import FakeVerifier
+from tests.support.tiny_models import build_tiny_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 END = 258
@@ -136,6 +137,21 @@ def test_a_text_that_writes_its_end_token_gets_no_second_one(
     _import(store, renderer, [{"problem_id": "p0", "text": "A: 42<|end|>"}])
     (record,) = _stored(store)
     assert record.completion_token_ids == (*renderer.encode_continuation("A: 42"), END)
+
+
+def test_texts_that_a_lossy_tokenizer_changes_are_counted(tmp_path: Path) -> None:
+    build_tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    config = PromptConfig(style="text", template="{problem} :")
+    renderer = PromptRenderer(tmp_path / "tokenizer", config)
+    store = TraceStore.create(
+        tmp_path / "store",
+        tokenizer_hash=renderer.tokenizer_hash,
+        chat_template_hash=renderer.chat_template_hash,
+        model="tiny",
+    )
+    rows = [{"problem_id": "p0", "text": text} for text in ("1 + 2", "1  + 2", "1 plus 2")]
+    report = _import(store, renderer, rows)
+    assert report.num_inexact_texts == 2
 
 
 def test_every_refusal_is_reported_with_place_and_reason(

@@ -104,3 +104,14 @@ def test_bfloat16_policy_is_close_to_the_float32_one(tied_folder: Path) -> None:
     parameters = list(rounded.model_chunks[0].parameters())
     assert {p.dtype for p in parameters} == {torch.bfloat16}
     assert {p.main_grad.dtype for p in parameters} == {torch.float32}
+
+
+def test_the_first_bfloat16_step_starts_from_the_loaded_weights(tied_folder: Path) -> None:
+    # The optimizer's float32 copy is made before the weights are loaded; stepping from it would
+    # replace the model by a random one.
+    policy = build_policy(
+        tied_folder, dtype="bfloat16", optimizer=OptimizerConfig(lr=1e-9, clip_grad=1.0)
+    )
+    before = weights_of(policy)
+    assert not policy.update(make_batch()).was_skipped
+    assert max_difference(weights_of(policy), before) == 0.0

@@ -1,6 +1,11 @@
 """The page's JavaScript: axes and numbers by hand-worked values, and drawing without a browser."""
 
+import json
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer, models
 
 from prefixrl_mcore.report.html import build_report
 from tests.support.fake_run import write_fake_run
@@ -117,3 +122,23 @@ def test_reader_shows_one_group_in_full_with_model_text_as_text(tmp_path: Path) 
     assert "bold" not in drawn["texts"]
     assert any(text.startswith("advantage ") for text in drawn["texts"])
     assert any(text.startswith("ended by: ") for text in drawn["texts"])
+
+
+def test_with_a_tokenizer_each_token_of_a_completion_stands_alone(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", num_steps=1)
+    table = run / "rollouts" / "step-000000.parquet"
+    rows = pq.read_table(table).to_pylist()[:1]
+    rows[0] |= {"completion_text": "alpha beta", "completion_token_ids": [1, 2]}
+    rows[0] |= {"rollout_logprobs": [-0.5, -2.0]}
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    model = tmp_path / "model"
+    model.mkdir()
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "alpha": 1, "beta": 2}, "<eos>"))
+    words.save(str(model / "tokenizer.json"))
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["path"] = str(model)
+    (run / "config.json").write_text(json.dumps(config))
+    texts = draw(build_report([run], tmp_path / "report.html"))["texts"]
+    assert "alpha" in texts
+    assert " beta" in texts
+    assert "alpha beta" not in texts

@@ -1,0 +1,25 @@
+"""Fixtures that several folders share, and the rule that a GPU run may not pass by skipping."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.tiny_run import TinyTask, build_tiny_task
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> TinyTask:
+    """A base policy with problems, traces and prefixes; shared, never written to."""
+    return build_tiny_task(tmp_path_factory.mktemp("tiny-task"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Turn a skip into a failure where the machine was promised to have what is missing."""
+    report = yield
+    needs_gpu = item.get_closest_marker("gpu") is not None
+    if needs_gpu and os.environ.get("PREFIXRL_REQUIRE_GPU") == "1" and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skipped although PREFIXRL_REQUIRE_GPU=1"
+    return report

@@ -1,0 +1,209 @@
+"""The commands as a user runs them, one after the other, on a tiny task."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefixrl_mcore.accounting.flops import count_parameters
+from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
+from prefixrl_mcore.cli import main
+from prefixrl_mcore.data.traces import TraceStore
+from tests.support.tiny_run import TinyTask
+
+
+def _metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def _without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what depends on the machine's speed."""
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith("time") and not key.endswith("_per_second")
+        }
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_task: TinyTask, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished PrefixRL run of four steps."""
+    run = tmp_path_factory.mktemp("runs") / "prefixrl"
+    assert tiny_task.run("train", run) == 0
+    return run
+
+
+def test_collection_charges_every_try(tiny_task: TinyTask) -> None:
+    store = TraceStore.open(tiny_task.folder / "traces")
+    stats = store.stats()
+    assert stats.num_solved == 8
+    assert stats.num_tries >= 8
+    num_parameters = count_parameters(tiny_task.folder / "base")
+    assert stats.flops == 2 * num_parameters * stats.num_tokens
+    assert all(record.num_tries % 16 == 0 for record in store.traces())
+
+
+def test_three_of_four_training_items_have_a_prefix(trained: Path) -> None:
+    groups = _metrics(trained, "train")
+    prefixed = sum(line["rollout/num_prefix_groups"] for line in groups)
+    plain = sum(line["rollout/num_no_prefix_groups"] for line in groups)
+    assert prefixed + plain == 16
+    assert 8 <= prefixed <= 16
+
+
+def test_each_step_and_evaluation_stands_once(trained: Path) -> None:
+    assert [line["step"] for line in _metrics(trained, "train")] == [0, 1, 2, 3]
+    assert [line["step"] for line in _metrics(trained, "eval")] == [0, 2, 4]
+
+
+def test_flops_rise_from_the_cost_of_collection(tiny_task: TinyTask, trained: Path) -> None:
+    collected = TraceStore.open(tiny_task.folder / "traces").total_flops()
+    evaluations = _metrics(trained, "eval")
+    assert evaluations[0]["flops/total"] == evaluations[0]["flops/collect"] == collected
+    totals = [line["flops/total"] for line in evaluations]
+    assert totals == sorted(set(totals))
+
+
+def test_engine_and_policy_agree_on_logprobs(trained: Path) -> None:
+    gaps = [line["loss/logprob_gap_max_nats"] for line in _metrics(trained, "train")]
+    assert max(gaps) < 1e-4
+
+
+def test_rollouts_are_written_with_their_version(trained: Path) -> None:
+    table = pq.read_table(trained / "rollouts" / "step-000002.parquet").to_pylist()
+    assert len(table) == 16
+    assert {row["step"] for row in table} == {2}
+    versions = {row["policy_version"] for row in table}
+    assert versions == {int(_metrics(trained, "train")[1]["policy/version"])}
+    for row in table:
+        assert len(row["rollout_logprobs"]) == len(row["completion_token_ids"])
+
+
+def test_training_refuses_a_folder_with_a_run_and_changes_nothing(
+    tiny_task: TinyTask, trained: Path
+) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    assert tiny_task.run("train", trained) == 2
+    assert tiny_task.run("train --resume", trained, "--seed", "5") == 2
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(
+    tiny_task: TinyTask, trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "resumed"
+    assert tiny_task.run("train", run, "--trainer.num-steps", "2") == 0
+    assert tiny_task.run("train --resume", run) == 0
+    for kind in ("train", "eval"):
+        assert _without_clock(_metrics(run, kind)) == _without_clock(_metrics(trained, kind))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_continues(
+    tiny_task: TinyTask, trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    process = tiny_task.start("train", run)
+    deadline = time.monotonic() + 300
+    while not (run / "checkpoints" / "latest").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert tiny_task.run("train --resume", run) == 0
+    assert _without_clock(_metrics(run, "train")) == _without_clock(_metrics(trained, "train"))
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_step_saves_and_says_so(tiny_task: TinyTask, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    process = tiny_task.start("train", run, "--trainer.num-steps", "1000")
+    deadline = time.monotonic() + 300
+    while not (run / "metrics.jsonl").exists() or not _metrics(run, "train"):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    steps = len(_metrics(run, "train"))
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == f"step-{steps:06d}"
+
+
+@pytest.mark.parametrize("method", ["rl", "sft_then_rl"])
+def test_the_baselines_are_the_same_program(
+    tiny_task: TinyTask, tmp_path: Path, method: str
+) -> None:
+    run = tmp_path / method
+    flags = ("--method", method, "--sft.lr", "1e-4", "--trainer.num-steps", "2")
+    assert tiny_task.run("train", run, *flags) == 0
+    first = _metrics(run, "eval")[0]
+    assert all(line["rollout/num_prefix_groups"] == 0 for line in _metrics(run, "train"))
+    if method == "rl":
+        assert first["flops/total"] == 0
+    else:
+        assert first["flops/sft"] > 0
+        assert first["flops/total"] == first["flops/collect"] + first["flops/sft"]
+        epochs = _metrics(run, "sft")
+        assert [line["step"] for line in epochs] == list(range(1, len(epochs) + 1))
+
+
+def test_eval_convert_and_report(tiny_task: TinyTask, trained: Path, tmp_path: Path) -> None:
+    assert tiny_task.run("eval", trained) == 0
+    result = json.loads((trained / "eval" / "step-000004.json").read_text())
+    assert result["is_complete"]
+    assert set(result["sets"]) == {"train", "held-out"}
+    assert set(result["sets"]["train"]["pass_at_k"]) == {"1", "4"}
+    assert [row["fraction"] for row in result["unlock"]][:2] == [0.0, 0.1]
+
+    checkpoint = latest_checkpoint(trained / "checkpoints")
+    out = tmp_path / "hf"
+    assert main(["convert", "to-hf", str(checkpoint), str(out)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    expected = count_parameters(tiny_task.folder / "base")
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+    back = tmp_path / "back"
+    assert main(["convert", "from-hf", str(out), str(back)]) == 0
+    again = tmp_path / "hf-again"
+    assert main(["convert", "to-hf", str(back), str(again)]) == 0
+    other = AutoModelForCausalLM.from_pretrained(again)
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+    page = tmp_path / "report.html"
+    assert main(["report", str(trained), "--out", str(page)]) == 0
+    assert "held-out" in page.read_text()
+
+
+def test_eval_of_a_missing_checkpoint_names_those_that_exist(
+    tiny_task: TinyTask, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny_task.run("eval --checkpoint 77", trained) == 2
+    assert "step-000004" in capsys.readouterr().err
+
+
+def test_prefixes_cut_again_are_the_same(tiny_task: TinyTask) -> None:
+    before = (tiny_task.folder / "prefixes" / "prefixes.parquet").read_bytes()
+    assert tiny_task.run("prefixes", tiny_task.folder / "collect") == 0
+    assert (tiny_task.folder / "prefixes" / "prefixes.parquet").read_bytes() == before
+
+
+def test_a_finished_collection_has_nothing_to_do(tiny_task: TinyTask) -> None:
+    before = TraceStore.open(tiny_task.folder / "traces").stats()
+    assert tiny_task.run("collect", tiny_task.folder / "collect") == 0
+    assert TraceStore.open(tiny_task.folder / "traces").stats() == before

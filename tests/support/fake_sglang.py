@@ -1,0 +1,134 @@
+"""A stand-in for SGLang's HTTP server that keeps its rules and can be told to break them.
+
+It samples token 4 at logprob -0.5 until the length limit. Weight updates between 0.5.21's begin
+and end calls are enforced where ``has_sessions`` is set.
+"""
+
+import base64
+import json
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+SAMPLED_TOKEN = 4
+SAMPLED_LOGPROB = -0.5
+
+Answer = dict[str, Any]
+
+
+class FakeSGLang:
+    """State of the server: what was asked, and how the next answers are spoiled."""
+
+    def __init__(self, *, has_sessions: bool = False) -> None:
+        self.has_sessions = has_sessions
+        self.weight_version = "first"
+        self.loaded: dict[str, list[int]] = {}
+        self.calls: list[str] = []
+        self.num_dropped_answers = 0
+        self.refuse_generate = ""
+        self.spoil: Callable[[Answer], None] | None = None
+        self.is_session_open = False
+        self.is_cache_fresh = False
+        self.url = ""
+
+    def answer(self, path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        self.calls.append(path)
+        if path == "/health":
+            return 200, None
+        if path == "/model_info":
+            return 200, {"weight_version": self.weight_version}
+        if path == "/server_info":
+            return 200, {"version": "0.0-fake"}
+        if path == "/generate":
+            return self._generate(payload)
+        if path in ("/begin_weight_update", "/end_weight_update"):
+            return self._session(path)
+        if path == "/update_weights_from_tensor":
+            return self._update(payload)
+        return 200, {"success": True}
+
+    def _generate(self, payload: dict[str, Any]) -> tuple[int, Any]:
+        if self.num_dropped_answers > 0:
+            self.num_dropped_answers -= 1
+            return 0, None
+        if self.refuse_generate:
+            return 400, {"error": {"message": self.refuse_generate}}
+        parameters = payload["sampling_params"]
+        answers = [
+            {
+                "output_ids": [SAMPLED_TOKEN] * parameters["max_new_tokens"],
+                "meta_info": {
+                    "finish_reason": {"type": "length"},
+                    "weight_version": self.weight_version,
+                    "cached_tokens": 0,
+                    "output_token_logprobs": [
+                        [SAMPLED_LOGPROB, SAMPLED_TOKEN, None]
+                        for _ in range(parameters["max_new_tokens"])
+                    ],
+                },
+            }
+            for _ in range(parameters["n"])
+        ]
+        if self.spoil is not None:
+            self.spoil(answers[-1])
+        return 200, answers if len(answers) > 1 else answers[0]
+
+    def _session(self, path: str) -> tuple[int, Any]:
+        if not self.has_sessions:
+            return 404, {"detail": "Not Found"}
+        opens = path == "/begin_weight_update"
+        if opens == self.is_session_open:
+            return 400, {"success": False, "message": "a weight-update session is already open"}
+        self.is_session_open = opens
+        return 200, {"success": True}
+
+    def _update(self, payload: dict[str, Any]) -> tuple[int, Any]:
+        if self.has_sessions and not self.is_session_open:
+            return 400, {"success": False, "message": "must run between begin and end"}
+        (serialized,) = payload["serialized_named_tensors"]
+        for name, weight in pickle.loads(base64.b64decode(serialized)):
+            self.loaded[name] = list(weight.shape)
+        self.weight_version = payload.get("weight_version", self.weight_version)
+        self.is_cache_fresh = payload["flush_cache"]
+        return 200, {"success": True}
+
+
+@contextmanager
+def serve(fake: FakeSGLang) -> Iterator[str]:
+    """Serve ``fake`` on a free port; yield its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._reply({})
+
+        def do_POST(self) -> None:
+            length = int(self.headers["Content-Length"])
+            self._reply(json.loads(self.rfile.read(length)))
+
+        def _reply(self, payload: dict[str, Any]) -> None:
+            status, content = fake.answer(self.path, payload)
+            if status == 0:
+                self.close_connection = True
+                return
+            body = b"" if content is None else json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    fake.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield fake.url
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,80 @@
+"""A whole run at the smallest scale: a two-part quiz that a briefly trained policy half knows."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefixrl_mcore.cli import main
+from prefixrl_mcore.config.load import load_config
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.demo.settings import TaskConfig
+from prefixrl_mcore.demo.task import build_task
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "demo" / "run.toml"
+
+TASK = TaskConfig(
+    num_parts=2,
+    num_ops=1,
+    sound_probability=0.3,
+    base_steps=100,
+    num_problems=8,
+    num_held_out=8,
+    screening_samples=1,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyTask:
+    """The folder with base policy and problems, and the flags that point a run at it."""
+
+    folder: Path
+
+    def flags(self, run_folder: Path, *more: str) -> list[str]:
+        """Return the flags of a short run in ``run_folder``."""
+        return [
+            *("--run-folder", str(run_folder)),
+            *("--model.path", str(self.folder / "base")),
+            *("--data.problems", str(self.folder / "train.jsonl")),
+            *("--data.held-out.held-out", str(self.folder / "held_out.jsonl")),
+            *("--data.traces", str(self.folder / "traces")),
+            *("--data.prefixes", str(self.folder / "prefixes")),
+            *("--rollout.engine", "transformers"),
+            *("--batch.prompts-per-step", "4", "--batch.group-size", "4"),
+            *("--batch.stream-tokens", "256", "--rollout.max-total-tokens", "64"),
+            *("--trainer.num-steps", "4", "--trainer.rollouts-every-steps", "1"),
+            *("--checkpoint.every-steps", "2", "--evaluation.every-steps", "2"),
+            *("--evaluation.num-samples", "4", "--evaluation.training-num-samples", "2"),
+            *("--evaluation.unlock-num-samples", "2"),
+            *more,
+        ]
+
+    def run(self, command: str, run_folder: Path, *more: str) -> int:
+        """Run ``prefixrl COMMAND`` in this process; return the exit code."""
+        return main([*command.split(), str(CONFIG), *self.flags(run_folder, *more)])
+
+    def start(self, command: str, run_folder: Path, *more: str) -> "subprocess.Popen[str]":
+        """Start ``prefixrl COMMAND`` in a process of its own, with its output in one pipe."""
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "prefixrl_mcore.cli", *command.split(), str(CONFIG)),
+                *self.flags(run_folder, *more),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+            start_new_session=True,
+        )
+
+
+def build_tiny_task(folder: Path) -> TinyTask:
+    """Train the base policy, choose problems, collect traces and cut prefixes in ``folder``."""
+    tiny = TinyTask(folder=folder)
+    config = load_config(RunConfig, CONFIG, tiny.flags(folder / "collect"))
+    build_task(TASK, config, on_progress=lambda *_: None)
+    assert tiny.run("collect", folder / "collect") == 0
+    assert tiny.run("prefixes", folder / "collect") == 0
+    return tiny

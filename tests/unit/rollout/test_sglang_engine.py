@@ -1,0 +1,298 @@
+import base64
+import json
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout import sglang_client
+from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.sglang_client import serialize_weights
+from prefixrl_mcore.rollout.sglang_engine import SGLangEngine
+from prefixrl_mcore.rollout.weight_names import WeightCoverage
+from tests.support.fake_sglang import SAMPLED_LOGPROB, SAMPLED_TOKEN, Answer, FakeSGLang, serve
+from tests.support.tiny_models import EOS_ID, build_tiny_qwen3, write_tiny_qwen3
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def fake() -> FakeSGLang:
+    return FakeSGLang()
+
+
+@pytest.fixture
+def engine(fake: FakeSGLang, model_folder: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
+    with serve(fake) as url:
+        engine = SGLangEngine(
+            model_folder,
+            SGLangConfig(url=url, max_retries=2, start_timeout_seconds=5),
+            max_total_tokens=100,
+            logs_folder=tmp_path,
+        )
+        yield engine
+        engine.close()
+
+
+def request_of(name: str = "r", num_samples: int = 2) -> SampleRequest:
+    return SampleRequest(
+        request_id=name, context_token_ids=(5, 6, 7), num_samples=num_samples, seed=0
+    )
+
+
+def params_of(stop_token_ids: tuple[int, ...] = (EOS_ID,)) -> SamplingParams:
+    return SamplingParams(
+        temperature=0.5, max_completion_tokens=6, max_total_tokens=50, stop_token_ids=stop_token_ids
+    )
+
+
+def weights() -> list[tuple[str, torch.Tensor]]:
+    return [(name, weight.detach()) for name, weight in build_tiny_qwen3().named_parameters()]
+
+
+def test_answers_become_completions(engine: SGLangEngine) -> None:
+    ((first, second),) = engine.sample([request_of()], params_of())
+
+    assert first == second
+    assert first.token_ids == (SAMPLED_TOKEN,) * 6
+    assert first.logprobs == (SAMPLED_LOGPROB,) * 6
+    assert (first.finish_reason, first.policy_version) == ("length", -1)
+    assert engine.name == "sglang 0.0-fake"
+
+
+def test_lost_answers_are_asked_for_again(
+    engine: SGLangEngine, fake: FakeSGLang, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.num_dropped_answers = 2
+
+    with caplog.at_level(logging.WARNING):
+        groups = engine.sample([request_of("a"), request_of("b")], params_of())
+
+    assert [len(group) for group in groups] == [2, 2]
+    assert "2 of 2 requests were lost" in caplog.text
+
+
+def test_answer_that_stays_lost_is_an_error_with_the_request_id(
+    engine: SGLangEngine, fake: FakeSGLang
+) -> None:
+    fake.num_dropped_answers = 99
+
+    with pytest.raises(RolloutError, match="1 of 1 requests were lost after 3 attempts: 'gone'"):
+        engine.sample([request_of("gone")], params_of())
+    assert fake.calls.count("/generate") == 3
+
+
+def test_refused_request_is_not_asked_for_again(engine: SGLangEngine, fake: FakeSGLang) -> None:
+    fake.refuse_generate = "too long"
+
+    with pytest.raises(RolloutError, match=r"'r' was refused: /generate answered 400: .*too long"):
+        engine.sample([request_of("r")], params_of())
+    assert fake.calls.count("/generate") == 1
+    assert "/abort_request" in fake.calls
+
+
+def test_sample_of_other_weights_is_refused(engine: SGLangEngine, fake: FakeSGLang) -> None:
+    engine.load_weights(weights(), 3)
+    fake.weight_version = "someone else's"
+
+    with pytest.raises(EngineError, match='sampled with weights "someone else\'s", expected'):
+        engine.sample([request_of()], params_of())
+
+
+@pytest.mark.parametrize("has_sessions", [False, True])
+def test_weights_are_sent_whole_and_the_cache_is_flushed_with_the_last_of_them(
+    engine: SGLangEngine, fake: FakeSGLang, has_sessions: bool
+) -> None:
+    fake.has_sessions = has_sessions
+    fake.calls.clear()
+
+    engine.load_weights(weights(), 3)
+
+    assert fake.loaded == {name: list(weight.shape) for name, weight in weights()}
+    assert not fake.is_session_open
+    assert fake.is_cache_fresh
+    assert ("/end_weight_update" in fake.calls) == has_sessions
+    assert engine.sample([request_of()], params_of())[0][0].policy_version == 3
+
+
+def test_slice_of_a_large_tensor_is_sent_without_the_rest() -> None:
+    large = torch.arange(100_000, dtype=torch.float32)
+    coverage = WeightCoverage(shapes={"w": (2,)})
+
+    (bucket,) = serialize_weights([("w", large[3:5])], coverage, torch.float32)
+
+    ((name, weight),) = pickle.loads(base64.b64decode(bucket))
+    assert (name, weight.tolist()) == ("w", [3.0, 4.0])
+    assert len(bucket) < 2000
+
+
+def test_weights_come_in_the_servers_precision_and_in_buckets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sglang_client, "_BUCKET_BYTES", 8)
+    sent = {f"w{index}": torch.full((3,), float(index)) for index in range(5)}
+    coverage = WeightCoverage(shapes={name: (3,) for name in sent})
+
+    buckets = serialize_weights(sent.items(), coverage, torch.bfloat16)
+
+    parts = [pickle.loads(base64.b64decode(bucket)) for bucket in buckets]
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert {weight.dtype for part in parts for _, weight in part} == {torch.bfloat16}
+    assert [name for part in parts for name, _ in part] == list(sent)
+
+
+def test_session_that_a_killed_trainer_left_open_is_ended(
+    engine: SGLangEngine, fake: FakeSGLang
+) -> None:
+    fake.has_sessions = True
+    fake.is_session_open = True
+
+    engine.load_weights(weights(), 3)
+
+    assert engine.policy_version == 3
+    assert not fake.is_session_open
+
+
+def test_incomplete_weights_reach_the_server_not_even_in_part(
+    engine: SGLangEngine, fake: FakeSGLang
+) -> None:
+    with pytest.raises(EngineError, match="did not come"):
+        engine.load_weights(weights()[:-1], 3)
+
+    assert fake.loaded == {}
+    assert engine.policy_version == -1
+
+
+def test_restarted_server_gets_the_weights_again(engine: SGLangEngine, fake: FakeSGLang) -> None:
+    engine.load_weights(weights(), 3)
+    fake.loaded.clear()
+    fake.weight_version = "those of the folder"
+    fake.num_dropped_answers = 1
+
+    (group,) = engine.sample([request_of()], params_of())
+
+    assert {one.policy_version for one in group} == {3}
+    assert len(fake.loaded) == len(weights())
+
+
+def test_stop_tokens_must_include_the_models_own(engine: SGLangEngine) -> None:
+    with pytest.raises(ValueError, match=r"also stops at the model's end tokens \[2\]"):
+        engine.sample([request_of()], params_of(stop_token_ids=(9,)))
+
+
+def test_completion_past_the_models_positions_is_refused(engine: SGLangEngine) -> None:
+    params = SamplingParams(
+        temperature=1.0, max_completion_tokens=9999, max_total_tokens=9999, stop_token_ids=()
+    )
+
+    with pytest.raises(ValueError, match="the model has 4096 positions"):
+        engine.sample([request_of()], params)
+
+
+def _shorten(answer: Answer) -> None:
+    answer["output_ids"].pop()
+    answer["meta_info"]["output_token_logprobs"].pop()
+
+
+def _not_a_number(answer: Answer) -> None:
+    answer["meta_info"]["output_token_logprobs"][1][0] = float("nan")
+
+
+def _other_ids(answer: Answer) -> None:
+    answer["output_ids"][0] += 1
+
+
+def _false_stop(answer: Answer) -> None:
+    answer["meta_info"]["finish_reason"] = {"type": "stop", "matched": EOS_ID}
+
+
+def _two_spans(answer: Answer) -> None:
+    answer["meta_info"]["weight_versions"] = [["first", 3], ["first", 3]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        pytest.param(_shorten, RolloutError, "cut off after 5 of 6 tokens", id="short"),
+        pytest.param(_not_a_number, RolloutError, "logprob nan of completion token 1", id="nan"),
+        pytest.param(_other_ids, RolloutError, "do not match", id="ids"),
+        pytest.param(_false_stop, RolloutError, r"expected a last token out of \[2\]", id="stop"),
+        pytest.param(_two_spans, EngineError, "sampled with weights", id="mixed weights"),
+    ],
+)
+def test_answer_that_does_not_fit_the_request_is_refused_by_name(
+    engine: SGLangEngine, fake: FakeSGLang, spoil: object, error: type[Exception], message: str
+) -> None:
+    fake.spoil = spoil  # pyright: ignore[reportAttributeAccessIssue] -- one of the above
+
+    with pytest.raises(error, match=f"request 'odd': .*{message}"):
+        engine.sample([request_of("odd")], params_of())
+
+
+def test_end_token_in_the_last_place_counts_as_a_stop(
+    engine: SGLangEngine, fake: FakeSGLang
+) -> None:
+    def end_last(answer: Answer) -> None:
+        answer["output_ids"][-1] = EOS_ID
+        answer["meta_info"]["output_token_logprobs"][-1][1] = EOS_ID
+
+    fake.spoil = end_last
+
+    (group,) = engine.sample([request_of()], params_of())
+
+    assert [one.finish_reason for one in group] == ["length", "stop"]
+
+
+def test_server_that_cannot_be_reached_is_an_error(model_folder: Path, tmp_path: Path) -> None:
+    config = SGLangConfig(url="http://127.0.0.1:9", start_timeout_seconds=0.1)
+
+    with pytest.raises(EngineError, match=r"no healthy server at http://127\.0\.0\.1:9"):
+        SGLangEngine(model_folder, config, max_total_tokens=100, logs_folder=tmp_path)
+
+
+def test_server_that_dies_while_it_starts_is_reported_with_its_log(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such module: sglang >&2\nexit 3\n")
+    python.chmod(0o755)
+
+    with pytest.raises(EngineError, match=r"(?s)died while it started.*\| no such module: sglang"):
+        SGLangEngine(
+            model_folder,
+            SGLangConfig(python=python),
+            max_total_tokens=100,
+            logs_folder=tmp_path / "logs",
+        )
+
+
+def test_payload_leaves_no_parameter_to_the_models_defaults(
+    engine: SGLangEngine, fake: FakeSGLang
+) -> None:
+    payloads: list[str] = []
+    answer = fake.answer
+
+    def keep(path: str, payload: Answer) -> tuple[int, object]:
+        payloads.append(json.dumps([path, payload]))
+        return answer(path, payload)
+
+    fake.answer = keep
+    engine.sample([request_of(num_samples=3)], params_of())
+
+    ((_, payload),) = [json.loads(one) for one in payloads if "/generate" in one]
+    parameters = payload["sampling_params"]
+    assert payload["input_ids"] == [5, 6, 7]
+    assert (parameters["n"], parameters["max_new_tokens"], parameters["temperature"]) == (3, 6, 0.5)
+    assert (parameters["top_p"], parameters["top_k"], parameters["min_p"]) == (1.0, -1, 0.0)
+    assert (parameters["stop_token_ids"], parameters["ignore_eos"]) == ([EOS_ID], False)
+
+    engine.sample([request_of()], params_of(stop_token_ids=()))
+
+    assert json.loads(payloads[-1])[1]["sampling_params"]["ignore_eos"]

@@ -3,7 +3,8 @@
 import base64
 import json
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -239,4 +240,28 @@ def serialize_weights(
 def _pickled(bucket: list[tuple[str, Tensor]]) -> str:
     # A view would be pickled with all of the storage that it looks at.
     own = [(name, weight.clone()) for name, weight in bucket]
-    return base64.b64encode(pickle.dumps(own, protocol=4)).decode("ascii")
+    with _stock_storage_pickles():
+        return base64.b64encode(pickle.dumps(own, protocol=4)).decode("ascii")
+
+
+@contextmanager
+def _stock_storage_pickles() -> Iterator[None]:
+    """Let pickled tensors name torch's own loader of storages, as a server expects.
+
+    Importing megatron-core replaces ``torch.storage._load_from_bytes``; tensors pickled after that
+    name megatron's function, which the server's process does not have and refuses.
+    """
+    replaced = torch.storage._load_from_bytes
+    torch.storage._load_from_bytes = _load_from_bytes
+    try:
+        yield
+    finally:
+        torch.storage._load_from_bytes = replaced
+
+
+def _load_from_bytes(data: bytes) -> object:
+    """Stand for torch's function of this name in a pickle; only its name is ever used."""
+    raise NotImplementedError("torch.storage._load_from_bytes takes its place when it is read")
+
+
+_load_from_bytes.__module__ = "torch.storage"

@@ -16,7 +16,7 @@ from prefixrl_mcore.accounting.flops import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.data.traces import TraceStore
-from tests.support.tiny_run import TinyTask
+from tests.support.tiny_run import ROOT, TinyTask
 
 
 def _metrics(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -160,6 +160,21 @@ def test_the_baselines_are_the_same_program(
         assert first["flops/total"] == first["flops/collect"] + first["flops/sft"]
         epochs = _metrics(run, "sft")
         assert [line["step"] for line in epochs] == list(range(1, len(epochs) + 1))
+
+
+@pytest.mark.slow
+def test_training_with_a_real_sglang_server(tiny_task: TinyTask, tmp_path: Path) -> None:
+    python = ROOT / ".venv-sglang" / "bin" / "python"
+    if not python.exists():
+        assert os.environ.get("PREFIXRL_REQUIRE_SGLANG") != "1", f"{python} does not exist"
+        pytest.skip("no .venv-sglang; run `make setup-sglang`")
+    run = tmp_path / "sglang"
+    flags = ("--rollout.engine", "sglang", "--rollout.sglang.python", str(python))
+    assert tiny_task.run("train", run, *flags) == 0
+    lines = _metrics(run, "train")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert max(line["loss/logprob_gap_max_nats"] for line in lines) < 1e-4
+    assert sum(line["policy/was_skipped"] for line in lines) < 4
 
 
 def test_eval_convert_and_report(tiny_task: TinyTask, trained: Path, tmp_path: Path) -> None:

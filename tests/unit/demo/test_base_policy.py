@@ -119,3 +119,22 @@ def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     with pytest.raises(ValueError, match=r"base: exists; remove it or choose another"):
         build_base_policy(QUIZ, TINY, tmp_path / "base")
+
+
+@pytest.mark.slow
+def test_default_policy_can_work_out_answers_and_seldom_does() -> None:
+    quiz = Quiz()
+    model = pretrain(quiz, BasePolicySettings(sound_probability=0.08))
+    token_ids_BS, targets_BS = demonstration_batch(
+        quiz, 64, sound_probability=1.0, rng=random.Random(7)
+    )
+    with torch.no_grad():
+        probabilities_BSV = model(input_ids=token_ids_BS).logits.softmax(-1)
+    is_target = targets_BS != -100
+    targets = targets_BS[is_target]
+    probabilities = probabilities_BSV[is_target].gather(1, targets[:, None]).squeeze(1)
+    words = [quiz.vocabulary[token_id] for token_id in targets.tolist()]
+    is_method = torch.tensor([word in quiz.method_names for word in words])
+    # Once the sound method is named, everything that follows is determined.
+    assert probabilities[~is_method].mean() > 0.97
+    assert 0.05 < probabilities[is_method].mean() < 0.12

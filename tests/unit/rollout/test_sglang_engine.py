@@ -133,12 +133,28 @@ def test_slice_of_a_large_tensor_is_sent_without_the_rest() -> None:
     assert len(bucket) < 2000
 
 
+def test_pickled_weights_name_only_torch_once_megatron_is_imported() -> None:
+    import megatron.core  # noqa: F401  replaces a function that pickled tensors name
+
+    coverage = WeightCoverage(shapes={"w": (2, 3)})
+    weight = torch.randn(2, 3).bfloat16()
+
+    (bucket,) = serialize_weights([("w", weight)], coverage, torch.bfloat16)
+
+    data = base64.b64decode(bucket)
+    assert b"megatron" not in data
+    assert b"_load_from_bytes" in data
+    ((name, read),) = pickle.loads(data)
+    assert name == "w"
+    assert torch.equal(read, weight)
+
+
 def test_weights_come_in_the_servers_precision_and_in_buckets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sglang_client, "_BUCKET_BYTES", 8)
     sent = {f"w{index}": torch.full((3,), float(index)) for index in range(5)}
-    coverage = WeightCoverage(shapes={name: (3,) for name in sent})
+    coverage = WeightCoverage(shapes=dict.fromkeys(sent, (3,)))
 
     buckets = serialize_weights(sent.items(), coverage, torch.bfloat16)
 

@@ -115,10 +115,8 @@ class Demo:
         progress = {"collect": "progress-collect.json", "eval": "progress-eval.json"}
         stage.progress_file = run_folder / progress.get(command[0], "progress.json")
         arguments = [command[0], str(self._run_file), *command[1:], *self._paths(method)]
-        if command[0] == "train":
-            arguments += ["--method", method]
-            if (run_folder / "metrics.jsonl").exists():
-                arguments.append("--resume")
+        if command[0] == "train" and (run_folder / "metrics.jsonl").exists():
+            arguments.append("--resume")
         log = self._log_file(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         self._begin(stage)
@@ -165,7 +163,7 @@ class Demo:
         """Return the flags that place a run in the demo's folder."""
         folder = self.folder
         return [
-            *("--run-folder", str(self.run_folder(method))),
+            *("--run-folder", str(self.run_folder(method)), "--method", method),
             *("--model.path", str(folder / "base")),
             *("--data.problems", str(folder / "task" / "train.jsonl")),
             *("--data.held-out.held-out", str(folder / "task" / "held_out.jsonl")),

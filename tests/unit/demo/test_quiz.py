@@ -109,6 +109,12 @@ def test_problem_sets_are_disjoint_and_reproducible() -> None:
     assert draw_problem_sets(QUIZ, sizes, seed=2) != sets
 
 
+def test_digits_are_not_drawn_twice_even_when_there_are_few() -> None:
+    sets = draw_problem_sets(Quiz(num_parts=1), {"train": 25, "heldout": 25}, seed=0)
+    texts = [problem.text for problems in sets.values() for problem in problems]
+    assert len(set(texts)) == 50
+
+
 def test_more_problems_than_exist_are_refused() -> None:
     with pytest.raises(ValueError, match="51 problems wanted but only 100 exist"):
         draw_problem_sets(Quiz(num_parts=1), {"train": 51}, seed=0)

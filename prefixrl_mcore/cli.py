@@ -17,6 +17,8 @@ from rich.logging import RichHandler
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import RunConfig
 
+logger = logging.getLogger(__name__)
+
 _SETTINGS_HELP = (
     "Any setting of the config can be given as a flag, for example "
     "--policy.optimizer.lr 1e-5 or --run-folder runs/second; --help-settings lists them all."
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments, rest)
     except ValueError as error:  # bad input: configs, data, checkpoints that do not fit
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        logger.debug("raised here (shown by --verbose)", exc_info=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -202,7 +205,8 @@ def _set_up_logging(*, verbose: bool) -> None:
     level = (logging.DEBUG if verbose else logging.INFO) if is_first else logging.WARNING
     handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("prefixrl_mcore").setLevel(level)
+    for name in ("prefixrl_mcore", __name__):  # __main__ when started by python -m
+        logging.getLogger(name).setLevel(level)
 
 
 def _escape(text: str) -> str:

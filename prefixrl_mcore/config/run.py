@@ -16,8 +16,15 @@ Method = Literal["prefixrl", "rl", "sft_then_rl"]
 class SftConfig(Config):
     """Supervised warm-up of the ``sft_then_rl`` baseline on the collected traces."""
 
-    max_epochs: int = Field(default=8, ge=1)
-    """Passes over the training traces; the epoch with the lowest validation loss is kept."""
+    max_epochs: int = Field(default=16, ge=1)
+    """Passes over the training traces at most."""
+
+    keep: Literal["best", "last"] = "best"
+    """``best``: the epoch with the lowest validation loss; ``last``: the weights after
+    ``max_epochs``, whatever the validation loss says."""
+
+    patience: int = Field(default=2, ge=1)
+    """With ``keep = "best"``: stop after so many epochs without a lower validation loss."""
 
     traces_per_step: int = Field(default=16, ge=1)
     """Traces per optimizer step."""

@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefixrl_mcore.config.data import PrefixConfig
-from prefixrl_mcore.data.durable import write_bytes_atomically
 from prefixrl_mcore.data.prefix_cuts import PrefixStats, answer_finder, check_room, cut_prefixes
 from prefixrl_mcore.data.traces import check_hash
-from prefixrl_mcore.observability.atomic import write_json_atomic
+from prefixrl_mcore.observability.atomic import write_bytes_atomic, write_json_atomic
 from prefixrl_mcore.records import PrefixedProblem, Problem
 
 __all__ = ["PrefixStats", "answer_finder", "cut_prefixes", "read_prefixes", "write_prefixes"]
@@ -75,7 +74,7 @@ def write_prefixes(
     if (folder / _HEADER).exists():
         _check_equal(folder, _read_header(folder), header)
         return
-    write_bytes_atomically(folder / _TABLE, content)
+    write_bytes_atomic(folder / _TABLE, content)
     write_json_atomic(folder / _HEADER, header)
 
 

@@ -26,7 +26,6 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefixrl_mcore.data.durable import write_folder_atomically
 from prefixrl_mcore.data.trace_schema import (
     ATTEMPT_SCHEMA,
     FORMAT_VERSION,
@@ -38,7 +37,7 @@ from prefixrl_mcore.data.trace_schema import (
     to_table,
     traces_from_table,
 )
-from prefixrl_mcore.observability.atomic import write_json_atomic
+from prefixrl_mcore.observability.atomic import write_folder_atomic, write_json_atomic
 
 _logger = logging.getLogger(__name__)
 
@@ -226,7 +225,7 @@ class TraceStore:
         trace_table = to_table(traces, TRACE_SCHEMA)
         attempt_table = to_table(attempts, ATTEMPT_SCHEMA)
         try:
-            write_folder_atomically(
+            write_folder_atomic(
                 part,
                 temporary,
                 {

@@ -22,6 +22,7 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.demo.display import DemoDisplay, StageState, clock
 from prefixrl_mcore.demo.settings import TaskConfig
 from prefixrl_mcore.demo.task import build_task
+from prefixrl_mcore.eval.command import progress_file
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.report.html import build_report
 from prefixrl_mcore.report.summary import write_summary
@@ -112,8 +113,7 @@ class Demo:
         """Start one command with its log in the demo's folder."""
         stage = self.stages[name]
         run_folder = self.run_folder(method)
-        progress = {"collect": "progress-collect.json", "eval": "progress-eval.json"}
-        stage.progress_file = run_folder / progress.get(command[0], "progress.json")
+        stage.progress_file = _progress_file(run_folder, command)
         arguments = [command[0], str(self._run_file), *command[1:], *self._paths(method)]
         if command[0] == "train" and (run_folder / "metrics.jsonl").exists():
             arguments.append("--resume")
@@ -173,6 +173,13 @@ class Demo:
         ]
 
 
+def _progress_file(run_folder: Path, command: Sequence[str]) -> Path:
+    """Return where a command writes its progress."""
+    if command[0] == "eval":
+        return progress_file(run_folder, "base" if "base" in command else "latest")
+    return run_folder / ("progress-collect.json" if command[0] == "collect" else "progress.json")
+
+
 def _titles() -> dict[str, str]:
     """Return stage name → what the table calls it, in order."""
     titles = {
@@ -224,9 +231,9 @@ def _plan() -> Sequence[dict[str, tuple[str, list[str]]]]:
     return (
         {"collect": ("prefixrl", ["collect"])},
         {"prefixes": ("prefixrl", ["prefixes"])},
-        {f"train-{method}": (method, ["train"]) for method in METHODS},
-        {"eval-base": ("prefixrl", ["eval", "--checkpoint", "base"])}
-        | {f"eval-{method}": (method, ["eval"]) for method in METHODS},
+        {f"train-{method}": (method, ["train"]) for method in METHODS}
+        | {"eval-base": ("prefixrl", ["eval", "--checkpoint", "base"])},
+        {f"eval-{method}": (method, ["eval"]) for method in METHODS},
     )
 
 

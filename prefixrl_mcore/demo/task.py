@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.demo.base_policy import BasePolicySettings, build_base_policy
 from prefixrl_mcore.demo.quiz import draw_problem_sets, write_problems
+from prefixrl_mcore.demo.selection import select_hard_problems
 from prefixrl_mcore.demo.settings import TaskConfig
-from prefixrl_mcore.eval.runner import Evaluator
 from prefixrl_mcore.eval.setup import build_evaluator
 from prefixrl_mcore.records import Problem
 
@@ -52,29 +52,35 @@ def _screen(
     Raises:
         ValueError: if there are too few such candidates.
     """
-    hard: list[Problem] = []
     rollout = run.rollout.model_copy(update={"engine": "transformers"})
     config = run.model_copy(update={"rollout": rollout})
-    logs = run.model.path.parent / "logs"
     with build_evaluator(
-        config, model_folder=run.model.path, temperature=1.0, logs_folder=logs, problems=candidates
+        config,
+        model_folder=run.model.path,
+        temperature=1.0,
+        logs_folder=run.model.path.parent / "logs",
+        problems=candidates,
     ) as evaluator:
-        for start in range(0, len(candidates), task.num_problems):
-            chunk = candidates[start : start + task.num_problems]
-            hard += _unsolved(evaluator, chunk, task.screening_samples)
-            on_progress("hard problems", min(len(hard), task.num_problems), task.num_problems)
-            if len(hard) >= task.num_problems:
-                return hard[: task.num_problems]
-    raise ValueError(
-        f"demo task: only {len(hard)} of {len(candidates)} problems stay unsolved in "
-        f"{task.screening_samples} samples, {task.num_problems} are needed; "
-        "lower sound_probability or raise num_parts"
+        num_screened = 0
+
+        def count_solved(problems: Sequence[Problem], num_tries: int) -> Sequence[int]:
+            nonlocal num_screened
+            on_progress("screening for hard problems", num_screened, task.num_problems)
+            num_screened += len(problems)
+            starts = evaluator.plain_starts(problems)
+            label = f"screening/{problems[0].problem_id}"
+            return evaluator.evaluate(starts, num_samples=num_tries, label=label).num_correct
+
+        hard = select_hard_problems(
+            candidates,
+            count_solved,
+            num_wanted=task.num_problems,
+            num_tries=task.screening_samples,
+        )
+    logger.info(
+        "base policy: %d of %d screening tries correct over %d problems",
+        hard.num_correct,
+        hard.num_tries,
+        hard.num_screened,
     )
-
-
-def _unsolved(evaluator: Evaluator, problems: Sequence[Problem], num_samples: int) -> list[Problem]:
-    """Return the problems without a correct completion in ``num_samples``."""
-    label = f"screening/{problems[0].problem_id}"
-    starts = evaluator.plain_starts(problems)
-    result = evaluator.evaluate(starts, num_samples=num_samples, label=label)
-    return [p for p, count in zip(problems, result.num_correct, strict=True) if count == 0]
+    return list(hard.problems)

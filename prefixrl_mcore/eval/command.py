@@ -72,7 +72,7 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
         )
         plan = _plan(config, evaluator, sets)
         progress = stack.enter_context(
-            Progress(f"eval {name}", total=len(plan), file=folder.path / "progress-eval.json")
+            Progress(f"eval {name}", total=len(plan), file=progress_file(folder.path, which))
         )
         for index, (label, starts) in enumerate(plan.items()):
             progress.update(index, waiting_for=label)
@@ -89,6 +89,11 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
     folder.add_stage_seconds("eval", time.perf_counter() - start)
     _show(summary, out)
     return out
+
+
+def progress_file(run_folder: Path, which: str) -> Path:
+    """Return where the evaluation of ``which`` writes its progress."""
+    return run_folder / f"progress-eval-{Path(which).name}.json"
 
 
 def find_checkpoint(folder: RunFolder, which: str) -> tuple[str, Path | None]:

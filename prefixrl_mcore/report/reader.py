@@ -219,10 +219,19 @@ def read_run(folder: Path) -> RunRecord:
         evals=lines["eval"],
         sft=lines["sft"],
         evaluations=_read_evaluations(paths.eval, notices),
-        collection=read_collection(_traces_folder(folder, config), notices),
+        collection=_read_collection(folder, config, notices),
         held_out=_held_out_names(config, lines["eval"]),
         notices=tuple(notices),
     )
+
+
+def _read_collection(
+    folder: Path, config: Mapping[str, Any], notices: list[str]
+) -> CollectionRecord | None:
+    """Return what the run's traces cost; None for plain RL, which is charged for none."""
+    if config.get("method") == "rl":
+        return None
+    return read_collection(_traces_folder(folder, config), notices)
 
 
 def _traces_folder(folder: Path, config: Mapping[str, Any]) -> Path:

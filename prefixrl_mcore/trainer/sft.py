@@ -1,4 +1,4 @@
-"""The supervised phase of ``sft_then_rl``: traces as completions, epochs chosen by held-back loss.
+"""The supervised phase of ``sft_then_rl``: traces as completions, epoch chosen by held-back loss.
 
 Supervised fine-tuning is REINFORCE with advantage 1 on recorded completions, so it runs through
 the same packing, policy update and accounting. At small scale a memorising SFT reaches a high
@@ -31,9 +31,9 @@ MAXIMUM_LIKELIHOOD = LossConfig()
 
 
 def run_sft(session: Session, traces: Sequence[Trace]) -> None:
-    """Train on the traces until the validation loss stops falling, then keep the best epoch.
+    """Train on the traces and keep the epoch that ``sft.keep`` names.
 
-    All ranks call this. The start and each epoch that improves are saved under ``sft/``; a killed
+    All ranks call this. The start and each epoch to be kept are saved under ``sft/``; a killed
     phase continues after the last one. Epochs that did not help are charged all the same. Leaves
     the policy with fresh optimizer state for RL.
 
@@ -54,14 +54,16 @@ def run_sft(session: Session, traces: Sequence[Trace]) -> None:
         first_epoch, state = load_checkpoint(latest, session.policy)
         best_loss = state["validation_loss"]
         session.meter.load_state(state["flops"])
+    kept_epoch = first_epoch
     for epoch in range(first_epoch, run.sft.max_epochs):
         _train_epoch(session, training, epoch)
         loss = _validation_loss(session, validation_batch)
         _log_epoch(session, epoch + 1, loss)
-        if loss >= best_loss:
+        if run.sft.keep == "last" or loss < best_loss:
+            best_loss, kept_epoch = loss, epoch + 1
+            _save_epoch(session, folder, kept_epoch, loss)
+        elif epoch + 1 - kept_epoch >= run.sft.patience:
             break
-        best_loss = loss
-        _save_epoch(session, folder, epoch + 1, loss)
     best = latest_checkpoint(folder)
     assert best is not None, "epoch 0 was saved before the first epoch"
     best_epoch, _ = load_checkpoint(best, session.policy)

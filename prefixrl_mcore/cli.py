@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from prefixrl_mcore.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
+_LOG_WIDTH = 200
+"""Columns of log lines that go to a file."""
+
 _SETTINGS_HELP = (
     "Any setting of the config can be given as a flag, for example "
     "--policy.optimizer.lr 1e-5 or --run-folder runs/second; --help-settings lists them all."
@@ -28,13 +32,16 @@ _SETTINGS_HELP = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code."""
     arguments, rest = _parser().parse_known_args(argv)
+    arguments.argv = list(argv) if argv is not None else sys.argv[1:]
     _set_up_logging(verbose=arguments.verbose)
     if rest and not hasattr(arguments, "config"):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments, rest)
     except ValueError as error:  # bad input: configs, data, checkpoints that do not fit
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
+        )
         logger.debug("raised here (shown by --verbose)", exc_info=True)
         return 2
     except KeyboardInterrupt:
@@ -203,7 +210,13 @@ def _set_up_logging(*, verbose: bool) -> None:
     """Log to stderr on rank 0; the other ranks log warnings only."""
     is_first = os.environ.get("RANK", "0") == "0"
     level = (logging.DEBUG if verbose else logging.INFO) if is_first else logging.WARNING
-    handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+    if not verbose:  # what the libraries warn of here is known and handled
+        for category in (UserWarning, DeprecationWarning, FutureWarning, SyntaxWarning):
+            warnings.filterwarnings("ignore", category=category)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=_LOG_WIDTH)
+    handler = RichHandler(console=console, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     for name in ("prefixrl_mcore", __name__):  # __main__ when started by python -m
         logging.getLogger(name).setLevel(level)
@@ -218,6 +231,11 @@ def _load(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
     """Read CONFIG with the flags on top."""
     if arguments.help_settings:
         rest = [*rest, "--help"]
+    if arguments.config.suffix != ".toml" and not arguments.config.exists():
+        raise ValueError(
+            f"CONFIG {arguments.config}: does not exist and is no TOML file; CONFIG comes first, "
+            "flags after it"
+        )
     return load_config(RunConfig, arguments.config, rest)
 
 
@@ -242,8 +260,13 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     config = _load(arguments, rest)
     if config.policy.parallel.world_size > 1 and "RANK" not in os.environ:
         from prefixrl_mcore.launch.local import launch_ranks
+        from prefixrl_mcore.observability.run_folder import RunFolder
 
-        return launch_ranks(config.policy.parallel.world_size, sys.argv[1:])
+        return launch_ranks(
+            config.policy.parallel.world_size,
+            arguments.argv,
+            log_folder=RunFolder(config.run_folder).logs,
+        )
     from prefixrl_mcore.trainer.run import run_training
 
     return run_training(config, resume=arguments.resume)

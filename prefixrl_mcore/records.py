@@ -221,6 +221,10 @@ class UpdateResult:
     num_trained_tokens: int
     """Completion tokens in the global batch."""
 
+    num_computed_tokens: int = 0
+    """Tokens of the streams that the model ran over all ranks: context, completion and the padding
+    that could not be cut off."""
+
     was_skipped: bool = False
     """True when no token carried a gradient, so that the optimizer was not called."""
 

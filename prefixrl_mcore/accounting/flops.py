@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -41,15 +41,6 @@ def update_flops(num_parameters: int, num_tokens: int) -> float:
         num_tokens: D, prompt, prefix and completion tokens.
     """
     return 6.0 * num_parameters * num_tokens
-
-
-class TokenStreams(Protocol):
-    """What the meter needs of a packed batch."""
-
-    @property
-    def streams(self) -> Sequence[Any]:
-        """Streams with ``token_ids_T``."""
-        ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,7 +68,7 @@ class FlopsMeter:
 
     computed_tokens: int = 0
     """Tokens that engine and trainer really computed in the same passes: without context tokens
-    from the KV cache, but with the padding of streams."""
+    from the KV cache, with the padding of streams that could not be cut off."""
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be."""
@@ -116,13 +107,13 @@ class FlopsMeter:
         self.sft_flops += update_flops(self.num_parameters, num_tokens)
         self._count_pass(num_tokens, num_computed_tokens)
 
-    def charge_step(self, groups: Sequence[Group], batch: TokenStreams) -> None:
+    def charge_step(self, groups: Sequence[Group], *, num_computed_tokens: int) -> None:
         """Charge one step of reinforcement learning: its rollouts and the update on them.
 
         Args:
             groups: the step's rollouts; all of them are charged, also those of groups without
                 any gradient.
-            batch: the packed batch, for the tokens that the trainer computes.
+            num_computed_tokens: tokens that the trainer really ran, kept padding included.
         """
         num_tokens, num_cached_tokens = 0, 0
         for group in groups:
@@ -132,8 +123,7 @@ class FlopsMeter:
                 num_tokens += len(context) + len(completion.token_ids)
                 num_cached_tokens += completion.num_cached_tokens
         self.charge_sampling(num_tokens, num_cached_tokens=num_cached_tokens)
-        num_stream_tokens = sum(len(stream.token_ids_T) for stream in batch.streams)
-        self.charge_update(num_tokens, num_computed_tokens=num_stream_tokens)
+        self.charge_update(num_tokens, num_computed_tokens=num_computed_tokens)
 
     def metrics(self) -> dict[str, float]:
         """Return the totals so far under the names of ``metrics.jsonl``."""

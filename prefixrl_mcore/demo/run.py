@@ -59,6 +59,11 @@ class Demo:
             if name in self._seconds:
                 stage.state, stage.seconds = "done", self._seconds[name]
 
+    @property
+    def seconds_per_stage(self) -> dict[str, float]:
+        """Wall time of each finished stage, process start included."""
+        return dict(self._seconds)
+
     def run_folder(self, method: str) -> Path:
         """Return the run folder of one method."""
         return self.folder / method
@@ -220,7 +225,7 @@ def run_demo(folder: Path, *, folder_of_configs: Path, fresh: bool, engine: str 
         return 1
     runs = [demo.run_folder(method) for method in METHODS]
     report = build_report(runs, folder / "report.html")
-    summary = write_summary(runs, folder / "summary.json")
+    summary = write_summary(runs, folder / "summary.json", seconds_per_stage=demo.seconds_per_stage)
     console.print(f"\ndone in {clock(time.time() - start)}", highlight=False)
     Console().print(f"summary: {summary.resolve()}\nreport:  {report.resolve()}", highlight=False)
     return 0
@@ -238,17 +243,17 @@ def _plan() -> Sequence[dict[str, tuple[str, list[str]]]]:
 
 
 def _check_same_demo(folder: Path, task: TaskConfig, run_file: Path) -> None:
-    """Remember the task of a new folder; refuse a folder of another task.
+    """Remember the settings of a new folder; refuse a folder of other settings.
 
     Raises:
         ConfigError: naming the remedy.
     """
-    file = folder / "task.json"
-    values = json.loads(task.model_dump_json())
+    file = folder / "demo.json"
+    values = {"task": json.loads(task.model_dump_json()), "run": read_toml(run_file)}
     if not file.exists():
         write_json_atomic(file, values)
     elif json.loads(file.read_text()) != values:
         raise ConfigError(
-            f"{folder}: holds a demo with another task than {run_file.parent}/task.toml; "
+            f"{folder}: holds a demo with other settings than {run_file.parent} has now; "
             "start with --fresh or choose another --folder"
         )

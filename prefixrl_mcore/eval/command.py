@@ -5,6 +5,7 @@ evaluation needs no trainer. Results are written part by part: a killed evaluati
 with the first part that is missing.
 """
 
+import hashlib
 import itertools
 import json
 import logging
@@ -18,11 +19,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prefixrl_mcore.checkpoint.manifest import MANIFEST_NAME
 from prefixrl_mcore.checkpoint.offline import convert_to_hf
+from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
-from prefixrl_mcore.eval.pass_at_k import mean_pass_at_k, prefix_bins, wilson_interval
+from prefixrl_mcore.data.prefix_cuts import check_room
+from prefixrl_mcore.eval.pass_at_k import bootstrap_mean, mean_pass_at_k, prefix_bins
 from prefixrl_mcore.eval.runner import EvaluationResult, Evaluator
 from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets
 from prefixrl_mcore.observability.atomic import write_json_atomic
@@ -52,7 +56,8 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
     folder.claim(config)
     name, checkpoint = find_checkpoint(folder, which)
     out = folder.eval / f"{name}.json"
-    settings = _settings(config)
+    step = 0 if checkpoint is None else read_trainer_state(checkpoint).step
+    settings = _settings(config, checkpoint)
     parts = _read_parts(out, settings)
     with ExitStack() as stack:
         model_folder = config.model.path
@@ -66,7 +71,7 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
                 config,
                 model_folder=model_folder,
                 temperature=config.evaluation.temperature,
-                logs_folder=folder.logs,
+                logs_folder=folder.logs / f"eval-{name}",
                 problems=itertools.chain.from_iterable(sets.values()),
             )
         )
@@ -74,6 +79,8 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
         progress = stack.enter_context(
             Progress(f"eval {name}", total=len(plan), file=progress_file(folder.path, which))
         )
+        for starts in plan.values():
+            check_room(starts, config.rollout.max_total_tokens)
         for index, (label, starts) in enumerate(plan.items()):
             progress.update(index, waiting_for=label)
             if label in parts:
@@ -84,7 +91,7 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
             parts[label] = {"num_correct": result.num_correct, "num_samples": result.num_samples}
             write_json_atomic(out, {"is_complete": False, "settings": settings, "parts": parts})
             progress.update(index + 1, accuracy=result.accuracy)
-    summary = _summarise(config, name, checkpoint, parts)
+    summary = _summarise(config, step, checkpoint, parts)
     write_json_atomic(out, {**summary, "is_complete": True, "settings": settings, "parts": parts})
     folder.add_stage_seconds("eval", time.perf_counter() - start)
     _show(summary, out)
@@ -121,10 +128,17 @@ def find_checkpoint(folder: RunFolder, which: str) -> tuple[str, Path | None]:
     return path.name, path
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def _settings(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:
     """Return what decides the parts; results of other settings are not mixed."""
     chosen = config.evaluation.model_dump(mode="json", exclude={"every_steps", "pass_at"})
-    return chosen | {"seed": config.seed, "problems": str(config.data.problems)}
+    manifest = None if checkpoint is None else checkpoint / MANIFEST_NAME
+    return chosen | {
+        "seed": config.seed,
+        "problems": str(config.data.problems),
+        "traces": str(config.traces_folder),
+        "model": str(config.model.path) if checkpoint is None else str(checkpoint.resolve()),
+        "manifest": None if manifest is None else hashlib.sha256(manifest.read_bytes()).hexdigest(),
+    }
 
 
 def _read_parts(out: Path, settings: dict[str, Any]) -> Parts:
@@ -167,7 +181,7 @@ def _num_samples(config: RunConfig, label: str) -> int:
 
 
 def _summarise(
-    config: RunConfig, name: str, checkpoint: Path | None, parts: Parts
+    config: RunConfig, step: int, checkpoint: Path | None, parts: Parts
 ) -> dict[str, Any]:
     """Return sets, bins and unlock curve with their intervals."""
     results = {
@@ -187,7 +201,7 @@ def _summarise(
         if result := results.get(f"unlock/{fraction:.2f}"):
             unlock.append({"fraction": fraction} | _proportion(result))
     return {
-        "step": 0 if checkpoint is None else int(name.rpartition("-")[2]),
+        "step": step,
         "checkpoint": str(checkpoint or config.model.path),
         "temperature": config.evaluation.temperature,
         "sets": {
@@ -201,14 +215,13 @@ def _summarise(
 
 
 def _proportion(result: EvaluationResult) -> dict[str, float]:
-    """Return the accuracy over all samples with its Wilson interval."""
-    num_rollouts = len(result.num_correct) * result.num_samples
-    estimate = wilson_interval(sum(result.num_correct), num_rollouts)
+    """Return the mean accuracy with its bootstrap interval over problems."""
+    estimate = bootstrap_mean([count / result.num_samples for count in result.num_correct])
     return {
         "accuracy": estimate.value,
         "ci_low": estimate.low,
         "ci_high": estimate.high,
-        "num_rollouts": num_rollouts,
+        "num_rollouts": len(result.num_correct) * result.num_samples,
     }
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 
@@ -122,8 +123,10 @@ class Evaluator:
             if trace is None:
                 continue
             num_tokens = len(trace.completion_token_ids)
-            first = 0 if prefix_bin.is_no_prefix else math.floor(prefix_bin.low * num_tokens) + 1
-            last = min(math.floor(prefix_bin.high * num_tokens), num_tokens - 1)
+            # Fractions of the decimal text: in floating point 0.7 * 90 lies below 63.
+            low, high = Fraction(str(prefix_bin.low)), Fraction(str(prefix_bin.high))
+            first = 0 if prefix_bin.is_no_prefix else math.floor(low * num_tokens) + 1
+            last = min(math.floor(high * num_tokens), num_tokens - 1)
             if first > last:
                 continue
             draw = np.random.default_rng(derive_seed(self.seed, f"{label}/{problem.problem_id}", 0))

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +27,16 @@ Kind = Literal["train", "eval", "sft"]
 class MetricsWriter:
     """Appends metrics lines; the only writer of a run's ``metrics.jsonl``."""
 
-    def __init__(self, folder: RunFolder, config: MetricsConfig, *, num_steps_done: int) -> None:
-        """Open the file, dropping what lies beyond ``num_steps_done`` optimizer steps."""
+    def __init__(
+        self, folder: RunFolder, config: MetricsConfig, *, num_steps_done: int | None
+    ) -> None:
+        """Open the file, dropping what lies beyond ``num_steps_done`` optimizer steps.
+
+        None means that the run begins anew: only finished SFT epochs are kept.
+        """
         folder.path.mkdir(parents=True, exist_ok=True)
         truncate_metrics(folder.metrics_file, num_steps_done)
+        self._path = folder.metrics_file
         self._file = folder.metrics_file.open("a", encoding="utf-8")
         self._sinks: list[Any] = []
         if config.wandb is not None:
@@ -47,6 +53,12 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(kind, step, values)
 
+    def drop_sft_beyond(self, num_epochs_done: int) -> None:
+        """Drop the ``sft`` lines of epochs that will be run again."""
+        self._file.close()
+        _rewrite(self._path, lambda line: line["kind"] != "sft" or line["step"] <= num_epochs_done)
+        self._file = self._path.open("a", encoding="utf-8")
+
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Hand a table of rollouts to the services that show one."""
         for sink in self._sinks:
@@ -61,28 +73,40 @@ class MetricsWriter:
             sink.close()
 
 
-def truncate_metrics(path: Path, num_steps_done: int) -> None:
+def truncate_metrics(path: Path, num_steps_done: int | None) -> None:
     """Drop lines that describe optimizer steps after the first ``num_steps_done``.
 
-    A half-written last line (a kill in the middle of a write) is dropped too, and logged.
+    None drops every line of training and evaluation. A half-written last line (a kill in the
+    middle of a write) is dropped too. What was dropped is counted and logged.
     """
+    last_eval = -1 if num_steps_done is None else num_steps_done
+    last_train = -1 if num_steps_done is None else num_steps_done - 1
+
+    def keeps(line: Mapping[str, Any]) -> bool:
+        if line["kind"] == "sft":
+            return True
+        return line["step"] <= (last_eval if line["kind"] == "eval" else last_train)
+
+    _rewrite(path, keeps)
+
+
+def _rewrite(path: Path, keeps: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Keep the lines that are whole and that ``keeps`` accepts; log how many were dropped."""
     if not path.exists():
         return
     kept: list[str] = []
     num_dropped = 0
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            line = json.loads(text)
+            is_kept = keeps(json.loads(text))
         except json.JSONDecodeError:
-            num_dropped += 1
-            continue
-        last = num_steps_done if line["kind"] == "eval" else num_steps_done - 1
-        if line["kind"] == "sft" or line["step"] <= last:
+            is_kept = False
+        if is_kept:
             kept.append(text)
         else:
             num_dropped += 1
     if num_dropped:
-        logger.info("%s: dropped %d lines beyond step %d", path, num_dropped, num_steps_done)
+        logger.info("%s: dropped %d lines that will be written again", path, num_dropped)
         write_text_atomic(path, "".join(f"{text}\n" for text in kept))
 
 

@@ -59,14 +59,26 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
 
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder of another config without writing anything.
+
+        Raises:
+            ConfigError: if the folder is a file, or holds a run of another config.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run_folder {self.path}: is a file; name a folder")
+        if self.config_file.exists():
+            self._check_same_run(config)
+
     def claim(self, config: RunConfig) -> None:
         """Write the resolved config, or check that the folder already belongs to it.
+
+        Call it when every input has been read, so that a mistyped path claims nothing.
 
         Raises:
             ConfigError: if the folder holds a run of another config; nothing is overwritten.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"run_folder {self.path}: is a file; name a folder")
+        self.check(config)
         if self.config_file.exists():
             changed = self._check_same_run(config)
             if not changed:
@@ -84,9 +96,13 @@ class RunFolder:
         """
         if not self.config_file.exists():
             raise ConfigError(f"{self.path}: not a run folder (no config.json); check the path")
-        return validate(
-            RunConfig, json.loads(self.config_file.read_text()), where=str(self.config_file)
-        )
+        try:
+            values = json.loads(self.config_file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{self.config_file}: damaged: {error}; restore it, or use another --run-folder"
+            ) from None
+        return validate(RunConfig, values, where=str(self.config_file))
 
     def add_stage_seconds(self, stage: str, seconds: float) -> None:
         """Add ``seconds`` to the time that ``stage`` has taken in this run, over all starts."""
@@ -96,7 +112,7 @@ class RunFolder:
 
     def _check_same_run(self, config: RunConfig) -> list[str]:
         """Return the changed settings that may change; refuse all others."""
-        before = flatten(json.loads(self.config_file.read_text()))
+        before = flatten(json.loads(self.read_config().model_dump_json()))
         after = flatten(json.loads(config.model_dump_json()))
         keys = sorted(set(before) | set(after))
         changed = [key for key in keys if before.get(key) != after.get(key)]

@@ -262,6 +262,11 @@ def _kept_sequences(stream: Stream, settings: StreamSettings) -> tuple[np.ndarra
     return np.concatenate((starts, np.arange(end + 1, num_tokens + 1))), num_tokens
 
 
+def count_computed_tokens(streams: Sequence[Stream], settings: StreamSettings) -> int:
+    """Return the tokens of the streams that the model runs, kept padding included."""
+    return sum(_kept_sequences(stream, settings)[1] for stream in streams)
+
+
 def _token_count(output_2R: Tensor) -> Tensor:
     """Return the [] int32 number of trained tokens; int32 because Megatron sums it as such."""
     return torch.tensor(output_2R.size(1), dtype=torch.int32, device=output_2R.device)

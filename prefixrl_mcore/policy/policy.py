@@ -25,6 +25,7 @@ from prefixrl_mcore.policy.forward_backward import (
     StreamSettings,
     Totals,
     build_microbatch,
+    count_computed_tokens,
     gather_row_reports,
     policy_loss,
     reduce_totals,
@@ -170,6 +171,7 @@ class MegatronPolicy:
             gradient_norm=gradient_norm,
             learning_rate=learning_rate,
             num_trained_tokens=batch.num_trained_tokens,
+            num_computed_tokens=count_computed_tokens(batch.streams, self.stream_settings),
             was_skipped=is_skipped,
             metrics=_mean_metrics(totals, batch.num_trained_tokens),
         )

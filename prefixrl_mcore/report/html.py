@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.observability.atomic import write_text_atomic
 from prefixrl_mcore.report import sections
 from prefixrl_mcore.report.headline import compare, reference_index, set_names
@@ -68,6 +69,8 @@ def build_report(
     page = _render(runs, styles, choices, time.time())
     # Half of a split character (a lone surrogate in a JSON file) cannot be written as UTF-8.
     page = page.encode("utf-8", "replace").decode("utf-8")
+    if out.is_dir():
+        raise ConfigError(f"report --out {out}: is a folder; name a file")
     write_text_atomic(out, page)
     logger.info("report of %d run(s): %s (%.1f MB)", len(runs), out, len(page.encode()) / 1e6)
     return out

@@ -1,6 +1,6 @@
 """``summary.json``: the headline curves of one or several runs, for scripts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,12 @@ from prefixrl_mcore.report.headline import reference_index, set_names
 from prefixrl_mcore.report.reader import TRAIN_SET, EvaluationRecord, RunRecord, read_runs
 
 
-def write_summary(run_folders: Sequence[Path], out: Path) -> Path:
+def write_summary(
+    run_folders: Sequence[Path],
+    out: Path,
+    *,
+    seconds_per_stage: Mapping[str, float] | None = None,
+) -> Path:
     """Write the runs' headline curves as JSON and return the file's path.
 
     ``methods`` has one entry per run, named by its method (with the folder's name where two runs
@@ -20,6 +25,8 @@ def write_summary(run_folders: Sequence[Path], out: Path) -> Path:
     Args:
         run_folders: the runs.
         out: the JSON file; replaced atomically.
+        seconds_per_stage: wall time by stage, where somebody measured all of it; None takes what
+            each run has recorded.
 
     Raises:
         ConfigError: if no folder is given, one is given twice, or one holds no run.
@@ -29,7 +36,9 @@ def write_summary(run_folders: Sequence[Path], out: Path) -> Path:
     summary = {
         "methods": {run.label: _method(run, set_names(runs)) for run in runs},
         "unlock_curve": _unlock_before_training([reference, *runs]),
-        "seconds_per_stage": {run.label: dict(run.stage_seconds) for run in runs},
+        "seconds_per_stage": dict(seconds_per_stage)
+        if seconds_per_stage is not None
+        else {run.label: dict(run.stage_seconds) for run in runs},
     }
     write_json_atomic(out, summary)
     return out

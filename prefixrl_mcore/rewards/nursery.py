@@ -69,7 +69,10 @@ def main(arguments: list[str]) -> None:
         return
     gc.collect()
     gc.freeze()  # keeps the collector from touching, and thereby copying, shared pages
-    control.sendall(encode(["ready"]))
+    try:
+        control.sendall(encode(["ready"]))
+    except (BrokenPipeError, ConnectionResetError):
+        return  # the parent failed early and is gone
     children: set[int] = set()
     while _wait_for_request(control, options["parent"]):
         if not _serve(control, judge, options["memory_limit_bytes"], children):

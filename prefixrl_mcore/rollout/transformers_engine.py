@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -52,9 +53,7 @@ class TransformersEngine:
         transformers.logging.disable_progress_bar()  # it would tear our own progress display
         self._config = config
         self._device = torch.device(device)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        )
+        self._model: Any = _load_model(model_folder)
         self._model.to(self._device).eval()
         _check_full_attention(self._model.config, model_folder)
         self._weights, self._tied_names = _weights_by_name(self._model)
@@ -195,6 +194,22 @@ def _weights_by_name(model: nn.Module) -> tuple[dict[str, Tensor], frozenset[str
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     return {name: state[name] for name in state if name not in tied}, frozenset(tied)
+
+
+def _load_model(model_folder: Path) -> Any:  # noqa: ANN401  (transformers' classes share no type)
+    """Return the folder's model in float32.
+
+    Raises:
+        ValueError: if its weights are missing or damaged.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"model folder {model_folder}: its weights cannot be loaded: {error}; restore them"
+        ) from error
 
 
 def _check_full_attention(hf_config: PreTrainedConfig, model_folder: Path) -> None:

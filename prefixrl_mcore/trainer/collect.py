@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from prefixrl_mcore.accounting.flops import count_parameters, sampling_flops
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import CollectConfig, RunConfig
 from prefixrl_mcore.data.trace_schema import AttemptRecord, TraceRecord
 from prefixrl_mcore.data.traces import TraceStore, build_trace_id
@@ -41,23 +42,26 @@ def collect(config: RunConfig) -> None:
     start = time.perf_counter()
     folder = RunFolder(config.run_folder)
     training_problems = read_training_problems(config)
-    folder.claim(config)
+    folder.check(config)
     with ExitStack() as stack:
         evaluator = stack.enter_context(
             build_evaluator(
                 config,
                 model_folder=config.model.path,
                 temperature=config.collect.temperature,
-                logs_folder=folder.logs,
+                logs_folder=folder.logs / "collect",
                 problems=training_problems,
             )
         )
+        folder.claim(config)
         store = TraceStore.open_or_create(
             config.traces_folder,
             tokenizer_hash=evaluator.renderer.tokenizer_hash,
             chat_template_hash=evaluator.renderer.chat_template_hash,
             model=str(config.model.path),
         )
+        weights_hash = hash_weights(config.model.path)
+        _check_same_weights(store, weights_hash, config.model.path)
         problems = evaluator.plain_starts(training_problems)
         progress = stack.enter_context(
             Progress("collect", total=len(problems), file=folder.path / "progress-collect.json")
@@ -67,13 +71,28 @@ def collect(config: RunConfig) -> None:
             evaluator=evaluator,
             store=store,
             source_model=str(config.model.path),
-            weights_hash=hash_weights(config.model.path),
+            weights_hash=weights_hash,
             num_parameters=count_parameters(config.model.path),
         )
         while collector.sample_round(problems, progress):
             pass
     folder.add_stage_seconds("collect", time.perf_counter() - start)
     print_stats(store, Console(stderr=True))
+
+
+def _check_same_weights(store: TraceStore, weights_hash: str, model_folder: Path) -> None:
+    """Refuse to add traces of other weights to a collection; imported traces do not matter.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    for record in store.traces():
+        if record.weights_hash and record.weights_hash != weights_hash:
+            raise ConfigError(
+                f"trace store {store.folder}: was collected with weights "
+                f"{record.weights_hash[:12]} ({record.source_model}), {model_folder} has "
+                f"{weights_hash[:12]}; collect into another data.traces"
+            )
 
 
 def hash_weights(model_folder: Path) -> str:

@@ -28,7 +28,7 @@ def cut(config: RunConfig) -> PrefixStats:
     """
     start = time.perf_counter()
     folder = RunFolder(config.run_folder)
-    folder.claim(config)
+    folder.check(config)
     renderer = PromptRenderer(config.model.path, config.data.prompt)
     store = TraceStore.open(
         config.traces_folder,
@@ -46,6 +46,7 @@ def cut(config: RunConfig) -> PrefixStats:
             max_completion_tokens=config.rollout.max_completion_tokens,
             finds_answer=answer_finder(verifier, renderer),
         )
+    folder.claim(config)
     write_prefixes(
         config.prefixes_folder,
         prefixed,

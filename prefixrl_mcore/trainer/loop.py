@@ -16,7 +16,13 @@ def train(session: Session, stop: StopSignal) -> None:
     saved, also when a signal or the FLOPs limit made it the last.
     """
     run = session.config
-    for step in range(session.first_step, run.trainer.num_steps):
+    first_step = session.first_step
+    if session.is_over_budget():
+        if first_step == 0:
+            session.save(0)
+        logger.info("no step to take: %d done, trainer.max_flops is spent", first_step)
+        return
+    for step in range(first_step, run.trainer.num_steps):
         session.sync_weights()
         prefixed_problems = session.source.take(run.batch.prompts_per_step)
         groups = session.sample_and_score(prefixed_problems, step)

@@ -41,29 +41,40 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
     with ExitStack() as stack:
         topology = initialize(config.policy.parallel, seed=config.seed)
         stack.callback(shut_down)
-        run_on_first(lambda: folder.claim(config))
+        run_on_first(lambda: folder.check(config))
         stop = StopSignal()
         session = build_session(config, folder, topology, stack)
-        checkpoint = run_on_first(lambda: _recover(folder.checkpoints)) if resume else None
+        checkpoint = None
+        if resume:
+            every_steps = config.checkpoint.every_steps
+            checkpoint = run_on_first(lambda: _recover(folder, every_steps))
+        run_on_first(lambda: folder.claim(config))
         if checkpoint is not None:
             restore(session, checkpoint)
-        _open_outputs(session)
-        if checkpoint is None and config.method == "sft_then_rl":
-            run_sft(session, _read_sft_traces(config))
+        _open_outputs(session, is_continued=checkpoint is not None)
         if checkpoint is None:
-            session.evaluate(0)
-        train(session, stop)
+            if config.method == "sft_then_rl":
+                run_sft(session, _read_sft_traces(config), stop)
+            if not stop.is_set():
+                session.evaluate(0)
+        if not stop.is_set():
+            train(session, stop)
         if topology.is_first:
             folder.add_stage_seconds("train", time.perf_counter() - start)
         return 0 if stop.received is None else 128 + stop.received
 
 
 def _check_start(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
-    """Refuse to write over a run that was started before.
+    """Refuse to write over a run that was started before, and to resume what is not there.
 
     Raises:
         ConfigError: naming the remedy.
     """
+    if resume and not folder.config_file.exists():
+        raise ConfigError(
+            f"run_folder {config.run_folder}: holds no run to resume; check the path, or start "
+            "without --resume"
+        )
     if resume or not folder.metrics_file.exists():
         return
     raise ConfigError(
@@ -72,10 +83,35 @@ def _check_start(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
     )
 
 
-def _recover(checkpoints: Path) -> Path | None:
-    """Tidy up after a killed save and return the newest complete checkpoint."""
-    clean_up(checkpoints)
-    return latest_checkpoint(checkpoints)
+def _recover(folder: RunFolder, every_steps: int) -> Path | None:
+    """Tidy up after a killed save and return the newest complete checkpoint.
+
+    None for a run that was killed before its first checkpoint; it begins anew.
+
+    Raises:
+        ConfigError: if checkpoints were written and none of them is complete, so that beginning
+            anew would throw a run away.
+    """
+    clean_up(folder.checkpoints)
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    if checkpoint is not None:
+        return checkpoint
+    num_steps = _count_logged_steps(folder.metrics_file)
+    if any(folder.checkpoints.glob("step-*")) or num_steps > every_steps:
+        raise ConfigError(
+            f"{folder.checkpoints}: {num_steps} steps were run, but there is no complete "
+            "checkpoint to resume from; restore one, or start in another --run-folder. Nothing "
+            "was changed."
+        )
+    logger.warning("%s: no checkpoint yet, the run begins anew", folder.path)
+    return None
+
+
+def _count_logged_steps(metrics_file: Path) -> int:
+    """Return the optimizer steps that the metrics tell of."""
+    if not metrics_file.exists():
+        return 0
+    return sum('"kind": "train"' in line for line in metrics_file.read_text().splitlines())
 
 
 def build_session(
@@ -104,7 +140,7 @@ def build_session(
                 config,
                 model_folder=config.model.path,
                 temperature=config.evaluation.temperature,
-                logs_folder=folder.logs,
+                logs_folder=folder.logs / "train",
                 problems=itertools.chain.from_iterable(sets.values()),
             )
         )
@@ -131,7 +167,7 @@ def _read_prefixed(
     config: RunConfig, renderer: PromptRenderer, problems: list[Problem]
 ) -> list[PrefixedProblem]:
     """Return the prefixed problems that ``prefixrl prefixes`` wrote."""
-    return read_prefixes(
+    prefixed = read_prefixes(
         config.prefixes_folder,
         problems,
         tokenizer_hash=renderer.tokenizer_hash,
@@ -139,6 +175,12 @@ def _read_prefixed(
         config=config.prefixes,
         max_total_tokens=config.rollout.max_total_tokens,
     )
+    if not prefixed:
+        raise ConfigError(
+            f"{config.prefixes_folder}: holds no prefix of a training problem, so prefixrl would "
+            "be plain RL; collect traces of these problems, or say --method rl"
+        )
+    return prefixed
 
 
 def _collect_flops(config: RunConfig, renderer: PromptRenderer) -> float:
@@ -184,14 +226,14 @@ def restore(session: Session, checkpoint: Path) -> None:
     session.source.load_state(state["source"])
     session.meter.load_state(state["flops"])
     session.first_step = step
-    logger.info("resumed from %s: %d of %d steps done", checkpoint, step, _num_steps(session))
-    if session.topology.is_first:
-        _drop_rollouts_beyond(session.folder, step)
-
-
-def _num_steps(session: Session) -> int:
-    """Return the steps that the run will have in the end."""
-    return session.config.trainer.num_steps
+    num_steps = session.config.trainer.num_steps
+    logger.info("resumed from %s: %d of %d steps done", checkpoint, step, num_steps)
+    if session.evaluator is not None and not session.evaluator.engine.is_seeded:
+        logger.info(
+            "%s does not repeat samples: trainer state continues exactly, new rollouts differ "
+            "from those that an undisturbed run would have sampled",
+            session.evaluator.engine.name,
+        )
 
 
 def _drop_rollouts_beyond(folder: RunFolder, step: int) -> None:
@@ -201,12 +243,15 @@ def _drop_rollouts_beyond(folder: RunFolder, step: int) -> None:
             path.unlink()
 
 
-def _open_outputs(session: Session) -> None:
-    """Open metrics and progress on rank 0."""
+def _open_outputs(session: Session, *, is_continued: bool) -> None:
+    """Open metrics and progress on rank 0, without what lies beyond the checkpoint."""
     if not session.topology.is_first:
         return
+    _drop_rollouts_beyond(session.folder, session.first_step)
     session.metrics = MetricsWriter(
-        session.folder, session.config.metrics, num_steps_done=session.first_step
+        session.folder,
+        session.config.metrics,
+        num_steps_done=session.first_step if is_continued else None,
     )
     session.stack.callback(session.metrics.close)
     session.progress = session.stack.enter_context(

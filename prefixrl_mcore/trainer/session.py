@@ -113,14 +113,14 @@ class Session:
         self.progress.update(waiting_for="verifier")
         with self.timer.phase("verify"):
             scored = score_groups(sampled, evaluator.verifier, evaluator.renderer)
-        self._check_versions(scored[0][0].rollout.completion.policy_version)
+        self._check_versions({s.rollout.completion.policy_version for g in scored for s in g})
         return with_advantages(scored, run.loss)
 
-    def _check_versions(self, sampled_version: int) -> None:
+    def _check_versions(self, sampled_versions: set[int]) -> None:
         """Refuse rollouts of other weights: the loop is strictly on-policy."""
-        if sampled_version != self.policy.policy_version:
+        if sampled_versions != {self.policy.policy_version}:
             raise RuntimeError(
-                f"rollouts carry policy version {sampled_version}, the policy is at "
+                f"rollouts carry policy versions {sorted(sampled_versions)}, the policy is at "
                 f"{self.policy.policy_version}: the weight sync did not take effect"
             )
 
@@ -154,7 +154,7 @@ class Session:
         self, step: int, groups: Sequence[Group], batch: PackedBatch, update: UpdateResult
     ) -> None:
         """Charge the step's FLOPs on every rank; write metrics and rollouts on rank 0."""
-        self.meter.charge_step(groups, batch)
+        self.meter.charge_step(groups, num_computed_tokens=update.num_computed_tokens)
         if self.metrics is None:
             return
         rollout_seconds = self.timer.seconds("rollout")

@@ -23,6 +23,7 @@ from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.policy.topology import run_on_first
 from prefixrl_mcore.records import Trace, TrainingSequence
 from prefixrl_mcore.trainer.session import Session
+from prefixrl_mcore.trainer.signals import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ MAXIMUM_LIKELIHOOD = LossConfig()
 """Plain log-likelihood: no importance weight, no entropy bonus, mean over tokens."""
 
 
-def run_sft(session: Session, traces: Sequence[Trace]) -> None:
+def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None:
     """Train on the traces and keep the epoch that ``sft.keep`` names.
 
     All ranks call this. The start and each epoch to be kept are saved under ``sft/``; a killed
@@ -54,6 +55,8 @@ def run_sft(session: Session, traces: Sequence[Trace]) -> None:
         first_epoch, state = load_checkpoint(latest, session.policy)
         best_loss = state["validation_loss"]
         session.meter.load_state(state["flops"])
+    if session.metrics is not None:
+        session.metrics.drop_sft_beyond(first_epoch)
     kept_epoch = first_epoch
     for epoch in range(first_epoch, run.sft.max_epochs):
         _train_epoch(session, training, epoch)
@@ -64,6 +67,9 @@ def run_sft(session: Session, traces: Sequence[Trace]) -> None:
             _save_epoch(session, folder, kept_epoch, loss)
         elif epoch + 1 - kept_epoch >= run.sft.patience:
             break
+        if stop.is_set():
+            logger.warning("sft: stopped after epoch %d; --resume goes on from here", epoch + 1)
+            return
     best = latest_checkpoint(folder)
     assert best is not None, "epoch 0 was saved before the first epoch"
     best_epoch, _ = load_checkpoint(best, session.policy)
@@ -110,8 +116,10 @@ def _train_epoch(session: Session, training: Sequence[Trace], epoch: int) -> Non
     for start in range(0, len(training), run.sft.traces_per_step):
         chosen = [training[index] for index in order[start : start + run.sft.traces_per_step]]
         session.progress.update(waiting_for=f"sft epoch {epoch + 1}")
-        session.policy.update(_pack(session, chosen), loss=MAXIMUM_LIKELIHOOD)
-        session.meter.charge_sft(_num_tokens(chosen))
+        update = session.policy.update(_pack(session, chosen), loss=MAXIMUM_LIKELIHOOD)
+        session.meter.charge_sft(
+            _num_tokens(chosen), num_computed_tokens=update.num_computed_tokens
+        )
 
 
 def _validation_loss(session: Session, batch: PackedBatch) -> float:

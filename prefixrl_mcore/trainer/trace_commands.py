@@ -35,7 +35,7 @@ def import_traces(
         ValueError: if the file is malformed, or the store belongs to another tokenizer.
     """
     folder = RunFolder(config.run_folder)
-    folder.claim(config)
+    folder.check(config)
     renderer = PromptRenderer(config.model.path, config.data.prompt)
     with ExitStack() as stack:
         verifier = MathVerifier(config.reward)
@@ -57,6 +57,7 @@ def import_traces(
             keep=keep,
             max_total_tokens=config.rollout.max_total_tokens,
         )
+    folder.claim(config)
     out = folder.path / f"import-{file.stem}.json"
     write_json_atomic(out, asdict(report))
     _print_import(report, Console(stderr=True), out)

@@ -394,7 +394,11 @@ def test_killed_server_is_restarted_with_its_weights_and_the_batch_completes(
 
 def test_closed_engine_leaves_no_process(setting: Setting) -> None:
     """The last test of the suite: it closes the engine of all others."""
-    before = [process.pid for process in psutil.Process().children(recursive=True)]
+    before = [
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if any("sglang" in part for part in process.cmdline())
+    ]
 
     setting.engine.close()
     setting.engine.close()

@@ -44,6 +44,7 @@ class TinyTask:
             *("--rollout.engine", "transformers"),
             *("--batch.prompts-per-step", "4", "--batch.group-size", "4"),
             *("--batch.stream-tokens", "256", "--rollout.max-total-tokens", "64"),
+            *("--rollout.max-completion-tokens", "32"),
             *("--trainer.num-steps", "4", "--trainer.rollouts-every-steps", "1"),
             *("--checkpoint.every-steps", "2", "--evaluation.every-steps", "2"),
             *("--evaluation.num-samples", "4", "--evaluation.training-num-samples", "2"),

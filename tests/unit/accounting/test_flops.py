@@ -13,7 +13,6 @@ from prefixrl_mcore.accounting.flops import (
     sampling_flops,
     update_flops,
 )
-from prefixrl_mcore.data.packing import pack
 from prefixrl_mcore.records import (
     Completion,
     Group,
@@ -21,7 +20,6 @@ from prefixrl_mcore.records import (
     Problem,
     Rollout,
     ScoredRollout,
-    TrainingSequence,
     Verdict,
 )
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
@@ -70,27 +68,13 @@ def test_a_step_by_hand() -> None:
     # Group 1: context 10 + 5, completions 4 and 6, the second's context cached: 40 tokens.
     # Group 2: context 10, completions 3 and 3, nothing cached: 26 tokens.
     groups = [_group(10, 5, [4, 6], cached=14), _group(10, 0, [3, 3], cached=0)]
-    sequences = [
-        TrainingSequence(
-            sequence_id=f"{g}/{i}",
-            group_index=g,
-            context_token_ids=group.prefixed_problem.context_token_ids,
-            completion_token_ids=scored.rollout.completion.token_ids,
-            advantage=0.0,
-        )
-        for g, group in enumerate(groups)
-        for i, scored in enumerate(group.rollouts)
-    ]
-    batch = pack(sequences, stream_tokens=48, max_completion_tokens=8)
-    assert len(batch.streams) == 2
-
     meter = FlopsMeter(num_parameters=100, collect_flops=5e5)
-    meter.charge_step(groups, batch)
+    meter.charge_step(groups, num_computed_tokens=96)
     # 2 * 100 * 66 and 6 * 100 * 66: groups without any gradient are charged as well.
     assert meter.sampling_flops == 13_200.0
     assert meter.update_flops == 39_600.0
     assert meter.charged_tokens == 132
-    # Sampling computes 66 - 14; the update computes two streams of 48, padding included.
+    # Sampling computes 66 - 14; the update ran 96 tokens, padding included.
     assert meter.computed_tokens == 52 + 96
     meter.charge_sft(50)
     assert meter.sft_flops == 30_000.0

@@ -134,7 +134,7 @@ def test_a_sequence_is_read_from_prefix_and_completion() -> None:
         pytest.param("10^{10^{10}}", "timeout", id="tower"),
         pytest.param("9**9**9**9", "wrong", id="tower, python style"),
         pytest.param("1000000000!", "timeout", id="factorial"),
-        pytest.param("(" * 200 + "1" + ")" * 200, "timeout", id="parentheses"),
+        pytest.param("(" * 200 + "1" + ")" * 200, None, id="parentheses"),
         pytest.param("\\frac{1}{\\sqrt{2}", "wrong", id="unbalanced latex"),
         pytest.param("\\frac{1}{1+" * 300 + "x" + "}" * 300, None, id="deep fractions"),
         pytest.param("{" * 500_000 + "}" * 500_000, "too_long", id="1 MB of braces"),

@@ -1,0 +1,142 @@
+"""Ranks as small scripts: what they are given, how they are stopped, which exit code counts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.launch.local import launch_ranks
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from prefixrl_mcore.launch.local import launch_ranks
+program = (sys.executable, "-c", sys.argv[2])
+sys.exit(launch_ranks(2, [sys.argv[1]], log_folder=Path(sys.argv[1]), program=program))
+"""
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+def stop(number, _frame):
+    sys.exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, HANDLER)
+Path(sys.argv[1], os.environ["RANK"] + ".part").write_text(str(os.getpid()))
+Path(sys.argv[1], os.environ["RANK"] + ".part").rename(sys.argv[1] + "/pid-" + os.environ["RANK"])
+while True:
+    time.sleep(0.02)
+"""
+
+
+def _launch(folder: Path, script: str, grace_seconds: float = 20.0) -> int:
+    program = (
+        sys.executable,
+        "-c",
+        f"import os, sys, time; rank = int(os.environ['RANK']);{script}",
+    )
+    return launch_ranks(
+        2, [str(folder)], log_folder=folder, program=program, grace_seconds=grace_seconds
+    )
+
+
+def _start(folder: Path, handler: str) -> tuple["subprocess.Popen[bytes]", list[int]]:
+    """Start a launcher of two ranks; return it and the process ids once both are ready."""
+    command = [sys.executable, "-c", LAUNCHER, str(folder), RANK.replace("HANDLER", handler)]
+    launcher = subprocess.Popen(command)
+    files = [folder / f"pid-{rank}" for rank in range(2)]
+    _wait_until(lambda: all(file.exists() for file in files))
+    return launcher, [int(file.read_text()) for file in files]
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_ranks_get_what_a_launcher_sets_and_the_arguments(tmp_path: Path) -> None:
+    script = "import json; json.dump(dict(os.environ), open(f'{sys.argv[1]}/{rank}.json', 'w'))"
+    assert _launch(tmp_path, script) == 0
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert (first["RANK"], first["LOCAL_RANK"]) == ("0", "0")
+    assert (second["RANK"], second["LOCAL_RANK"]) == ("1", "1")
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        assert first[name] == second[name] == value
+    assert first["MASTER_PORT"] == second["MASTER_PORT"]
+
+
+def test_only_rank_0_is_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert _launch(tmp_path, "print('rank', rank); print('error', rank, file=sys.stderr)") == 0
+    assert capfd.readouterr() == ("rank 0\n", "error 0\n")
+    assert sorted((tmp_path / "rank-1.log").read_text().splitlines()) == ["error 1", "rank 1"]
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "named"),
+    [
+        ("sys.exit([3, 4][rank])", 3, None),
+        ("sys.exit([0, 4][rank])", 4, 1),
+        ("sys.exit([1, 2][rank])", 2, 1),
+        ("sys.exit([2, 1][rank])", 2, 0),
+        ("sys.exit([2, 2][rank])", 2, 0),
+        ("os.kill(os.getpid(), 9 if rank else 0)", 137, 1),
+    ],
+)
+def test_which_exit_code_counts_and_which_rank_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, script: str, code: int, named: int | None
+) -> None:
+    assert _launch(tmp_path, script) == code
+    if named is not None:
+        assert ("rank-1.log" in caplog.text) == (named == 1)
+
+
+def test_ranks_that_hang_after_a_failure_are_ended(tmp_path: Path) -> None:
+    started = time.monotonic()
+    script = "sys.exit(1) if rank else time.sleep(60)"
+    assert _launch(tmp_path, script, grace_seconds=0.3) == 128 + signal.SIGTERM
+    assert 0.3 < time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_reaches_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
+    launcher, pids = _start(tmp_path, "stop")
+    launcher.send_signal(number)
+    assert launcher.wait(20) == 128 + number
+    assert not any(_is_alive(pid) for pid in pids)
+
+
+def test_a_second_interrupt_kills(tmp_path: Path) -> None:
+    launcher, pids = _start(tmp_path, "signal.SIG_IGN")
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert launcher.poll() is None
+    assert all(_is_alive(pid) for pid in pids)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(20) == 128 + signal.SIGINT
+    assert not any(_is_alive(pid) for pid in pids)
+
+
+def test_ranks_die_with_the_launcher(tmp_path: Path) -> None:
+    launcher, pids = _start(tmp_path, "signal.SIG_IGN")
+    assert all(os.getsid(pid) == pid for pid in pids)
+    launcher.kill()
+    launcher.wait()
+    _wait_until(lambda: not any(_is_alive(pid) for pid in pids))

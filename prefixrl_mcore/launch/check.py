@@ -4,7 +4,6 @@ The memory figures are arithmetic from the model's ``config.json``, not measurem
 says what it counts, so that a reader can check it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,26 +11,31 @@ from rich.console import Console
 from rich.table import Table
 
 from prefixrl_mcore.accounting.flops import sampling_flops, update_flops
-from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.layout import (
+    ModelShape,
+    check_divisible,
+    check_positions,
+    check_stream,
+    check_supported,
+    read_hf_config,
+    read_model_shape,
+)
 from prefixrl_mcore.config.run import RunConfig
 
 _GIB = 1024**3
-_OPTIMIZER_BYTES = 12
-"""Per parameter: float32 main weight and two float32 moments (bf16 training)."""
+_OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8}
+"""Per parameter: two float32 moments, and beside bfloat16 weights a float32 main weight."""
+
+_HEAD_CHUNK_BYTES = 256 * 1024**2
+"""Bound on one chunk of float32 logits, as ``prefixrl_kernels.head`` sets it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSize:
-    """The sizes of a dense decoder that the estimates need."""
+    """The shape of a dense decoder and its parameter counts."""
 
-    hidden_size: int
-    """H."""
-
-    num_layers: int
-    """Transformer layers."""
-
-    vocab_size: int
-    """V."""
+    shape: ModelShape
+    """What training builds."""
 
     num_parameters: int
     """N: tied embedding counted once, norms and biases left out (below one in a thousand)."""
@@ -39,31 +43,36 @@ class ModelSize:
     num_embedding_parameters: int
     """Parameters of embedding and, where untied, output layer; part of N."""
 
-    num_attention_heads: int
-    """Query heads."""
-
-    num_key_value_heads: int
-    """Key and value heads."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes on one trainer rank, the largest pipeline stage."""
+    """Bytes on one trainer rank; each part on the pipeline stage that needs most of it.
+
+    Symbols: ``P`` parameters on the rank, ``w`` bytes of a weight (2 in bfloat16, 4 in float32),
+    ``T`` stream tokens, ``H`` hidden size, ``L`` layers, ``V`` vocabulary, ``tp``, ``pp`` and
+    ``dp`` the parallel sizes.
+    """
 
     weights: float
-    """Model weights in the training precision."""
+    """``P w`` with ``P = (layer parameters / pp + embedding parameters / min(pp, 2)) / tp``."""
 
     gradients: float
-    """Float32 gradient buffer."""
+    """``4 P``: float32 buffer."""
 
     optimizer: float
-    """Main weights and moments, sharded over data-parallel ranks where asked."""
+    """``12 P`` in bfloat16 (main weight, two moments), ``8 P`` in float32; divided by ``dp`` with
+    ``use_distributed_optimizer``."""
 
     activations: float
-    """Saved activations of one stream; with full recomputation one tensor per layer."""
+    """Saved for the backward pass by ``L / pp`` layers in each of the ``pp`` microbatches that the
+    first stage holds at most (one forward, one backward): ``34 T H (w / 2) / tp`` per layer, where
+    34 is bytes per element of ``T H`` at 16 bit, attention probabilities not stored; with full
+    recomputation one tensor per layer, ``T H w``, divided by ``tp`` with sequence parallelism."""
 
     head: float
-    """Logits of one chunk of rows in float32, twice (values and gradient)."""
+    """``2 R (V / tp) 4 + 4 (V / tp) H``: one chunk of ``R`` rows of float32 logits with its
+    gradient, and the float32 gradient of the output weight. ``R`` is at most ``T`` and at most
+    what keeps the logits within 256 MiB, ``2**28 // (4 V / tp)``, but at least 1."""
 
     @property
     def total(self) -> float:
@@ -75,11 +84,11 @@ def print_check(config: RunConfig, console: Console | None = None) -> None:
     """Print layout, batch, memory and FLOPs of a config.
 
     Raises:
-        ConfigError: if the layout does not fit the model.
+        ConfigError: if training would refuse the model or the layout.
     """
     console = console or Console()
     size = read_model_size(config.model.path)
-    check_layout(config, size)
+    check_layout(config, size.shape)
     table = Table(title=f"{config.method}: {config.model.path}", show_header=False)
     for name, value in _rows(config, size):
         table.add_row(name, value)
@@ -93,80 +102,70 @@ def read_model_size(folder: Path) -> ModelSize:
     """Return the sizes in a Hugging Face folder's ``config.json``.
 
     Raises:
-        ConfigError: if the file or one of its fields is missing.
+        ConfigError: if training would refuse the file: it is missing, of a model family that is
+            not supported, or asks for something that is not implemented.
     """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"model.path {folder}: has no config.json; check the path") from None
-    try:
-        hidden, layers, vocab = (
-            int(values[name]) for name in ("hidden_size", "num_hidden_layers", "vocab_size")
-        )
-        heads, ffn = int(values["num_attention_heads"]), int(values["intermediate_size"])
-    except KeyError as error:
-        raise ConfigError(f"{path}: field {error} is missing") from None
-    kv_heads = int(values.get("num_key_value_heads", heads))
-    head_dim = int(values.get("head_dim") or hidden // heads)
-    attention = 2 * hidden * head_dim * (heads + kv_heads)
-    num_embeddings = 1 if values.get("tie_word_embeddings", False) else 2
-    embedding = num_embeddings * vocab * hidden
+    shape = read_model_shape(read_hf_config(folder))
+    hidden, heads = shape.hidden_size, shape.num_attention_heads + shape.num_query_groups
+    attention = 2 * hidden * shape.kv_channels * heads
+    num_embeddings = 1 if shape.tie_word_embeddings else 2
+    embedding = num_embeddings * shape.vocab_size * hidden
+    layer = attention + 3 * hidden * shape.ffn_hidden_size
     return ModelSize(
-        hidden_size=hidden,
-        num_layers=layers,
-        vocab_size=vocab,
-        num_parameters=layers * (attention + 3 * hidden * ffn) + embedding,
+        shape=shape,
+        num_parameters=shape.num_layers * layer + embedding,
         num_embedding_parameters=embedding,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
     )
 
 
-def check_layout(config: RunConfig, size: ModelSize) -> None:
-    """Refuse a layout that does not divide the model.
+def check_layout(config: RunConfig, shape: ModelShape) -> None:
+    """Refuse what training would refuse: an unsupported layout, or one that does not fit the model.
 
     Raises:
-        ConfigError: with the arithmetic.
+        ConfigError: with the numbers that do not fit.
     """
-    parallel = config.policy.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
-    for name, value, divisor, knob in (
-        ("attention heads", size.num_attention_heads, tp, "tensor_model_parallel_size"),
-        ("layers", size.num_layers, stages, "pipeline_model_parallel_size x virtual stages"),
-    ):
-        if value % divisor:
-            raise ConfigError(
-                f"policy.parallel: {value} {name} cannot be divided by {knob} = {divisor} "
-                f"({value} / {divisor} = {value / divisor:.2f}); choose a divisor of {value}"
-            )
+    check_supported(config.policy.parallel)
+    check_divisible(shape, config.policy.parallel)
+    check_stream(config.policy.parallel, config.stream_tokens)
+    check_positions(shape, config.rollout.max_total_tokens)
 
 
 def estimate_memory(config: RunConfig, size: ModelSize) -> MemoryEstimate:
-    """Return the bytes on the trainer rank that needs most."""
-    parallel = config.policy.parallel
+    """Return the bytes on the trainer rank that needs most; formulas in ``MemoryEstimate``."""
+    policy, parallel = config.policy, config.policy.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    width = 2 if config.policy.dtype == "bfloat16" else 4
+    width = 2 if policy.dtype == "bfloat16" else 4
     layer_parameters = size.num_parameters - size.num_embedding_parameters
     on_rank = (layer_parameters / pp + size.num_embedding_parameters / min(pp, 2)) / tp
-    shards = parallel.data_parallel_size if config.policy.optimizer.use_distributed_optimizer else 1
-    optimizer_bytes = _OPTIMIZER_BYTES if config.policy.dtype == "bfloat16" else 8
-    tokens = config.stream_tokens / parallel.context_parallel_size
-    in_flight = min(pp, 8)
-    sharded = tp if parallel.sequence_parallel else 1
-    per_token_and_layer = (
-        size.hidden_size * width * (34 if config.policy.recompute == "none" else 1)
-    )
-    per_token_and_layer /= tp if config.policy.recompute == "none" else sharded
-    rows = min(tokens, 4096)
+    shards = parallel.data_parallel_size if policy.optimizer.use_distributed_optimizer else 1
     return MemoryEstimate(
         weights=on_rank * width,
         gradients=on_rank * 4,
-        optimizer=on_rank * optimizer_bytes / shards,
-        activations=tokens * per_token_and_layer * size.num_layers / pp * in_flight,
-        head=2 * rows * size.vocab_size / tp * 4,
+        optimizer=on_rank * _OPTIMIZER_BYTES[policy.dtype] / shards,
+        activations=_activation_bytes(config, size.shape, width),
+        head=_head_bytes(config, size.shape),
     )
+
+
+def _activation_bytes(config: RunConfig, shape: ModelShape, width: int) -> float:
+    """Return the saved activations of the first stage; ``width`` is bytes of an element."""
+    parallel = config.policy.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    elements = config.stream_tokens * shape.hidden_size
+    if config.policy.recompute == "none":
+        per_layer = 34 * elements * (width / 2) / tp
+    else:
+        per_layer = elements * width / (tp if parallel.sequence_parallel else 1)
+    num_microbatches = pp
+    return per_layer * (shape.num_layers / pp) * num_microbatches
+
+
+def _head_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """Return the head's logits and weight gradient on the last stage."""
+    tp = config.policy.parallel.tensor_model_parallel_size
+    vocab = shape.padded_vocab_size(tp) // tp
+    rows = min(config.stream_tokens, max(1, _HEAD_CHUNK_BYTES // (4 * vocab)))
+    return 2 * rows * vocab * 4 + vocab * shape.hidden_size * 4
 
 
 def _rows(config: RunConfig, size: ModelSize) -> list[tuple[str, str]]:
@@ -183,7 +182,10 @@ def _rows(config: RunConfig, size: ModelSize) -> list[tuple[str, str]]:
         f"{parallel.world_size} trainer ranks"
     )
     return [
-        ("parameters", f"{n:.4g} ({size.num_layers} layers, hidden {size.hidden_size})"),
+        (
+            "parameters",
+            f"{n:.4g} ({size.shape.num_layers} layers, hidden {size.shape.hidden_size})",
+        ),
         ("layout", layout),
         ("precision", config.policy.dtype),
         (
@@ -231,7 +233,7 @@ def _inputs(config: RunConfig) -> list[Path]:
     inputs = [config.data.problems, *config.data.held_out.values()]
     if config.method == "prefixrl":
         inputs.append(config.prefixes_folder)
-    if config.method == "sft_then_rl":
+    if config.method != "rl":  # prefixrl too: the store says what the traces cost
         inputs.append(config.traces_folder)
     return inputs
 

@@ -1,16 +1,9 @@
-"""From a Hugging Face ``config.json`` to the model shape, and from there to Megatron's config.
+"""Megatron's configuration of a model shape.
 
-Every field of ``config.json`` must be understood: it is mapped, it must have a certain value, or
-it is known not to change what the model computes. Anything else is an error that names the field,
-because a silently ignored field (a rope scaling, a sliding window) trains a different model.
-
-A model family is one entry of ``FAMILIES``.
+Shape and layout rules are in ``config.layout``, which needs no torch, so that ``prefixrl check``
+refuses what training refuses.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,166 +11,22 @@ import torch.nn.functional as F  # noqa: N812  (torch's own alias)
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from prefixrl_mcore.config.layout import (
+    FAMILIES,
+    ModelShape,
+    check_divisible,
+    read_hf_config,
+    read_model_shape,
+)
 from prefixrl_mcore.config.policy import PolicyConfig
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelShape:
-    """What must be known of a decoder-only transformer to build it."""
-
-    architecture: str
-    """Name in ``config.json``, e.g. ``Qwen3ForCausalLM``."""
-
-    num_layers: int
-    """Transformer layers."""
-
-    hidden_size: int
-    """Width of the residual stream."""
-
-    ffn_hidden_size: int
-    """Width of the gated feed-forward layer."""
-
-    num_attention_heads: int
-    """Query heads."""
-
-    num_query_groups: int
-    """Key-value heads."""
-
-    kv_channels: int
-    """Width of one head."""
-
-    vocab_size: int
-    """Tokens in the vocabulary, without padding."""
-
-    rotary_base: float
-    """Base of the rotary position embedding."""
-
-    layernorm_epsilon: float
-    """Offset in RMSNorm."""
-
-    max_position_embeddings: int
-    """Longest sequence that the model was made for, tokens."""
-
-    init_method_std: float
-    """Standard deviation of freshly initialised weights (loaded weights do not depend on it)."""
-
-    tie_word_embeddings: bool
-    """Input and output embedding are one matrix."""
-
-    qk_layernorm: bool
-    """RMSNorm on each query and key head."""
-
-    add_qkv_bias: bool
-    """Bias on the query, key and value projections."""
-
-    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
-        """Return the rows of the embedding: ``vocab_size`` rounded up to equal shards."""
-        shards = tensor_model_parallel_size
-        return -(-self.vocab_size // shards) * shards
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """How the ``config.json`` of one architecture is read."""
-
-    qk_layernorm: bool
-    """The family normalises query and key heads."""
-
-    required: Mapping[str, Any]
-    """Fields that, where present, must have exactly this value."""
-
-    ignored: frozenset[str]
-    """Fields that do not change what the model computes in training."""
-
-
-_MAPPED = frozenset(
-    {
-        *("architectures", "attention_bias", "head_dim", "hidden_size", "initializer_range"),
-        *("intermediate_size", "max_position_embeddings", "num_attention_heads"),
-        *("num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters"),
-        *("rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size", "layer_types"),
-        *("use_sliding_window", "sliding_window"),
-    }
-)
-"""Fields that ``read_model_shape`` reads."""
-
-_NOT_COMPUTED = frozenset(
-    {
-        *("_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"),
-        *("transformers_version", "use_cache", "max_window_layers", "return_dict"),
-        *("output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
-        *("is_encoder_decoder", "id2label", "label2id", "problem_type"),
-    }
-)
-"""Bookkeeping, generation and loading fields."""
-
-FAMILIES: Mapping[str, Family] = {
-    "Qwen3ForCausalLM": Family(
-        qk_layernorm=True,
-        required={
-            "model_type": "qwen3",
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "quantization_config": None,
-        },
-        ignored=_NOT_COMPUTED,
-    ),
-}
-"""Supported architectures by the name in ``config.json``."""
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Return the content of ``folder/config.json``.
-
-    Raises:
-        ValueError: if the file is missing or is not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: does not exist; expected a Hugging Face model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
-    """Return the shape that a Hugging Face ``config.json`` describes.
-
-    Args:
-        hf_config: the parsed file, as written by transformers 4 or 5.
-
-    Raises:
-        ValueError: if the architecture is not supported, a field is missing, unknown, or asks
-            for something that is not implemented; the message names the field.
-    """
-    architecture = _architecture(hf_config)
-    family = FAMILIES[architecture]
-    _refuse_unknown_fields(hf_config, architecture, family)
-    _refuse_sliding_window(hf_config)
-    hidden_size = _integer(hf_config, "hidden_size")
-    num_heads = _integer(hf_config, "num_attention_heads")
-    head_dim = hf_config.get("head_dim")
-    return ModelShape(
-        architecture=architecture,
-        num_layers=_integer(hf_config, "num_hidden_layers"),
-        hidden_size=hidden_size,
-        ffn_hidden_size=_integer(hf_config, "intermediate_size"),
-        num_attention_heads=num_heads,
-        num_query_groups=int(hf_config.get("num_key_value_heads") or num_heads),
-        kv_channels=int(head_dim) if head_dim is not None else hidden_size // num_heads,
-        vocab_size=_integer(hf_config, "vocab_size"),
-        rotary_base=_rotary_base(hf_config),
-        layernorm_epsilon=float(_present(hf_config, "rms_norm_eps")),
-        max_position_embeddings=_integer(hf_config, "max_position_embeddings"),
-        init_method_std=float(hf_config.get("initializer_range", 0.02)),
-        tie_word_embeddings=bool(_present(hf_config, "tie_word_embeddings")),
-        qk_layernorm=family.qk_layernorm,
-        add_qkv_bias=bool(hf_config.get("attention_bias", False)),
-    )
+__all__ = [
+    "FAMILIES",
+    "ModelShape",
+    "build_transformer_config",
+    "read_hf_config",
+    "read_model_shape",
+]
 
 
 def build_transformer_config(
@@ -192,7 +41,7 @@ def build_transformer_config(
         ValueError: if the layout does not divide the model.
     """
     parallel = policy.parallel
-    _check_divisible(shape, policy)
+    check_divisible(shape, parallel)
     dtype = torch.float32 if policy.dtype == "float32" else torch.bfloat16
     recompute: dict[str, Any] = {}
     if policy.recompute == "full":
@@ -242,103 +91,3 @@ def build_transformer_config(
         finalize_model_grads_func=finalize_model_grads,
         **recompute,
     )
-
-
-def _architecture(hf_config: Mapping[str, Any]) -> str:
-    """Return the architecture's name, or refuse it."""
-    names = hf_config.get("architectures") or []
-    if len(names) != 1 or names[0] not in FAMILIES:
-        raise ValueError(
-            f"config.json: architectures = {names!r} is not supported; expected one of "
-            f"{sorted(FAMILIES)}"
-        )
-    return names[0]
-
-
-def _refuse_unknown_fields(hf_config: Mapping[str, Any], architecture: str, family: Family) -> None:
-    """Refuse fields that we do not understand, and values that we do not implement."""
-    for name, value in family.required.items():
-        if name in hf_config and hf_config[name] != value:
-            raise ValueError(
-                f"config.json: {name} = {hf_config[name]!r} is not implemented for "
-                f"{architecture}, expected {value!r}"
-            )
-    known = _MAPPED | family.ignored | set(family.required)
-    unknown = sorted(set(hf_config) - known)
-    if unknown:
-        listed = ", ".join(f"{name} = {hf_config[name]!r}" for name in unknown)
-        raise ValueError(
-            f"config.json: unknown field(s) for {architecture}: {listed}; the model may compute "
-            "something that is not implemented here"
-        )
-
-
-def _refuse_sliding_window(hf_config: Mapping[str, Any]) -> None:
-    """Refuse a model whose attention is not full and causal in every layer."""
-    if hf_config.get("use_sliding_window"):
-        raise ValueError(
-            "config.json: use_sliding_window = true is not implemented; only full causal "
-            "attention is"
-        )
-    # Without the switch the width is dead: released Qwen3 files carry one, and no family here
-    # uses a window that is not announced by the switch or by layer_types.
-    layer_types = hf_config.get("layer_types")
-    if layer_types is not None and set(layer_types) != {"full_attention"}:
-        raise ValueError(
-            f"config.json: layer_types = {sorted(set(layer_types))!r} is not implemented; only "
-            "'full_attention' is"
-        )
-
-
-def _rotary_base(hf_config: Mapping[str, Any]) -> float:
-    """Return the rotary base of a transformers 4 or 5 file; refuse every kind of scaling."""
-    parameters = hf_config.get("rope_parameters")
-    scaling = hf_config.get("rope_scaling")
-    for field, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        if not value:
-            continue
-        kind = value.get("rope_type", value.get("type", "default"))
-        extra = sorted(set(value) - {"rope_type", "type", "rope_theta"})
-        if kind != "default" or extra:
-            raise ValueError(
-                f"config.json: {field} = {value!r} is not implemented; only the plain rotary "
-                "embedding (rope_type 'default', no further entries) is"
-            )
-    theta = (parameters or {}).get("rope_theta", hf_config.get("rope_theta"))
-    if theta is None:
-        raise ValueError("config.json: rope_theta is missing (also in rope_parameters)")
-    return float(theta)
-
-
-def _present(hf_config: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  (JSON value)
-    """Return a field that must be there."""
-    if hf_config.get(name) is None:
-        raise ValueError(f"config.json: {name} is missing")
-    return hf_config[name]
-
-
-def _integer(hf_config: Mapping[str, Any], name: str) -> int:
-    """Return a field that must be a positive integer."""
-    value = _present(hf_config, name)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json: {name} must be a positive integer, got {value!r}")
-    return value
-
-
-def _check_divisible(shape: ModelShape, policy: PolicyConfig) -> None:
-    """Refuse a layout that cannot split the model evenly."""
-    parallel = policy.parallel
-    tensor = parallel.tensor_model_parallel_size
-    stages = parallel.pipeline_model_parallel_size * (
-        parallel.virtual_pipeline_model_parallel_size or 1
-    )
-    for what, number, parts, field in (
-        ("attention heads", shape.num_attention_heads, tensor, "tensor_model_parallel_size"),
-        ("key-value heads", shape.num_query_groups, tensor, "tensor_model_parallel_size"),
-        ("feed-forward width", shape.ffn_hidden_size, tensor, "tensor_model_parallel_size"),
-        ("layers", shape.num_layers, stages, "pipeline_model_parallel_size"),
-    ):
-        if number % parts:
-            raise ValueError(
-                f"policy.parallel.{field}: {number} {what} do not divide into {parts} equal parts"
-            )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 
+from prefixrl_mcore.config.layout import check_supported
 from prefixrl_mcore.config.policy import ParallelConfig
 from prefixrl_mcore.policy import cpu_runtime
 
@@ -87,7 +88,7 @@ def initialize(
     """
     cpu_runtime.install()
     environment = os.environ if environment is None else environment
-    _check_supported(parallel)
+    check_supported(parallel)
     _check_world_size(parallel, _world_size(environment))
     device = _select_device(environment)
     if not dist.is_initialized():
@@ -208,20 +209,6 @@ def _check_world_size(parallel: ParallelConfig, world_size: int) -> None:
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} "
             f"x data {parallel.data_parallel_size}), got {world_size}; start as many processes, "
             "or change policy.parallel"
-        )
-
-
-def _check_supported(parallel: ParallelConfig) -> None:
-    """Refuse layouts that the policy cannot run yet."""
-    if parallel.context_parallel_size > 1:
-        raise ValueError(
-            f"policy.parallel.context_parallel_size = {parallel.context_parallel_size} is not "
-            "supported yet; set it to 1"
-        )
-    if parallel.expert_model_parallel_size > 1:
-        raise ValueError(
-            f"policy.parallel.expert_model_parallel_size = {parallel.expert_model_parallel_size} "
-            "needs a mixture-of-experts model, which is not supported yet; set it to 1"
         )
 
 

@@ -18,8 +18,8 @@ def train(session: Session, stop: StopSignal) -> None:
     run = session.config
     first_step = session.first_step
     if session.is_over_budget():
-        if first_step == 0:
-            session.save(0)
+        if not session.has_checkpoint():
+            session.save(first_step)
         logger.info("no step to take: %d done, trainer.max_flops is spent", first_step)
         return
     for step in range(first_step, run.trainer.num_steps):

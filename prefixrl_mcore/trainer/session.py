@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prefixrl_mcore.accounting.flops import FlopsMeter
-from prefixrl_mcore.checkpoint.save_load import save_checkpoint
+from prefixrl_mcore.checkpoint.save_load import latest_checkpoint, save_checkpoint
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.packing import Aggregation, PackedBatch, pack
 from prefixrl_mcore.data.source import MixtureSource
@@ -214,6 +214,10 @@ class Session:
                 self.state(step),
                 keep_last=self.config.checkpoint.keep_last,
             )
+
+    def has_checkpoint(self) -> bool:
+        """Return whether the run has a complete checkpoint; all ranks call this."""
+        return run_on_first(lambda: latest_checkpoint(self.folder.checkpoints) is not None)
 
     def state(self, step: int) -> dict[str, Any]:
         """Return what a resumed run needs besides the policy, as JSON."""

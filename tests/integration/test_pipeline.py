@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prefixrl_mcore.accounting.flops import count_parameters
@@ -109,6 +111,78 @@ def test_a_resumed_run_equals_an_undisturbed_one(
         assert _without_clock(_metrics(run, kind)) == _without_clock(_metrics(trained, kind))
 
 
+def _snapshot(run: Path) -> dict[str, bytes]:
+    """Return the content of the files that tell what a run did."""
+    kept = [run / "metrics.jsonl", *run.glob("rollouts/*"), *run.glob("checkpoints/*/*.json")]
+    return {str(path.relative_to(run)): path.read_bytes() for path in kept}
+
+
+def test_a_spent_budget_takes_no_further_step_however_often_it_is_resumed(
+    tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run = tmp_path / "budget"
+    flags = ("--trainer.max-flops", "1e9")
+    assert tiny_task.run("train", run, *flags) == 0
+    before = _snapshot(run)
+    assert len(_metrics(run, "train")) <= 1
+    assert tiny_task.run("train --resume", run, *flags) == 0
+    assert _snapshot(run) == before
+
+
+def test_resume_refuses_to_begin_anew_where_checkpoints_were_lost(
+    tiny_task: TinyTask, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = tmp_path / "lost"
+    shutil.copytree(trained, lost)
+    shutil.rmtree(lost / "checkpoints")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained, damaged)
+    for manifest in damaged.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("")
+    for run in (lost, damaged):
+        before = _snapshot(run)
+        assert tiny_task.run("train --resume", run) == 2
+        assert "no complete checkpoint" in capsys.readouterr().err
+        assert _snapshot(run) == before
+
+
+def test_resume_of_nothing_is_refused(tiny_task: TinyTask, tmp_path: Path) -> None:
+    assert tiny_task.run("train --resume", tmp_path / "nothing") == 2
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_mistyped_path_claims_no_folder(tiny_task: TinyTask, tmp_path: Path) -> None:
+    run = tmp_path / "typo"
+    assert tiny_task.run("train", run, "--data.prefixes", str(tmp_path / "nowhere")) == 2
+    assert tiny_task.run("prefixes", run, "--data.traces", str(tmp_path / "nowhere")) == 2
+    assert not (run / "config.json").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_has_each_line_once(
+    tiny_task: TinyTask, trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "early"
+    shutil.copytree(trained, run)
+    shutil.rmtree(run / "checkpoints")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))  # eval 0, train 0
+    assert tiny_task.run("train --resume", run) == 0
+    for kind in ("train", "eval"):
+        assert _without_clock(_metrics(run, kind)) == _without_clock(_metrics(trained, kind))
+
+
+def test_traces_of_other_weights_are_not_mixed(
+    tiny_task: TinyTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_task.folder / "base", model)
+    (weights_file,) = model.glob("*.safetensors")
+    tensors = load_file(weights_file)
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, weights_file)
+    assert tiny_task.run("collect", tmp_path / "run", "--model.path", str(model)) == 2
+    assert "collect into another data.traces" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_continues(
     tiny_task: TinyTask, trained: Path, tmp_path: Path
@@ -203,6 +277,16 @@ def test_eval_convert_and_report(tiny_task: TinyTask, trained: Path, tmp_path: P
     page = tmp_path / "report.html"
     assert main(["report", str(trained), "--out", str(page)]) == 0
     assert "held-out" in page.read_text()
+
+
+def test_eval_takes_a_checkpoint_of_any_name(
+    tiny_task: TinyTask, trained: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "mine"
+    assert main(["convert", "from-hf", str(tiny_task.folder / "base"), str(checkpoint)]) == 0
+    assert tiny_task.run(f"eval --checkpoint {checkpoint}", tmp_path / "run") == 0
+    result = json.loads((tmp_path / "run" / "eval" / "mine.json").read_text())
+    assert (result["step"], result["is_complete"]) == (0, True)
 
 
 def test_eval_of_a_missing_checkpoint_names_those_that_exist(

@@ -54,13 +54,14 @@ class TinyTask:
 
     def run(self, command: str, run_folder: Path, *more: str) -> int:
         """Run ``prefixrl COMMAND`` in this process; return the exit code."""
-        return main([*command.split(), str(CONFIG), *self.flags(run_folder, *more)])
+        name, *options = command.split()
+        return main([name, str(CONFIG), *options, *self.flags(run_folder, *more)])
 
     def start(self, command: str, run_folder: Path, *more: str) -> "subprocess.Popen[str]":
         """Start ``prefixrl COMMAND`` in a process of its own, with its output in one pipe."""
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "prefixrl_mcore.cli", *command.split(), str(CONFIG)),
+                *(sys.executable, "-m", "prefixrl_mcore.cli", command, str(CONFIG)),
                 *self.flags(run_folder, *more),
             ],
             stdout=subprocess.PIPE,

@@ -3,22 +3,24 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.config.data import DataConfig
-from prefixrl_mcore.config.policy import ModelConfig, ParallelConfig, PolicyConfig
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.check import (
+    MemoryEstimate,
     check_layout,
     estimate_memory,
     print_check,
     read_model_size,
 )
 
-QWEN3_4B = {
+QWEN3_4B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
     "hidden_size": 2560,
     "num_hidden_layers": 36,
     "vocab_size": 151936,
@@ -26,55 +28,212 @@ QWEN3_4B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "intermediate_size": 9728,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
     "tie_word_embeddings": True,
 }
 
 
-def _config(folder: Path, parallel: ParallelConfig | None = None) -> RunConfig:
-    (folder / "config.json").write_text(json.dumps(QWEN3_4B))
-    return RunConfig(
-        run_folder=folder / "run",
-        model=ModelConfig(path=folder),
-        data=DataConfig(problems=folder / "p.jsonl"),
-        policy=PolicyConfig(parallel=parallel or ParallelConfig()),
+def _config(
+    folder: Path,
+    parallel: dict[str, Any] | None = None,
+    *,
+    model: dict[str, Any] | None = None,
+    policy: dict[str, Any] | None = None,
+    stream_tokens: int = 4096,
+    method: str = "prefixrl",
+) -> RunConfig:
+    """Return a run of Qwen3-4B with changes to its ``config.json`` (``model``)."""
+    (folder / "config.json").write_text(json.dumps(QWEN3_4B | (model or {})))
+    return RunConfig.model_validate(
+        {
+            "run_folder": folder / "run",
+            "method": method,
+            "model": {"path": folder},
+            "data": {"problems": folder / "p.jsonl"},
+            "rollout": {"max_total_tokens": stream_tokens, "max_completion_tokens": 1},
+            "policy": {"parallel": parallel or {}} | (policy or {}),
+        }
     )
+
+
+def _memory(folder: Path, parallel: dict[str, Any] | None = None, **changes: Any) -> MemoryEstimate:
+    config = _config(folder, parallel, **changes)
+    return estimate_memory(config, read_model_size(folder))
+
+
+def _refusal(folder: Path, parallel: dict[str, Any] | None = None, **changes: Any) -> str:
+    config = _config(folder, parallel, **changes)
+    with pytest.raises(ConfigError) as refusal:
+        print_check(config, Console(file=io.StringIO()))
+    return str(refusal.value)
 
 
 def test_parameters_of_qwen3_4b(tmp_path: Path) -> None:
     size = read_model_size(_config(tmp_path).model.path)
-    attention = 2 * 2560 * 128 * (32 + 8)
-    assert size.num_parameters == 36 * (attention + 3 * 2560 * 9728) + 151936 * 2560
-    assert size.num_parameters == pytest.approx(4.02e9, rel=0.01)
+    # attention 2 x 2560 x 128 x (32 + 8), feed-forward 3 x 2560 x 9728, embedding 151936 x 2560
+    assert size.num_parameters == 36 * (26_214_400 + 74_711_040) + 388_956_160 == 4_022_272_000
 
 
 def test_tensor_parallelism_divides_weights_gradients_and_optimizer(tmp_path: Path) -> None:
-    config = _config(tmp_path)
-    size = read_model_size(config.model.path)
-    one = estimate_memory(config, size)
-    two = estimate_memory(_config(tmp_path, ParallelConfig(tensor_model_parallel_size=2)), size)
-    assert one.weights == 2 * size.num_parameters
-    assert one.gradients == 4 * size.num_parameters
-    assert one.optimizer == 12 * size.num_parameters
-    for part in ("weights", "gradients", "optimizer", "head"):
-        assert getattr(two, part) == pytest.approx(getattr(one, part) / 2)
+    one = _memory(tmp_path)
+    two = _memory(tmp_path, {"tensor_model_parallel_size": 2})
+    assert one.weights == 2 * 4_022_272_000
+    assert one.gradients == 4 * 4_022_272_000
+    assert one.optimizer == 12 * 4_022_272_000
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(two, part) == getattr(one, part) / 2
 
 
-def test_a_layout_that_does_not_divide_shows_the_arithmetic(tmp_path: Path) -> None:
-    config = _config(tmp_path, ParallelConfig(pipeline_model_parallel_size=5))
-    with pytest.raises(ConfigError, match=r"36 / 5 = 7\.20\); choose a divisor of 36"):
-        check_layout(config, read_model_size(tmp_path))
+def test_float32_needs_no_main_weight(tmp_path: Path) -> None:
+    memory = _memory(tmp_path, policy={"dtype": "float32"})
+    assert memory.weights == 4 * 4_022_272_000
+    assert memory.optimizer == 8 * 4_022_272_000
 
 
-def test_the_table_says_what_would_run_and_what_is_missing(tmp_path: Path) -> None:
+def test_a_distributed_optimizer_is_sharded_over_replicas_gradients_are_not(tmp_path: Path) -> None:
+    parallel = {"data_parallel_size": 4}
+    sharded = _memory(tmp_path, parallel, policy={"optimizer": {"use_distributed_optimizer": True}})
+    assert sharded.optimizer == 12_066_816_000  # 12 x 4 022 272 000 / 4
+    assert sharded.gradients == 16_089_088_000
+    assert _memory(tmp_path, parallel).optimizer == 48_267_264_000
+
+
+@pytest.mark.parametrize(
+    ("parallel", "stream_tokens", "num_bytes"),
+    [
+        # 2**28 // (4 x 151936) = 441 rows: 2 x 441 x 607744; weight gradient 607744 x 2560
+        pytest.param({}, 4096, 536_030_208 + 1_555_824_640, id="chunk"),
+        # half the vocabulary: 883 rows x 303872 bytes, twice; 303872 x 2560
+        pytest.param(
+            {"tensor_model_parallel_size": 2}, 4096, 536_637_952 + 777_912_320, id="tensor-parallel"
+        ),
+        pytest.param({}, 100, 121_548_800 + 1_555_824_640, id="short-stream"),
+    ],
+)
+def test_the_head_holds_a_chunk_twice_and_a_weight_gradient(
+    tmp_path: Path, parallel: dict[str, Any], stream_tokens: int, num_bytes: int
+) -> None:
+    assert _memory(tmp_path, parallel, stream_tokens=stream_tokens).head == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("parallel", "policy", "num_bytes"),
+    [
+        # 4096 tokens x 2560 = 10 485 760 elements; x 34 x 36 layers
+        pytest.param({}, {}, 12_834_570_240, id="bfloat16"),
+        pytest.param({}, {"dtype": "float32"}, 25_669_140_480, id="float32"),
+        pytest.param({"tensor_model_parallel_size": 2}, {}, 6_417_285_120, id="tensor-parallel"),
+        # 36 / 12 layers of 12 microbatches
+        pytest.param({"pipeline_model_parallel_size": 12}, {}, 12_834_570_240, id="pipeline"),
+        # 10 485 760 x 2 bytes x 36 layers
+        pytest.param({}, {"recompute": "full"}, 754_974_720, id="recompute"),
+        pytest.param(
+            {},
+            {"recompute": "full", "dtype": "float32"},
+            1_509_949_440,
+            id="recompute-float32",
+        ),
+        pytest.param(
+            {"tensor_model_parallel_size": 2},
+            {"recompute": "full"},
+            754_974_720,
+            id="recompute-tensor-parallel",
+        ),
+        pytest.param(
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            {"recompute": "full"},
+            377_487_360,
+            id="recompute-sequence-parallel",
+        ),
+    ],
+)
+def test_activations_of_a_stream_of_4096_tokens(
+    tmp_path: Path, parallel: dict[str, Any], policy: dict[str, Any], num_bytes: int
+) -> None:
+    assert _memory(tmp_path, parallel, policy=policy).activations == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"context_parallel_size": 2}, "context_parallel_size = 2 is not supported yet; set it"),
+        ({"expert_model_parallel_size": 2}, "needs a mixture-of-experts model"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "needs pipeline_model_parallel_size > 1"),
+        ({"tensor_model_parallel_size": 3}, "32 attention heads do not divide into 3"),
+        ({"tensor_model_parallel_size": 16}, "8 key-value heads do not divide into 16"),
+        ({"pipeline_model_parallel_size": 5}, "36 layers do not divide into 5"),
+    ],
+    ids=["context", "expert", "virtual", "heads", "key-value-heads", "layers"],
+)
+def test_a_layout_that_training_refuses_is_refused(
+    tmp_path: Path, parallel: dict[str, Any], message: str
+) -> None:
+    assert message in _refusal(tmp_path, parallel)
+
+
+def test_a_feed_forward_width_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    message = _refusal(
+        tmp_path, {"tensor_model_parallel_size": 8}, model={"intermediate_size": 9732}
+    )
+    assert "9732 feed-forward width do not divide into 8" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+            "['LlamaForCausalLM'] is not supported; expected one of ['Qwen3ForCausalLM']",
+        ),
+        ({"model_type": "llama"}, "model_type = 'llama' is not implemented"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+    ],
+    ids=["architecture", "model-type", "rope", "missing"],
+)
+def test_a_model_that_training_refuses_is_refused(
+    tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
+    assert message in _refusal(tmp_path, model=model)
+
+
+def test_a_stream_that_sequence_parallelism_cannot_split_is_refused_with_stages(
+    tmp_path: Path,
+) -> None:
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    message = _refusal(tmp_path, parallel | {"pipeline_model_parallel_size": 2}, stream_tokens=4097)
+    assert "stream of 4097 tokens does not divide into 2" in message
+    one_stage = _config(tmp_path, parallel, stream_tokens=4097)
+    check_layout(one_stage, read_model_size(tmp_path).shape)
+
+
+def test_sequences_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    message = _refusal(tmp_path, stream_tokens=40961)
+    assert "rollout.max_total_tokens = 40961" in message
+    assert "max_position_embeddings = 40960" in message
+    fits = _config(tmp_path, stream_tokens=40960)
+    check_layout(fits, read_model_size(tmp_path).shape)
+
+
+def test_the_table_says_what_would_run(tmp_path: Path) -> None:
     out = io.StringIO()
     print_check(_config(tmp_path), Console(file=out, width=200))
-    text = out.getvalue()
-    assert "128 prompts x 8 rollouts = 1024" in text
-    assert "3 per trace at 40%-80%" in text
-    assert "not there yet" in text
+    assert "128 prompts x 8 rollouts = 1024" in out.getvalue()
+    assert "3 per trace at 40%-80%" in out.getvalue()
 
 
-def test_a_missing_field_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="hidden_size"):
-        read_model_size(tmp_path)
+@pytest.mark.parametrize(
+    ("method", "missing"),
+    [("rl", set()), ("sft_then_rl", {"traces"}), ("prefixrl", {"traces", "prefixes"})],
+    ids=["rl", "sft_then_rl", "prefixrl"],
+)
+def test_inputs_that_are_not_there_yet_are_named(
+    tmp_path: Path, method: str, missing: set[str]
+) -> None:
+    out = io.StringIO()
+    print_check(_config(tmp_path, method=method), Console(file=out, width=1000))
+    listed = out.getvalue().rpartition("not there yet: ")[2].strip().split(", ")
+    folders = {str(tmp_path / "run" / name) for name in missing}
+    assert set(listed) == {str(tmp_path / "p.jsonl")} | folders

@@ -52,6 +52,23 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
     assert [line["step"] for line in _lines(folder.metrics_file)] == [0, 1, 1, 2]
 
 
+def test_a_run_that_begins_anew_keeps_finished_sft_epochs_only(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    _write(folder, 2)
+    writer = MetricsWriter(folder, MetricsConfig(), num_steps_done=None)
+    assert _lines(folder.metrics_file) == []
+    for epoch in (1, 2, 3):
+        writer.write("sft", epoch, {"loss/validation_nats": 1.0 / epoch})
+    writer.drop_sft_beyond(2)
+    writer.write("eval", 0, {"eval/train/accuracy": 0.0})
+    writer.close()
+    assert [(line["kind"], line["step"]) for line in _lines(folder.metrics_file)] == [
+        ("sft", 1),
+        ("sft", 2),
+        ("eval", 0),
+    ]
+
+
 def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     writer = MetricsWriter(folder, MetricsConfig(), num_steps_done=0)

@@ -44,6 +44,27 @@ def test_another_config_is_refused_and_nothing_is_overwritten(tmp_path: Path) ->
     assert folder.config_file.read_text() == before
 
 
+def test_a_check_writes_nothing(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").check(_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_config_names_its_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.config_file.write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: damaged"):
+        folder.check(_config(tmp_path))
+
+
+def test_a_setting_added_later_does_not_lock_the_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.claim(_config(tmp_path))
+    values = json.loads(folder.config_file.read_text())
+    del values["sft"]["keep"]
+    folder.config_file.write_text(json.dumps(values))
+    folder.check(_config(tmp_path))
+
+
 def test_length_may_change(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.claim(_config(tmp_path))

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.debug("raised here (shown by --verbose)", exc_info=True)
         return 2
     except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; start it again to continue (train with --resume)")
         return 130
 
 

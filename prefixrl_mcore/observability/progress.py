@@ -72,7 +72,12 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         """Stop the display and leave the last state in the file."""
-        self._waiting_for = "done" if exception_type is None else f"failed: {exception_type}"
+        if exception_type is None:
+            self._waiting_for = "done"
+        elif exception_type is KeyboardInterrupt:
+            self._waiting_for = "stopped"
+        else:
+            self._waiting_for = f"failed: {exception_type.__name__}"
         self._publish(force=True)
         if self._rich is not None:
             self._rich.stop()

@@ -105,9 +105,8 @@ def initialize(
         )
         with cpu_runtime.megatron_on_cpu():
             megatron_random.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    topology = current(device)
-    logger.info("topology: %s", topology)
-    return topology
+        logger.info("rank %d of %d on %s", dist.get_rank(), dist.get_world_size(), device)
+    return current(device)
 
 
 def current(device: torch.device | None = None) -> Topology:

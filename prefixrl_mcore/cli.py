@@ -214,6 +214,7 @@ def _set_up_logging(*, verbose: bool) -> None:
     if not verbose:  # what the libraries warn of here is known and handled
         for category in (UserWarning, DeprecationWarning, FutureWarning, SyntaxWarning):
             warnings.filterwarnings("ignore", category=category)
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA runtime
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=_LOG_WIDTH)

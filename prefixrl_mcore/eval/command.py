@@ -53,8 +53,9 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
     start = time.perf_counter()
     folder = RunFolder(config.run_folder)
     sets = read_evaluation_sets(config)
-    folder.claim(config)
+    folder.check(config)
     name, checkpoint = find_checkpoint(folder, which)
+    folder.claim(config)
     out = folder.eval / f"{name}.json"
     step = 0 if checkpoint is None else read_trainer_state(checkpoint).step
     settings = _settings(config, checkpoint)

@@ -14,10 +14,6 @@ class ModelConfig(Config):
     path: Path = Field()
     """Hugging Face folder: config, weights, tokenizer."""
 
-    def tokenizer_path(self) -> Path:
-        """Return the folder that holds the tokenizer."""
-        return self.path
-
 
 class ParallelConfig(Config):
     """Megatron layout; names are Megatron's."""

@@ -1,6 +1,15 @@
 """Fixtures that several folders share, and the rule that a GPU run may not pass by skipping."""
 
+# ruff: noqa: E402 - Triton and cuBLAS read these variables when they are first used
+
 import os
+from pathlib import Path
+
+_HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))  # without torch, which would import Triton
+if not _HAS_GPU or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it
+
 from collections.abc import Iterator
 
 import pytest

@@ -7,12 +7,20 @@ from pydantic import Field, model_validator
 
 from prefixrl_mcore.config.base import Config
 
+LogitsDtype = Literal["float32", "bfloat16"]
+
 
 class ModelConfig(Config):
     """Initial weights and tokenizer."""
 
     path: Path = Field()
     """Hugging Face folder: config, weights, tokenizer."""
+
+    logits_dtype: LogitsDtype = "float32"
+    """Precision of the logits of a bfloat16 model, in the trainer's head and in the rollout engine
+    alike: one-sided, it widens the gap between their logprobs. ``float32`` keeps what the matrix
+    product accumulates, at bfloat16 speed; ``bfloat16`` rounds the logits as most engines do by
+    default. A float32 model has float32 logits either way."""
 
 
 class ParallelConfig(Config):
@@ -93,6 +101,17 @@ class OptimizerConfig(Config):
     """Shard optimizer state over data-parallel ranks."""
 
 
+class HeadConfig(Config):
+    """The language-model head: logprobs, loss and their gradient on completion tokens only."""
+
+    memory_gb: float = Field(default=1.5, gt=0.0)
+    """Memory that the head may use beyond inputs and gradients, 1e9 bytes; decides how much of the
+    forward pass it keeps for the backward pass (the choice is logged)."""
+
+    backend: Literal["triton", "torch"] | None = None
+    """Row kernels; None is Triton on GPUs and PyTorch on the CPU."""
+
+
 class PolicyConfig(Config):
     """How the policy is built and trained."""
 
@@ -107,6 +126,9 @@ class PolicyConfig(Config):
 
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation in the backward pass."""
+
+    head: HeadConfig = Field(default_factory=HeadConfig)
+    """Memory and implementation of the language-model head."""
 
 
 class LossConfig(Config):
@@ -123,21 +145,35 @@ class LossConfig(Config):
     over rollouts of each rollout's token mean; ``constant``: sum / (rollouts x
     ``max_completion_tokens``)."""
 
-    importance: Literal["none", "truncated", "ppo_clip"] = "none"
-    """``none``: REINFORCE; ``truncated``: detached ratio to the rollout logprobs, cut at
-    ``max_importance``; ``ppo_clip``: clipped surrogate."""
+    importance: Literal["none", "truncated", "masked", "ppo_clip", "cispo"] = "none"
+    """How the ratio to the rollout logprobs enters. ``none``: not at all (REINFORCE);
+    ``truncated``: as detached weight, cut at ``max_importance``; ``masked``: as detached weight,
+    rows outside ``min_importance`` to ``max_importance`` have no loss; ``ppo_clip``: clipped
+    surrogate; ``cispo``: as detached weight, clipped like the surrogate's."""
+
+    min_importance: float = Field(default=0.5, ge=0.0)
+    """Lower end of the band of ``masked``."""
 
     max_importance: float = Field(default=2.0, gt=0.0)
-    """Upper cut of the truncated importance weight."""
+    """Cut of ``truncated``; upper end of the band of ``masked``."""
 
     clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """The surrogate's ratio is not rewarded below ``1 - clip_low``."""
+    """``ppo_clip`` and ``cispo`` clip the ratio at ``1 - clip_low``."""
 
     clip_high: float = Field(default=0.2, gt=0.0)
-    """The surrogate's ratio is not rewarded above ``1 + clip_high``."""
+    """``ppo_clip`` and ``cispo`` clip the ratio at ``1 + clip_high``."""
 
     entropy_coefficient: float = Field(default=0.0, ge=0.0)
     """Weight of the entropy bonus on completion tokens."""
+
+    @model_validator(mode="after")
+    def _importance_band_is_ordered(self) -> "LossConfig":
+        if self.importance == "masked" and self.min_importance > self.max_importance:
+            raise ValueError(
+                "loss.min_importance must not exceed loss.max_importance, "
+                f"got {self.min_importance} > {self.max_importance}"
+            )
+        return self
 
 
 class BatchConfig(Config):

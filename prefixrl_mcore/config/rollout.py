@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefixrl_mcore.config.base import Config
 
@@ -18,7 +18,7 @@ class SGLangConfig(Config):
     """URL of a server that already runs; None starts one as a child process."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of the engine's weights."""
+    """Precision of the engine's weights and activations; a server on a CPU always has float32."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs of one server."""
@@ -39,7 +39,21 @@ class SGLangConfig(Config):
     """Times that lost requests are issued again (after a restart if the server died)."""
 
     extra_args: tuple[str, ...] = ()
-    """Further arguments of ``sglang.launch_server``."""
+    """Further arguments of ``sglang.launch_server``; precision has settings of its own."""
+
+    @model_validator(mode="after")
+    def _precision_is_not_an_extra_argument(self) -> "SGLangConfig":
+        settings = {
+            "--dtype": "rollout.sglang.dtype",
+            "--enable-fp32-lm-head": "model.logits_dtype, which the trainer's head obeys too",
+        }
+        for argument in self.extra_args:
+            if (setting := settings.get(argument.partition("=")[0])) is not None:
+                raise ValueError(
+                    f"rollout.sglang.extra_args must not set the precision, got {argument!r}; "
+                    f"set {setting}"
+                )
+        return self
 
 
 class TransformersConfig(Config):
@@ -47,6 +61,9 @@ class TransformersConfig(Config):
 
     max_batch_size: int = Field(default=256, ge=1)
     """Sequences decoded together."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the engine's weights and activations."""
 
 
 class RolloutConfig(Config):

@@ -166,6 +166,26 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _trainer_and_engine_round_the_same_logits(self) -> "RunConfig":
+        """Refuse rounded logits on one side: a float32 model has none to round."""
+        if self.model.logits_dtype == "float32":
+            return self
+        dtypes = {
+            "sglang": self.rollout.sglang.dtype,
+            "transformers": self.rollout.transformers.dtype,
+        }
+        for name, dtype in dtypes.items():
+            if self.rollout.engine in (None, name) and dtype != self.policy.dtype:
+                raise ValueError(
+                    'model.logits_dtype = "bfloat16" rounds the logits of bfloat16 models only: '
+                    f'with policy.dtype = "{self.policy.dtype}" and rollout.{name}.dtype = '
+                    f'"{dtype}" one side would round; make the two equal, or set '
+                    'model.logits_dtype = "float32" (rollout.engine = '
+                    f"{self.rollout.engine!r}; None may use either engine)"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _completion_fits_the_total(self) -> "RunConfig":
         if self.rollout.max_completion_tokens >= self.rollout.max_total_tokens:
             raise ValueError(

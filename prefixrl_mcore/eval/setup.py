@@ -48,7 +48,12 @@ def build_evaluator(
         verifier = MathVerifier(config.reward)
         stack.callback(verifier.close)
         check_references(list(problems), verifier)
-        engine = build_engine(config.rollout, model_folder=model_folder, logs_folder=logs_folder)
+        engine = build_engine(
+            config.rollout,
+            model_folder=model_folder,
+            logits_dtype=config.model.logits_dtype,
+            logs_folder=logs_folder,
+        )
         stack.callback(engine.close)
         yield Evaluator(
             engine=engine,

@@ -187,7 +187,7 @@ def _rows(config: RunConfig, size: ModelSize) -> list[tuple[str, str]]:
             f"{n:.4g} ({size.shape.num_layers} layers, hidden {size.shape.hidden_size})",
         ),
         ("layout", layout),
-        ("precision", config.policy.dtype),
+        ("precision", _precision_row(config)),
         (
             "step",
             f"{batch.prompts_per_step} prompts x {batch.group_size} rollouts = {num_rollouts}",
@@ -214,6 +214,13 @@ def _rows(config: RunConfig, size: ModelSize) -> list[tuple[str, str]]:
         ("rollout engine", rollout.engine or "sglang, or transformers where it does not start"),
         ("run folder", str(config.run_folder)),
     ]
+
+
+def _precision_row(config: RunConfig) -> str:
+    """Return the precision of the policy and of the logits, which the engine shares."""
+    dtype = config.policy.dtype
+    logits_dtype = config.model.logits_dtype if dtype == "bfloat16" else dtype
+    return f"policy {dtype}, logits {logits_dtype} in trainer and engine"
 
 
 def _prefix_row(config: RunConfig) -> str:

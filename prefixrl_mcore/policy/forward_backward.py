@@ -18,16 +18,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from prefixrl_kernels import RowIndex
 from torch import Tensor
 
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.data.packing import Stream
-from prefixrl_mcore.loss.policy_gradient import (
-    LossTerms,
-    metric_names,
-    policy_gradient_terms,
-)
-from prefixrl_mcore.policy.head import HeadRows, compute_row_logprobs
+from prefixrl_mcore.loss.row_metrics import LossReport, metric_names, report_rows
+from prefixrl_mcore.policy.head import HeadOutput, HeadSettings, HeadTask, RowLoss, compute_head
 from prefixrl_mcore.policy.packed import PackedStream, build_packed_stream
 from prefixrl_mcore.policy.topology import Topology
 
@@ -42,28 +39,16 @@ class Microbatch:
     packed: PackedStream
     """Positions and sequence boundaries."""
 
-    head: HeadRows
-    """Rows and targets."""
-
-    advantages_R: Tensor
-    """[R] float32."""
-
-    weights_R: Tensor
-    """[R] float32."""
-
-    rollout_logprobs_R: Tensor | None
-    """[R] float32 nats; None when the batch has none."""
+    head: HeadTask
+    """Rows, targets and loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamSettings:
     """How streams become microbatches."""
 
-    temperature: float
-    """Divides the logits."""
-
-    true_vocab_size: int
-    """Tokens of the vocabulary without padding."""
+    head: HeadSettings
+    """How the head computes."""
 
     is_static: bool
     """Keep the padding, so that all microbatches have one length: pipeline stages send each other
@@ -91,9 +76,20 @@ class Totals:
 
 
 def build_microbatch(
-    stream: Stream, settings: StreamSettings, *, has_rollout_logprobs: bool
+    stream: Stream,
+    settings: StreamSettings,
+    *,
+    loss: LossConfig | None = None,
+    has_rollout_logprobs: bool = False,
 ) -> Microbatch:
-    """Return one packed stream as tensors."""
+    """Return one packed stream as tensors.
+
+    Args:
+        stream: the stream.
+        settings: what is kept of it, and where it goes.
+        loss: estimator; None makes a microbatch that is only scored.
+        has_rollout_logprobs: the stream's rollout logprobs mean something.
+    """
     starts, num_tokens = _kept_sequences(stream, settings)
     to_device = partial(_to_device, device=settings.device)
     packed = build_packed_stream(
@@ -101,26 +97,31 @@ def build_microbatch(
         position_ids_T=to_device(stream.position_ids_T[:num_tokens]),
         device=settings.device,
     )
-    head = HeadRows(
-        rows_R=to_device(stream.rows_R),
+    row_loss = None
+    if loss is not None:
+        row_loss = RowLoss(
+            advantages_R=to_device(stream.advantages_R),
+            weights_R=to_device(stream.weights_R),
+            rollout_logprobs_R=(
+                to_device(stream.rollout_logprobs_R) if has_rollout_logprobs else None
+            ),
+            config=loss,
+        )
+    head = HeadTask(
+        index=RowIndex.build(stream.rows_R, num_hidden_rows=num_tokens, device=settings.device),
         targets_R=to_device(stream.targets_R),
-        temperature=settings.temperature,
-        true_vocab_size=settings.true_vocab_size,
+        settings=settings.head,
+        loss=row_loss,
     )
     return Microbatch(
-        token_ids_BT=to_device(stream.token_ids_T[None, :num_tokens]),
-        packed=packed,
-        head=head,
-        advantages_R=to_device(stream.advantages_R),
-        weights_R=to_device(stream.weights_R),
-        rollout_logprobs_R=to_device(stream.rollout_logprobs_R) if has_rollout_logprobs else None,
+        token_ids_BT=to_device(stream.token_ids_T[None, :num_tokens]), packed=packed, head=head
     )
 
 
 def run_schedule[T](
     chunks: Sequence[DistributedDataParallel],
     microbatches: Sequence[Microbatch],
-    loss_function: Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, T]],
+    loss_function: Callable[[HeadOutput], tuple[Tensor, Tensor, T]],
     *,
     forward_only: bool,
 ) -> list[T]:
@@ -133,8 +134,8 @@ def run_schedule[T](
     Args:
         chunks: this rank's model chunks.
         microbatches: this data-parallel rank's microbatches, in order.
-        loss_function: called on the last stage with a microbatch and the [2, R] output of the
-            head; returns the local sum, the local token count and anything to report.
+        loss_function: called on the last stage with the output of the head; returns the local
+            sum, the local token count and anything to report.
         forward_only: compute no gradient.
 
     Returns:
@@ -155,34 +156,25 @@ def run_schedule[T](
 
 
 def policy_loss(
-    microbatch: Microbatch, output_2R: Tensor, *, loss: LossConfig
-) -> tuple[Tensor, Tensor, LossTerms]:
-    """Return the summed loss, the trained-token count and the terms of one microbatch."""
-    terms = policy_gradient_terms(
-        policy_logprobs_R=output_2R[0],
-        entropies_R=output_2R[1],
-        advantages_R=microbatch.advantages_R,
-        weights_R=microbatch.weights_R,
-        rollout_logprobs_R=microbatch.rollout_logprobs_R,
-        importance=loss.importance,
-        max_importance=loss.max_importance,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        entropy_coefficient=loss.entropy_coefficient,
+    output: HeadOutput, *, has_rollout_logprobs: bool
+) -> tuple[Tensor, Tensor, LossReport]:
+    """Return the summed loss, the trained-token count and the report of one microbatch."""
+    assert output.statistics is not None, "the microbatch was built with a loss"
+    report = report_rows(
+        output.summed_loss.detach(), output.statistics, has_rollout_logprobs=has_rollout_logprobs
     )
-    return terms.summed_loss, _token_count(output_2R), terms
+    return output.summed_loss, _token_count(output), report
 
 
-def row_report(
-    microbatch: Microbatch, output_2R: Tensor
-) -> tuple[Tensor, Tensor, tuple[np.ndarray, np.ndarray]]:
+def row_report(output: HeadOutput) -> tuple[Tensor, Tensor, tuple[np.ndarray, np.ndarray]]:
     """Return a zero loss and, as report, the rows' logprobs and entropies (float32 numpy)."""
-    logprobs_R, entropies_R = output_2R.detach().float().cpu().numpy()
-    return output_2R.sum() * 0.0, _token_count(output_2R), (logprobs_R, entropies_R)
+    both_2R = torch.stack((output.logprobs_R, output.entropies_R)).detach()
+    logprobs_R, entropies_R = both_2R.cpu().numpy()
+    return output.summed_loss, _token_count(output), (logprobs_R, entropies_R)
 
 
 def reduce_totals(
-    reports: Sequence[LossTerms], topology: Topology, *, has_rollout_logprobs: bool
+    reports: Sequence[LossReport], topology: Topology, *, has_rollout_logprobs: bool
 ) -> Totals:
     """Add up the reports of all microbatches and data-parallel ranks; all ranks must call this.
 
@@ -192,11 +184,11 @@ def reduce_totals(
     # float64 keeps the order of streams and ranks out of the reported digits.
     sums = torch.zeros(1 + len(sum_names), dtype=torch.float64)
     maxima = torch.zeros(len(max_names), dtype=torch.float64)
-    for terms in reports:
-        rows = [terms.summed_loss.detach(), *(terms.metric_sums[name] for name in sum_names)]
+    for report in reports:
+        rows = [report.summed_loss, *(report.metric_sums[name] for name in sum_names)]
         sums += torch.stack(rows).double().cpu()
         if max_names:
-            largest = torch.stack([terms.metric_maxima[name] for name in max_names])
+            largest = torch.stack([report.metric_maxima[name] for name in max_names])
             maxima = torch.maximum(maxima, largest.double().cpu())
     if topology.world_size > 1:
         # Tensor-parallel ranks hold the same reports: rank 0 of each group speaks for it.
@@ -213,18 +205,19 @@ def reduce_totals(
     )
 
 
-def run_model(chunk: DistributedDataParallel, microbatch: Microbatch) -> Tensor:
+def run_model(chunk: DistributedDataParallel, microbatch: Microbatch) -> HeadOutput:
     """Run one model chunk forward on one microbatch.
 
     Returns:
-        [2, R] float32 logprobs and entropies on the last pipeline stage, hidden states elsewhere.
+        The head's output on the last pipeline stage; on the others, whatever the annotation says,
+        a tensor of hidden states for Megatron's schedule to send on.
     """
     return chunk(
         microbatch.token_ids_BT,
         microbatch.packed.position_ids_T,
         attention_mask=None,
         packed_seq_params=microbatch.packed,
-        output_processor=compute_row_logprobs,
+        output_processor=compute_head,
         output_processor_context=microbatch.head,
     )
 
@@ -233,11 +226,10 @@ def _forward_step[T](
     data_iterator: Iterator[Microbatch],
     model: DistributedDataParallel,
     *,
-    loss_function: Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, T]],
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, T]]]:
+    loss_function: Callable[[HeadOutput], tuple[Tensor, Tensor, T]],
+) -> tuple[HeadOutput, Callable[[HeadOutput], tuple[Tensor, Tensor, T]]]:
     """Run one chunk on the next microbatch, as Megatron's schedules ask for it."""
-    microbatch = next(data_iterator)
-    return run_model(model, microbatch), partial(loss_function, microbatch)
+    return run_model(model, next(data_iterator)), loss_function
 
 
 def _kept_sequences(stream: Stream, settings: StreamSettings) -> tuple[np.ndarray, int]:
@@ -267,9 +259,10 @@ def count_computed_tokens(streams: Sequence[Stream], settings: StreamSettings) -
     return sum(_kept_sequences(stream, settings)[1] for stream in streams)
 
 
-def _token_count(output_2R: Tensor) -> Tensor:
+def _token_count(output: HeadOutput) -> Tensor:
     """Return the [] int32 number of trained tokens; int32 because Megatron sums it as such."""
-    return torch.tensor(output_2R.size(1), dtype=torch.int32, device=output_2R.device)
+    logprobs_R = output.logprobs_R
+    return torch.full((), logprobs_R.size(0), dtype=torch.int32, device=logprobs_R.device)
 
 
 def _to_device(values: np.ndarray, *, device: torch.device) -> Tensor:

@@ -8,26 +8,21 @@ rank's share of the vocabulary.
 # ruff: noqa: N815 - record fields carry shape suffixes
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
-from prefixrl_kernels.head import head_logprobs
+from prefixrl_kernels import HeadStatistics, RowIndex, head_logprobs, reinforce_head
 from torch import Tensor
+
+from prefixrl_mcore.config.policy import LossConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeadRows:
-    """What the head computes for one stream; handed through ``output_processor_context``."""
-
-    rows_R: Tensor
-    """[R] int64 positions in the stream."""
-
-    targets_R: Tensor
-    """[R] int64 token ids."""
+class HeadSettings:
+    """How the head computes; the same for every stream."""
 
     temperature: float
     """Divides the logits."""
@@ -35,20 +30,83 @@ class HeadRows:
     true_vocab_size: int
     """Tokens of the vocabulary without padding."""
 
+    logits_dtype: torch.dtype
+    """float32, or the model's own dtype."""
 
-def compute_row_logprobs(
+    memory_bytes: int
+    """What the head may use beyond inputs and gradients."""
+
+    backend: Literal["auto", "triton", "torch"]
+    """Row kernels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLoss:
+    """The loss of one stream's rows."""
+
+    advantages_R: Tensor
+    """[R] float32."""
+
+    weights_R: Tensor
+    """[R] float32 aggregation weights."""
+
+    rollout_logprobs_R: Tensor | None
+    """[R] float32 nats; None when the batch has none."""
+
+    config: LossConfig
+    """Estimator."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadTask:
+    """What the head computes for one stream; handed through ``output_processor_context``."""
+
+    index: RowIndex
+    """Positions of the rows in the stream."""
+
+    targets_R: Tensor
+    """[R] int64 token ids."""
+
+    settings: HeadSettings
+    """How."""
+
+    loss: RowLoss | None
+    """None computes logprobs and entropies only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadOutput:
+    """What the model returns on the last pipeline stage."""
+
+    summed_loss: Tensor
+    """[] float32 with gradient; 0 when no loss was asked for."""
+
+    logprobs_R: Tensor
+    """[R] float32 nats, of the targets."""
+
+    entropies_R: Tensor
+    """[R] float32 nats."""
+
+    statistics: HeadStatistics | None
+    """Further statistics of the rows; None when no loss was asked for."""
+
+
+def compute_head(
     *,
     hidden_states: Tensor,
     output_layer: torch.nn.Module,
     output_weight: Tensor | None,
-    context: HeadRows,
+    context: HeadTask,
     config: TransformerConfig,
     **unused: Any,  # noqa: ANN401  (further arguments of the hook)
-) -> Tensor:
-    """Return [2, R] float32: logprob of each row's target, entropy of each row's distribution.
+) -> HeadOutput:
+    """Return loss, logprobs and entropies of the stream's rows.
 
     The signature is that of GPTModel's ``output_processor``. All ranks of the tensor-parallel
-    group must call this, and its backward pass.
+    group must call this, and its backward pass. The gradient of the weight is added to
+    ``main_grad`` in float32, not rounded on its way there; the head may do so in the forward pass,
+    since Megatron's schedules run every forward pass once, in no recomputed region, and (with the
+    sum of the loss, which Megatron divides at the end) backward with an upstream gradient of 1.
 
     Args:
         hidden_states: [S, B, H] output of the final norm.
@@ -62,18 +120,49 @@ def compute_row_logprobs(
     assert isinstance(weight_VH, Tensor), "the last stage holds an output weight"
     tp_group = parallel_state.get_tensor_model_parallel_group()
     assert isinstance(tp_group, dist.ProcessGroup), "initialize has built the groups"
-    if config.sequence_parallel:
-        # head_logprobs sums the gradient over the group, so each rank keeps its own share of it.
-        hidden_states = gather_from_sequence_parallel_region(
-            hidden_states, tensor_parallel_output_grad=False, group=tp_group
+    settings, loss = context.settings, context.loss
+    shared: dict[str, Any] = {
+        "true_vocab_size": settings.true_vocab_size,
+        "temperature": settings.temperature,
+        "logits_dtype": settings.logits_dtype,
+        "tp_group": tp_group,
+        "vocab_start": tp_group.rank() * weight_VH.size(0),
+        "sequence_parallel": config.sequence_parallel,
+        "memory_budget_bytes": settings.memory_bytes,
+        "backend": settings.backend,
+    }
+    hidden_SH = hidden_states.squeeze(1)
+    if loss is None:
+        logprobs_R, entropies_R = head_logprobs(
+            hidden_SH, weight_VH, context.targets_R, rows_R=context.index, **shared
         )
-    logprobs_R, entropies_R = head_logprobs(
-        hidden_states.squeeze(1).index_select(0, context.rows_R),
+        return HeadOutput(
+            summed_loss=logprobs_R.new_zeros(()),
+            logprobs_R=logprobs_R,
+            entropies_R=entropies_R,
+            statistics=None,
+        )
+    summed_loss, statistics = reinforce_head(
+        hidden_SH,
         weight_VH,
         context.targets_R,
-        temperature=context.temperature,
-        true_vocab_size=context.true_vocab_size,
-        tp_group=tp_group,
-        vocab_start=tp_group.rank() * weight_VH.size(0),
+        context.index,
+        loss.advantages_R,
+        weights_R=loss.weights_R,
+        rollout_logprobs_R=loss.rollout_logprobs_R,
+        importance=loss.config.importance,
+        min_importance=loss.config.min_importance,
+        max_importance=loss.config.max_importance,
+        clip_low=loss.config.clip_low,
+        clip_high=loss.config.clip_high,
+        entropy_coefficient=loss.config.entropy_coefficient,
+        weight_grad="main_grad",
+        promised_upstream=1.0,
+        **shared,
     )
-    return torch.stack((logprobs_R, entropies_R))
+    return HeadOutput(
+        summed_loss=summed_loss,
+        logprobs_R=statistics.logprobs_R,
+        entropies_R=statistics.entropies_R,
+        statistics=statistics,
+    )

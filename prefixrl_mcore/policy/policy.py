@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
 from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
-from prefixrl_mcore.config.policy import LossConfig, PolicyConfig
+from prefixrl_mcore.config.policy import LogitsDtype, LossConfig, PolicyConfig
 from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.policy import cpu_runtime, topology
 from prefixrl_mcore.policy.build import build_model_chunks, build_optimizer, build_scheduler
@@ -32,6 +32,7 @@ from prefixrl_mcore.policy.forward_backward import (
     row_report,
     run_schedule,
 )
+from prefixrl_mcore.policy.head import HeadSettings
 from prefixrl_mcore.policy.model_config import ModelShape, read_hf_config, read_model_shape
 from prefixrl_mcore.records import UpdateResult
 
@@ -54,6 +55,7 @@ class MegatronPolicy:
         temperature: float,
         num_steps: int,
         seed: int,
+        logits_dtype: LogitsDtype = "float32",
     ) -> None:
         """Build the model with random weights, its optimizer and its schedule.
 
@@ -65,6 +67,7 @@ class MegatronPolicy:
             temperature: sampling temperature that logprobs are computed at.
             num_steps: optimizer steps that the schedule covers.
             seed: seed of the random weights.
+            logits_dtype: precision of a bfloat16 model's logits; the engine's must be the same.
 
         Raises:
             ValueError: if the model is not supported or the layout does not fit.
@@ -80,7 +83,7 @@ class MegatronPolicy:
         self._policy = policy
         self._loss = loss
         self._num_steps = num_steps
-        self.stream_settings = self._stream_settings(temperature)
+        self.stream_settings = self._stream_settings(temperature, logits_dtype)
         torch.manual_seed(seed)
         self.model_chunks: list[DistributedDataParallel] = build_model_chunks(
             self.shape, policy, self.topology
@@ -100,6 +103,7 @@ class MegatronPolicy:
         temperature: float,
         num_steps: int,
         seed: int,
+        logits_dtype: LogitsDtype = "float32",
     ) -> "MegatronPolicy":
         """Return a policy with the weights of a Hugging Face folder.
 
@@ -111,6 +115,7 @@ class MegatronPolicy:
             temperature: sampling temperature that logprobs are computed at.
             num_steps: optimizer steps that the schedule covers.
             seed: seed of Megatron's random states.
+            logits_dtype: precision of a bfloat16 model's logits; the engine's must be the same.
 
         Raises:
             ValueError: if the model is not supported, the layout does not fit, or the folder is
@@ -125,6 +130,7 @@ class MegatronPolicy:
             temperature=temperature,
             num_steps=num_steps,
             seed=seed,
+            logits_dtype=logits_dtype,
         )
         built.model_path = model_path
         with cpu_runtime.megatron_on_cpu():
@@ -187,7 +193,7 @@ class MegatronPolicy:
         """
         self._check_batch(batch)
         reports = run_schedule(
-            self.model_chunks, self._microbatches(batch), row_report, forward_only=True
+            self.model_chunks, self._microbatches(batch, None), row_report, forward_only=True
         )
         return gather_row_reports(reports, self.topology, num_streams=len(batch.streams))
 
@@ -224,12 +230,18 @@ class MegatronPolicy:
         """Learning rate of the next optimizer step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _stream_settings(self, temperature: float) -> StreamSettings:
+    def _stream_settings(self, temperature: float, logits_dtype: LogitsDtype) -> StreamSettings:
         """Return how this layout wants its streams."""
-        parallel = self._policy.parallel
+        parallel, head = self._policy.parallel, self._policy.head
+        is_rounded = logits_dtype == "bfloat16" and self._policy.dtype == "bfloat16"
         return StreamSettings(
-            temperature=temperature,
-            true_vocab_size=self.shape.vocab_size,
+            head=HeadSettings(
+                temperature=temperature,
+                true_vocab_size=self.shape.vocab_size,
+                logits_dtype=torch.bfloat16 if is_rounded else torch.float32,
+                memory_bytes=round(head.memory_gb * 1e9),
+                backend=head.backend or "auto",
+            ),
             is_static=parallel.pipeline_model_parallel_size > 1,
             multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
             device=self.topology.device,
@@ -257,11 +269,14 @@ class MegatronPolicy:
                 f"multiple of {stages}; pass streams_multiple={stages} to pack()"
             )
 
-    def _microbatches(self, batch: PackedBatch) -> list[Microbatch]:
-        """Return this data-parallel rank's streams as tensors."""
+    def _microbatches(self, batch: PackedBatch, loss: LossConfig | None) -> list[Microbatch]:
+        """Return this data-parallel rank's streams as tensors; without a loss, to be scored."""
         return [
             build_microbatch(
-                stream, self.stream_settings, has_rollout_logprobs=batch.has_rollout_logprobs
+                stream,
+                self.stream_settings,
+                loss=loss,
+                has_rollout_logprobs=batch.has_rollout_logprobs,
             )
             for stream in batch.rank_streams(self.topology.dp_rank)
         ]
@@ -270,8 +285,8 @@ class MegatronPolicy:
         """Run the loss over the batch; leaves gradients unless ``forward_only``."""
         reports = run_schedule(
             self.model_chunks,
-            self._microbatches(batch),
-            partial(policy_loss, loss=loss),
+            self._microbatches(batch, loss),
+            partial(policy_loss, has_rollout_logprobs=batch.has_rollout_logprobs),
             forward_only=forward_only,
         )
         return reduce_totals(

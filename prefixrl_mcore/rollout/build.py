@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import RolloutConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine
 from prefixrl_mcore.rollout.sglang_engine import SGLangEngine
@@ -14,7 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(
-    config: RolloutConfig, model_folder: Path, *, logs_folder: Path, device: str | None = None
+    config: RolloutConfig,
+    model_folder: Path,
+    *,
+    logits_dtype: LogitsDtype,
+    logs_folder: Path,
+    device: str | None = None,
 ) -> RolloutEngine:
     """Return the engine that ``config.engine`` names, serving a Hugging Face folder.
 
@@ -24,6 +30,7 @@ def build_engine(
     Args:
         config: the run's rollout section.
         model_folder: weights (version -1), config and tokenizer.
+        logits_dtype: precision of a bfloat16 model's logits, as in the trainer's head.
         logs_folder: gets the output of the servers that are started.
         device: ``cpu`` or ``cuda``; None takes the GPU where there is one.
 
@@ -37,6 +44,7 @@ def build_engine(
             return SGLangEngine(
                 model_folder,
                 config.sglang,
+                logits_dtype=logits_dtype,
                 max_total_tokens=config.max_total_tokens,
                 logs_folder=logs_folder,
                 device=device,
@@ -49,4 +57,6 @@ def build_engine(
                 'Set rollout.engine = "transformers" to choose it without this warning.',
                 error,
             )
-    return TransformersEngine(model_folder, config.transformers, device=device)
+    return TransformersEngine(
+        model_folder, config.transformers, logits_dtype=logits_dtype, device=device
+    )

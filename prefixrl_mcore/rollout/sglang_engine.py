@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.engine import (
@@ -34,6 +35,7 @@ from prefixrl_mcore.rollout.sglang_client import (
     generate_payload,
     serialize_weights,
 )
+from prefixrl_mcore.rollout.sglang_precision import check_logits
 from prefixrl_mcore.rollout.sglang_server import SGLangServer
 from prefixrl_mcore.rollout.weight_names import (
     read_config_number,
@@ -61,6 +63,7 @@ class SGLangEngine:
         model_folder: Path,
         config: SGLangConfig,
         *,
+        logits_dtype: LogitsDtype,
         max_total_tokens: int,
         logs_folder: Path,
         device: str = "cpu",
@@ -70,16 +73,20 @@ class SGLangEngine:
         Args:
             model_folder: Hugging Face folder that is served; its weights have version -1.
             config: settings of the server.
+            logits_dtype: precision of a bfloat16 model's logits, as in the trainer's head; a
+                server that computes others is refused.
             max_total_tokens: longest context and completion together that will be asked for.
             logs_folder: gets ``sglang-<n>.log``, one file per start.
             device: ``cpu`` or ``cuda``.
 
         Raises:
             ValueError: if the folder is not a model's.
-            EngineError: if the server does not start, or does not answer.
+            EngineError: if the server does not start, does not answer, or has logits of another
+                precision.
         """
         self._model_folder = model_folder
         self._config = config
+        self._logits_dtype: LogitsDtype = logits_dtype
         self._logs_folder = logs_folder
         self._device = device
         self._dtype = torch.float32 if device == "cpu" else getattr(torch, config.dtype)
@@ -97,6 +104,7 @@ class SGLangEngine:
         self._num_calls = 0
         self._num_starts = 0
         self._in_use = threading.Lock()
+        self._version = "of unknown version"
         self._server: SGLangServer | None = None
         if config.url is None:
             self._start_server()
@@ -106,7 +114,6 @@ class SGLangEngine:
             )
             self._wait_until_healthy()
             self._weight_version = self._served_weights()
-        self._version = str(self._client.server_info().get("version", "of unknown version"))
 
     @property
     def name(self) -> str:
@@ -349,14 +356,20 @@ class SGLangEngine:
         self._server = SGLangServer.start(
             self._model_folder,
             self._config,
+            logits_dtype=self._logits_dtype,
             device=self._device,
             max_total_tokens=self._max_total_tokens,
             weight_version=self._weights_name(-1),
             log_file=self._logs_folder / f"sglang-{self._num_starts}.log",
         )
         self._client = self._server.client
-        if self._served_weights() != self._weights_name(-1):
-            raise EngineError(f"SGLang: another server answers at {self._client.url}")
+        try:
+            if self._served_weights() != self._weights_name(-1):
+                raise EngineError(f"SGLang: another server answers at {self._client.url}")
+            self._check_server()
+        except EngineError:
+            self._server.stop()
+            raise
 
     def _recover(self) -> None:
         """Return with a healthy server that has the current weights; restart it if it is ours.
@@ -396,6 +409,17 @@ class SGLangEngine:
                 )
             logger.info("SGLang: waiting for the server at %s", self._client.url)
             time.sleep(_HEALTH_POLL_SECONDS)
+        if self._server is None:  # it may have been restarted with other arguments
+            self._check_server()
+
+    def _check_server(self) -> None:
+        """Note the server's version; raise EngineError if its logits are not the trainer's."""
+        try:
+            info = self._client.server_info()
+        except (ServerLost, ServerRefusal) as error:
+            raise EngineError(f"SGLang: {error}") from error
+        check_logits(info, self._config, self._logits_dtype)
+        self._version = str(info.get("version", "of unknown version"))
 
     def _served_weights(self) -> str:
         """Return the name of the weights that the server has."""

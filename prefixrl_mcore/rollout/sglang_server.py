@@ -14,9 +14,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang_client import SGLangClient
+from prefixrl_mcore.rollout.sglang_precision import logits_flags, refused_flags
 from prefixrl_mcore.rollout.weight_names import read_config_number
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class SGLangServer:
         model_folder: Path,
         config: SGLangConfig,
         *,
+        logits_dtype: LogitsDtype,
         device: str,
         max_total_tokens: int,
         weight_version: str,
@@ -80,6 +83,7 @@ class SGLangServer:
         Args:
             model_folder: Hugging Face folder that it serves.
             config: its settings.
+            logits_dtype: precision of a bfloat16 model's logits.
             device: ``cpu`` or ``cuda``.
             max_total_tokens: longest context and completion together.
             weight_version: name of the weights in the folder, stamped on completions.
@@ -103,7 +107,12 @@ class SGLangServer:
             str(os.getpid()),
             str(python),
             *_server_arguments(
-                model_folder, config, device=device, port=port, max_total_tokens=max_total_tokens
+                model_folder,
+                config,
+                logits_dtype=logits_dtype,
+                device=device,
+                port=port,
+                max_total_tokens=max_total_tokens,
             ),
             f"--weight-version={weight_version}",
         ]
@@ -158,7 +167,7 @@ class SGLangServer:
 
     def log_tail(self) -> str:
         """Return the last lines of the server's output."""
-        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self._log_text().splitlines()
         tail = "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:])
         return f"end of {self.log_file}:\n{tail}"
 
@@ -168,7 +177,10 @@ class SGLangServer:
         while not self.client.is_healthy():
             now = time.monotonic()
             if not self.is_alive:
-                raise EngineError(f"SGLang: the server died while it started; {self.log_tail()}")
+                cause = refused_flags(self._log_text())
+                raise EngineError(
+                    f"SGLang: the server died while it started{cause}; {self.log_tail()}"
+                )
             if now - started > timeout_seconds:
                 raise EngineError(
                     f"SGLang: the server was not healthy after {timeout_seconds:.0f} s; raise "
@@ -184,6 +196,9 @@ class SGLangServer:
             time.sleep(_POLL_SECONDS)
         logger.info("SGLang: healthy after %.1f s", time.monotonic() - started)
 
+    def _log_text(self) -> str:
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
     def _kill_group(self) -> None:
         """Kill what is left of the process group; it keeps its id as long as a member lives."""
         try:
@@ -193,7 +208,13 @@ class SGLangServer:
 
 
 def _server_arguments(
-    model_folder: Path, config: SGLangConfig, *, device: str, port: int, max_total_tokens: int
+    model_folder: Path,
+    config: SGLangConfig,
+    *,
+    logits_dtype: LogitsDtype,
+    device: str,
+    port: int,
+    max_total_tokens: int,
 ) -> list[str]:
     """Return what the interpreter is given to run."""
     launcher = [str(_CPU_LAUNCHER)] if device == "cpu" else ["-m", "sglang.launch_server"]
@@ -223,6 +244,7 @@ def _server_arguments(
         )
         # The scheduler otherwise polls all the time, on a core that the trainer needs.
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
+    flags += logits_flags(config, logits_dtype, device=device)
     pairs = [part for pair in arguments.items() for part in pair]
     return [*launcher, *pairs, *flags, *config.extra_args]
 

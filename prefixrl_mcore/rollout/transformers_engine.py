@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import TransformersConfig
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.decoding import BatchDecoder, Row
@@ -24,6 +25,7 @@ from prefixrl_mcore.rollout.engine import (
     SampleRequest,
     SamplingParams,
 )
+from prefixrl_mcore.rollout.float32_head import use_float32_head
 from prefixrl_mcore.rollout.request_limits import completion_limits
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
 
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class TransformersEngine:
-    """Samples with float32 weights in this process.
+    """Samples in this process, with weights in the config's precision.
 
     Equal requests with equal seeds give equal completions whatever else is in the batch, up to
     the rounding of matrix products, whose order depends on the batch's size: about one token in a
@@ -39,12 +41,24 @@ class TransformersEngine:
     """
 
     def __init__(
-        self, model_folder: Path, config: TransformersConfig, *, device: str = "cpu"
+        self,
+        model_folder: Path,
+        config: TransformersConfig,
+        *,
+        logits_dtype: LogitsDtype,
+        device: str = "cpu",
     ) -> None:
         """Load the model of a Hugging Face folder.
 
+        Args:
+            model_folder: config and weights; the weights have version -1.
+            config: batch size and precision of the weights.
+            logits_dtype: precision of a bfloat16 model's logits, as in the trainer's head.
+            device: ``cpu`` or ``cuda``.
+
         Raises:
-            ValueError: if the folder holds no model, or one with other than full attention.
+            ValueError: if the folder holds no model, or one with other than full attention; if
+                float32 logits are not implemented for its output layer.
         """
         if not (model_folder / "config.json").is_file():
             raise ValueError(
@@ -53,9 +67,11 @@ class TransformersEngine:
         transformers.logging.disable_progress_bar()  # it would tear our own progress display
         self._config = config
         self._device = torch.device(device)
-        self._model: Any = _load_model(model_folder)
+        self._model: Any = _load_model(model_folder, getattr(torch, config.dtype))
         self._model.to(self._device).eval()
         _check_full_attention(self._model.config, model_folder)
+        if config.dtype == "bfloat16" and logits_dtype == "float32":
+            use_float32_head(self._model)
         self._weights, self._tied_names = _weights_by_name(self._model)
         self._policy_version = -1
         self._cannot_sample = ""
@@ -196,15 +212,15 @@ def _weights_by_name(model: nn.Module) -> tuple[dict[str, Tensor], frozenset[str
     return {name: state[name] for name in state if name not in tied}, frozenset(tied)
 
 
-def _load_model(model_folder: Path) -> Any:  # noqa: ANN401  (transformers' classes share no type)
-    """Return the folder's model in float32.
+def _load_model(model_folder: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401  (transformers' classes share no type)
+    """Return the folder's model in ``dtype``.
 
     Raises:
         ValueError: if its weights are missing or damaged.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(
-            model_folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            model_folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(

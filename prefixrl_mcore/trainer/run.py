@@ -132,6 +132,7 @@ def build_session(
         temperature=config.rollout.temperature,
         num_steps=config.trainer.num_steps,
         seed=config.seed,
+        logits_dtype=config.model.logits_dtype,
     )
     evaluator = None
     if topology.is_first:

@@ -82,7 +82,9 @@ def test_updates_change_the_weights_and_stay_finite(model_folder: Path, dtype: s
 def test_engine_samples_what_the_policy_scores(
     model_folder: Path, hf_model: Qwen3ForCausalLM
 ) -> None:
-    engine = TransformersEngine(model_folder, TransformersConfig(), device="cuda")
+    engine = TransformersEngine(
+        model_folder, TransformersConfig(), logits_dtype="float32", device="cuda"
+    )
     params = SamplingParams(
         temperature=1.0, max_completion_tokens=8, max_total_tokens=32, stop_token_ids=(EOS_ID,)
     )

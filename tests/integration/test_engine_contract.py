@@ -60,7 +60,9 @@ def setting(
         sglang=SGLangConfig(python=SGLANG_PYTHON, start_timeout_seconds=300, max_retries=2),
         transformers=TransformersConfig(max_batch_size=16),
     )
-    engine = build_engine(config, folder_a, logs_folder=folder / "logs", device="cpu")
+    engine = build_engine(
+        config, folder_a, logits_dtype="float32", logs_folder=folder / "logs", device="cpu"
+    )
     try:
         yield Setting(engine=engine, model_a=_load(folder_a), model_b=_load(folder_b))
     finally:

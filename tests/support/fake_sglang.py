@@ -25,6 +25,7 @@ class FakeSGLang:
     def __init__(self, *, has_sessions: bool = False) -> None:
         self.has_sessions = has_sessions
         self.weight_version = "first"
+        self.precision: dict[str, Any] = {"dtype": "float32", "enable_fp32_lm_head": False}
         self.loaded: dict[str, list[int]] = {}
         self.calls: list[str] = []
         self.num_dropped_answers = 0
@@ -41,7 +42,7 @@ class FakeSGLang:
         if path == "/model_info":
             return 200, {"weight_version": self.weight_version}
         if path == "/server_info":
-            return 200, {"version": "0.0-fake"}
+            return 200, {"version": "0.0-fake"} | self.precision
         if path == "/generate":
             return self._generate(payload)
         if path in ("/begin_weight_update", "/end_weight_update"):

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from prefixrl_mcore.config.policy import LossConfig, OptimizerConfig, ParallelConfig, PolicyConfig
+from prefixrl_mcore.config.policy import (
+    HeadConfig,
+    LossConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PolicyConfig,
+)
 from prefixrl_mcore.data.packing import PackedBatch, Stream, pack
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.records import TrainingSequence
@@ -76,6 +82,7 @@ def build_policy(
     recompute: str = "none",
     dtype: str = "float32",
     num_steps: int = 10,
+    head: HeadConfig | None = None,
 ) -> MegatronPolicy:
     """Return a policy with the weights of ``folder``; without clipping unless configured."""
     return MegatronPolicy.build(
@@ -86,6 +93,7 @@ def build_policy(
                 "parallel": parallel or ParallelConfig(),
                 "optimizer": optimizer or OptimizerConfig(lr=1e-3, clip_grad=NO_CLIPPING),
                 "recompute": recompute,
+                "head": head or HeadConfig(),
             }
         ),
         loss=loss or LossConfig(),

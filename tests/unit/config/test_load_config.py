@@ -76,11 +76,72 @@ def test_a_value_out_of_range_is_shown(tmp_path: Path) -> None:
         pytest.param(
             "[policy.parallel]\nsequence_parallel=true\n", "tensor_model_parallel", id="sp"
         ),
+        pytest.param(
+            "[rollout.sglang]\nextra_args=['--enable-fp32-lm-head']\n",
+            r"rollout\.sglang\.extra_args .* '--enable-fp32-lm-head'; set model\.logits_dtype",
+            id="flag",
+        ),
+        pytest.param(
+            "[rollout.sglang]\nextra_args=['--dtype=float32']\n",
+            r"got '--dtype=float32'; set rollout\.sglang\.dtype",
+            id="dtype",
+        ),
     ],
 )
 def test_cross_field_rules_say_values_and_remedy(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _load(tmp_path, MINIMAL + text)
+
+
+ROUNDED = MINIMAL.replace("[data]", 'logits_dtype = "bfloat16"\n[data]')
+
+
+@pytest.mark.parametrize(
+    ("policy", "rollout", "message"),
+    [
+        pytest.param(
+            "float32",
+            "engine='sglang'",
+            r'"bfloat16" .* policy\.dtype = "float32" and rollout\.sglang\.dtype = "bfloat16" '
+            r'.* make the two equal, or set model\.logits_dtype = "float32"',
+            id="only the server rounds",
+        ),
+        pytest.param(
+            "bfloat16",
+            "engine='sglang'\nsglang={dtype='float32'}",
+            r'policy\.dtype = "bfloat16" and rollout\.sglang\.dtype = "float32"',
+            id="only the trainer rounds",
+        ),
+        pytest.param(
+            "bfloat16",
+            "",
+            r'rollout\.transformers\.dtype = "float32".*engine = None; None may use either engine',
+            id="the fallback does not round",
+        ),
+    ],
+)
+def test_logits_that_one_side_would_round_are_refused(
+    tmp_path: Path, policy: str, rollout: str, message: str
+) -> None:
+    text = f"[policy]\ndtype='{policy}'\n[rollout]\n{rollout}\n"
+    with pytest.raises(ConfigError, match=message):
+        _load(tmp_path, ROUNDED + text)
+    assert _load(tmp_path, MINIMAL + text).model.logits_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param("[rollout]\nengine='sglang'\n", id="server"),
+        pytest.param("[rollout]\ntransformers={dtype='bfloat16'}\n", id="either engine"),
+        pytest.param(
+            "[policy]\ndtype='float32'\n[rollout]\nsglang={dtype='float32'}\n",
+            id="nothing to round",
+        ),
+    ],
+)
+def test_logits_that_both_sides_round_are_accepted(tmp_path: Path, rest: str) -> None:
+    assert _load(tmp_path, ROUNDED + rest).model.logits_dtype == "bfloat16"
 
 
 def test_a_flag_is_checked_by_the_same_rules(

@@ -225,6 +225,26 @@ def test_the_table_says_what_would_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "logits_dtype", "line"),
+    [
+        ("bfloat16", "float32", "policy bfloat16, logits float32 in trainer and engine"),
+        ("bfloat16", "bfloat16", "policy bfloat16, logits bfloat16 in trainer and engine"),
+        ("float32", "bfloat16", "policy float32, logits float32 in trainer and engine"),
+    ],
+)
+def test_the_table_says_how_precise_logits_are(
+    tmp_path: Path, dtype: str, logits_dtype: str, line: str
+) -> None:
+    settings = _config(tmp_path).model_dump()
+    settings["model"]["logits_dtype"] = logits_dtype
+    settings["policy"]["dtype"] = dtype
+    settings["rollout"] |= {"sglang": {"dtype": dtype}, "transformers": {"dtype": dtype}}
+    out = io.StringIO()
+    print_check(RunConfig.model_validate(settings), Console(file=out, width=200))
+    assert line in out.getvalue()
+
+
+@pytest.mark.parametrize(
     ("method", "missing"),
     [("rl", set()), ("sft_then_rl", {"traces"}), ("prefixrl", {"traces", "prefixes"})],
     ids=["rl", "sft_then_rl", "prefixrl"],

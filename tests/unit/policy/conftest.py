@@ -27,6 +27,11 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_qwen3(tmp_path_factory.mktemp("tied"))
 
 
+@pytest.fixture(scope="package")
+def untied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
+
+
 def load_hf(folder: Path) -> Qwen3ForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

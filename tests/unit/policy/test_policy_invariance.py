@@ -127,7 +127,7 @@ def test_a_sequence_sees_no_other_sequence_in_the_stream(tied_folder: Path) -> N
     """The gradient of one sequence's logprobs reaches its own token embeddings only."""
     policy = build_policy(tied_folder)
     stream = make_batch().streams[0]
-    microbatch = build_microbatch(stream, policy.stream_settings, has_rollout_logprobs=True)
+    microbatch = build_microbatch(stream, policy.stream_settings)
     model = unwrap(policy.model_chunks[0])
     embeddings: list[Tensor] = []
 
@@ -137,7 +137,7 @@ def test_a_sequence_sees_no_other_sequence_in_the_stream(tied_folder: Path) -> N
 
     hook = model.embedding.register_forward_hook(keep)
     with cpu_runtime.megatron_on_cpu():
-        logprobs_R = run_model(policy.model_chunks[0], microbatch)[0]
+        logprobs_R = run_model(policy.model_chunks[0], microbatch).logprobs_R
     hook.remove()
     starts = stream.sequence_starts.tolist()
     num_checked = 0

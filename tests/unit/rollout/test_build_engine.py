@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig
+from prefixrl_mcore.config.policy import LogitsDtype
+from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig, TransformersConfig
 from prefixrl_mcore.rollout.build import build_engine
-from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.engine import EngineError, SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.transformers_engine import TransformersEngine
 from tests.support.tiny_models import write_tiny_qwen3
 
@@ -19,7 +20,11 @@ def test_without_sglang_the_fallback_says_why_and_what_to_do(
 
     with caplog.at_level(logging.WARNING):
         engine = build_engine(
-            RolloutConfig(sglang=MISSING), folder, logs_folder=tmp_path, device="cpu"
+            RolloutConfig(sglang=MISSING),
+            folder,
+            logits_dtype="float32",
+            logs_folder=tmp_path,
+            device="cpu",
         )
 
     assert isinstance(engine, TransformersEngine)
@@ -37,7 +42,9 @@ def test_server_that_does_not_start_is_replaced_too(
     config = RolloutConfig(sglang=SGLangConfig(python=python))
 
     with caplog.at_level(logging.WARNING):
-        engine = build_engine(config, folder, logs_folder=tmp_path, device="cpu")
+        engine = build_engine(
+            config, folder, logits_dtype="float32", logs_folder=tmp_path, device="cpu"
+        )
 
     assert isinstance(engine, TransformersEngine)
     assert "broken environment" in caplog.text
@@ -50,6 +57,7 @@ def test_sglang_asked_for_by_name_is_not_replaced(tmp_path: Path) -> None:
         build_engine(
             RolloutConfig(engine="sglang", sglang=MISSING),
             folder,
+            logits_dtype="float32",
             logs_folder=tmp_path,
             device="cpu",
         )
@@ -62,7 +70,49 @@ def test_transformers_asked_for_by_name_does_not_look_for_sglang(
     config = RolloutConfig(engine="transformers", sglang=MISSING)
 
     with caplog.at_level(logging.WARNING):
-        engine = build_engine(config, folder, logs_folder=tmp_path, device="cpu")
+        engine = build_engine(
+            config, folder, logits_dtype="float32", logs_folder=tmp_path, device="cpu"
+        )
 
     assert isinstance(engine, TransformersEngine)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("logits_dtype", "num_flags"), [("float32", 1), ("bfloat16", 0)])
+def test_server_is_started_with_the_precision_of_logits(
+    tmp_path: Path, logits_dtype: LogitsDtype, num_flags: int
+) -> None:
+    folder = write_tiny_qwen3(tmp_path / "model")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+
+    with pytest.raises(EngineError, match="died while it started"):
+        build_engine(
+            RolloutConfig(engine="sglang", sglang=SGLangConfig(python=python)),
+            folder,
+            logits_dtype=logits_dtype,
+            logs_folder=tmp_path,
+            device="cuda",
+        )
+
+    command = (tmp_path / "sglang-1.log").read_text()
+    assert command.count("--enable-fp32-lm-head") == num_flags
+
+
+def test_fallback_has_the_precision_of_logits(tmp_path: Path) -> None:
+    folder = write_tiny_qwen3(tmp_path)
+    config = RolloutConfig(engine="transformers", transformers=TransformersConfig(dtype="bfloat16"))
+    request = SampleRequest(request_id="r", context_token_ids=(5, 6, 7), num_samples=1, seed=0)
+    params = SamplingParams(
+        temperature=0.0, max_completion_tokens=4, max_total_tokens=50, stop_token_ids=()
+    )
+
+    logprobs = {
+        build_engine(config, folder, logits_dtype=logits_dtype, logs_folder=tmp_path, device="cpu")
+        .sample([request], params)[0][0]
+        .logprobs
+        for logits_dtype in ("float32", "bfloat16", "bfloat16")
+    }
+
+    assert len(logprobs) == 2

@@ -34,6 +34,7 @@ def engine(fake: FakeSGLang, model_folder: Path, tmp_path: Path) -> Iterator[SGL
         engine = SGLangEngine(
             model_folder,
             SGLangConfig(url=url, max_retries=2, start_timeout_seconds=5),
+            logits_dtype="float32",
             max_total_tokens=100,
             logs_folder=tmp_path,
         )
@@ -270,7 +271,13 @@ def test_server_that_cannot_be_reached_is_an_error(model_folder: Path, tmp_path:
     config = SGLangConfig(url="http://127.0.0.1:9", start_timeout_seconds=0.1)
 
     with pytest.raises(EngineError, match=r"no healthy server at http://127\.0\.0\.1:9"):
-        SGLangEngine(model_folder, config, max_total_tokens=100, logs_folder=tmp_path)
+        SGLangEngine(
+            model_folder,
+            config,
+            logits_dtype="float32",
+            max_total_tokens=100,
+            logs_folder=tmp_path,
+        )
 
 
 def test_server_that_dies_while_it_starts_is_reported_with_its_log(
@@ -284,6 +291,7 @@ def test_server_that_dies_while_it_starts_is_reported_with_its_log(
         SGLangEngine(
             model_folder,
             SGLangConfig(python=python),
+            logits_dtype="float32",
             max_total_tokens=100,
             logs_folder=tmp_path / "logs",
         )

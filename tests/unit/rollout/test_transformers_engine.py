@@ -22,7 +22,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(folder: Path, max_batch_size: int = 256) -> TransformersEngine:
-    return TransformersEngine(folder, TransformersConfig(max_batch_size=max_batch_size))
+    config = TransformersConfig(max_batch_size=max_batch_size)
+    return TransformersEngine(folder, config, logits_dtype="float32")
 
 
 def request_of(seed: int, length: int, num_samples: int) -> SampleRequest:

@@ -1,0 +1,217 @@
+"""How much of the work is kept, and how much is done twice: chosen from a memory budget.
+
+With ``R`` rows, ``H`` hidden size and ``V`` columns, one matrix product costs ``2 R H V`` FLOPs.
+
+=================  =====  =====================================================================
+mode               FLOPs  what it holds between the forward and the backward pass
+=================  =====  =====================================================================
+``save_dlogits``   6RHV   the gradient of all logits, in the operands' precision
+``grad_in_forward``  6RHV   the finished gradients of hidden states and weight
+``recompute``      8RHV   nothing of size V; the backward pass makes the logits again
+``no_grad``        2RHV   nothing
+=================  =====  =====================================================================
+
+Two block sizes bound the buffers. *Logits* exist for ``logit_rows`` rows at a time. *Gradients of
+logits* are collected for ``chunk_rows`` rows before they enter the matrix products: each chunk
+reads and writes the whole float32 weight gradient, so chunks should be large.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["save_dlogits", "grad_in_forward", "recompute", "no_grad"]
+
+MODES: tuple[Mode, ...] = ("save_dlogits", "grad_in_forward", "recompute", "no_grad")
+
+DEFAULT_BUDGET_BYTES = 1_500_000_000
+
+_ROW_MULTIPLE = 128
+"""Blocks of rows are multiples of a GEMM tile's height."""
+
+_LOGITS_SHARE = 0.25
+"""Part of the budget that one block of logits may take."""
+
+_MIN_CHUNK_ROWS = 1024
+"""Chunks are no smaller, whatever the budget: the traffic of the weight's gradient would come to
+cost more than the products."""
+
+_TABLE_BYTES = 14 * 4 + 4 * 4
+"""Result table and partial statistics, per row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadShape:
+    """The sizes that memory depends on."""
+
+    num_rows: int
+    """Rows that enter the matrix products."""
+
+    num_columns: int
+    """This rank's columns of the vocabulary, as stored (see ``VocabShard.row_stride``)."""
+
+    hidden_size: int
+    """Width of a hidden state."""
+
+    operand_bytes: int
+    """Bytes of an element of hidden states, weight and gradient of logits."""
+
+    logit_bytes: int
+    """Bytes of an element of the logits."""
+
+    num_ranks: int = 1
+    """Tensor-parallel ranks."""
+
+    is_copied: bool = True
+    """Whether the rows are gathered from the hidden states, rather than being all of them."""
+
+    has_duplicates: bool = False
+    """Whether a hidden row is used several times."""
+
+    num_sequence_rows: int = 0
+    """Hidden rows of the whole sequence when ranks hold shares of it (sequence parallelism): it is
+    gathered in the forward pass, and its gradient summed in float32 in the backward pass."""
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the gradient of the logits can overwrite the logits."""
+        return self.logit_bytes == self.operand_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadPlan:
+    """One call's mode and block sizes."""
+
+    mode: Mode
+    """What is kept for the backward pass."""
+
+    chunk_rows: int
+    """Rows whose gradient of logits is held at once."""
+
+    logit_rows: int
+    """Rows of logits held at once."""
+
+    peak_bytes: int
+    """Largest extra memory during forward and backward pass: all buffers of the head, without its
+    inputs, and without the gradients that it returns or adds to."""
+
+    budget_bytes: int
+    """What was asked for; the plan exceeds it only when no smaller one exists."""
+
+    def describe(self) -> str:
+        """Return one line for a log."""
+        excess = "" if self.peak_bytes <= self.budget_bytes else ", OVER BUDGET"
+        return (
+            f"head: {self.mode}, {self.chunk_rows} rows a chunk, {self.logit_rows} rows of logits "
+            f"at once, {self.peak_bytes / 1e9:.2f} of {self.budget_bytes / 1e9:.2f} GB{excess}"
+        )
+
+
+def plan_head(
+    shape: HeadShape,
+    *,
+    mode: Mode | Literal["auto"] = "auto",
+    memory_budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    has_private_weight_grad: bool = True,
+    is_weight_grad_summed: bool = True,
+) -> HeadPlan:
+    """Return the fastest plan within the budget, or the one with the smallest peak when none is.
+
+    Args:
+        shape: sizes of the call.
+        mode: a mode to keep to; ``auto`` takes the first of save_dlogits, grad_in_forward and
+            recompute that fits.
+        memory_budget_bytes: extra memory that the head may use.
+        has_private_weight_grad: ``grad_in_forward`` holds a float32 weight gradient of its own
+            between the passes (it does unless it may write ``main_grad`` in the forward pass).
+        is_weight_grad_summed: several chunks need a float32 weight gradient beside the returned
+            one (they do unless ``main_grad`` takes the sum).
+
+    Raises:
+        ValueError: if the budget is not positive or the mode unknown.
+    """
+    if memory_budget_bytes <= 0:
+        raise ValueError(f"head: memory_budget_bytes must be positive, got {memory_budget_bytes}")
+    if mode not in (*MODES, "auto"):
+        raise ValueError(f"head: mode must be auto or one of {MODES}, got {mode!r}")
+    candidates = ("save_dlogits", "grad_in_forward", "recompute") if mode == "auto" else (mode,)
+    plans = [
+        _plan(shape, candidate, memory_budget_bytes, has_private_weight_grad, is_weight_grad_summed)
+        for candidate in candidates
+    ]
+    fitting = [plan for plan in plans if plan.peak_bytes <= memory_budget_bytes]
+    return fitting[0] if fitting else min(plans, key=lambda plan: plan.peak_bytes)
+
+
+def _plan(
+    shape: HeadShape,
+    mode: Mode,
+    budget_bytes: int,
+    has_private_weight_grad: bool,
+    is_weight_grad_summed: bool,
+) -> HeadPlan:
+    """Return the plan of one mode with the largest chunks that fit."""
+    rows = max(shape.num_rows, 1)
+    logit_row = shape.num_columns * shape.logit_bytes
+    grad_row = shape.num_columns * shape.operand_bytes
+    weight_bytes = 4 * shape.num_columns * shape.hidden_size
+    fixed = shape.num_rows * _TABLE_BYTES
+    if shape.is_copied:
+        fixed += shape.num_rows * shape.hidden_size * shape.operand_bytes
+    logit_rows = _round_rows(_LOGITS_SHARE * budget_bytes / max(logit_row, 1), rows)
+    if mode == "no_grad":
+        fixed += shape.num_sequence_rows * shape.hidden_size * shape.operand_bytes
+        peak = fixed + min(logit_rows, shape.num_rows) * logit_row
+        return HeadPlan(
+            mode=mode,
+            chunk_rows=logit_rows,
+            logit_rows=logit_rows,
+            peak_bytes=peak,
+            budget_bytes=budget_bytes,
+        )
+    fixed += _hidden_grad_bytes(shape, mode)
+    if mode == "grad_in_forward" and has_private_weight_grad:
+        fixed += weight_bytes
+    block = 0 if shape.is_in_place else logit_rows * logit_row
+    chunk_rows = rows
+    if mode != "save_dlogits":
+        chunk_rows = _even_rows((budget_bytes - fixed - block) / max(grad_row, 1), rows)
+        if mode == "recompute" and chunk_rows < rows and is_weight_grad_summed:
+            fixed += weight_bytes
+            chunk_rows = _even_rows((budget_bytes - fixed - block) / max(grad_row, 1), rows)
+    if shape.is_in_place:
+        logit_rows = chunk_rows
+    logit_rows = min(logit_rows, chunk_rows)
+    block = 0 if shape.is_in_place else logit_rows * logit_row
+    return HeadPlan(
+        mode=mode,
+        chunk_rows=chunk_rows,
+        logit_rows=logit_rows,
+        peak_bytes=fixed + (block + chunk_rows * grad_row if shape.num_rows else 0),
+        budget_bytes=budget_bytes,
+    )
+
+
+def _hidden_grad_bytes(shape: HeadShape, mode: Mode) -> int:
+    """Return what the gradient of the rows takes beside the returned gradient."""
+    row = shape.hidden_size * shape.operand_bytes
+    if mode == "save_dlogits":  # in float32, and the rows times the loss's upstream gradient
+        rows_bytes = shape.num_rows * (4 * shape.hidden_size + row)
+    elif shape.num_ranks > 1 or shape.has_duplicates:  # in float32: something is added to it
+        rows_bytes = shape.num_rows * 4 * shape.hidden_size
+    else:
+        rows_bytes = shape.num_rows * row if shape.is_copied else 0
+    # With sequence parallelism, the whole sequence's and this rank's share, in float32.
+    share = -(-shape.num_sequence_rows // shape.num_ranks)
+    return rows_bytes + (shape.num_sequence_rows + share) * 4 * shape.hidden_size
+
+
+def _round_rows(affordable: float, rows: int) -> int:
+    """Return the affordable rows as a multiple of a GEMM tile: at least one tile, at most all."""
+    return min(rows, max(int(affordable) // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE)
+
+
+def _even_rows(affordable: float, rows: int) -> int:
+    """Return the affordable rows, cut so that no small chunk is left at the end."""
+    largest = _round_rows(max(affordable, _MIN_CHUNK_ROWS), rows)
+    even = -(-rows // -(-rows // largest))
+    return min(largest, -(-even // _ROW_MULTIPLE) * _ROW_MULTIPLE)

@@ -315,7 +315,7 @@ def _build_call(
         targets_R=targets_R,
         index=rows_R,
         shard=shard,
-        temperature=temperature,
+        temperature=float(temperature),
         logits_dtype=logits_dtype,
         tp_group=tp_group,
         is_sequence_parallel=is_gathered,

@@ -28,8 +28,8 @@ def check_operands(name: str, hidden_TH: Tensor, weight_VH: Tensor) -> None:
         )
     if hidden_TH.dtype != weight_VH.dtype or hidden_TH.dtype not in _FLOAT_DTYPES:
         raise ValueError(
-            f"{name}: hidden and weight must have one floating dtype, bfloat16, float32 or float64; "
-            f"got {hidden_TH.dtype} and {weight_VH.dtype}"
+            f"{name}: hidden and weight must have one floating dtype, bfloat16, float32 or "
+            f"float64; got {hidden_TH.dtype} and {weight_VH.dtype}"
         )
     if hidden_TH.device != weight_VH.device:
         raise ValueError(

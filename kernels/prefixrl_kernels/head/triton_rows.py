@@ -112,6 +112,9 @@ def _statistics_kernel(
     target = tl.load(row_ptr + column, mask=is_local, other=float("nan")).to(tl.float32)
     if HAS_TEMPERATURE:
         target = target / temperature
+    # A row with NaN says so in its maximum too: the maximum of nothing but NaN may come out as
+    # -inf, and the merge would leave the shard out as one without columns.
+    maximum = tl.where(exp_sum != exp_sum, float("nan"), maximum)
     tl.store(partials_ptr + row, maximum)
     tl.store(partials_ptr + num_rows + row, exp_sum)
     tl.store(partials_ptr + 2 * num_rows + row, weighted_sum)

@@ -48,8 +48,34 @@ format: setup  ## format and fix what ruff can fix
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-gpu: setup  ## everything that wants a GPU: tests that may not skip
-	PREFIXRL_REQUIRE_GPU=1 $(RUN) pytest -m gpu
+# Another interpreter, on a bare machine with torch, triton, pytest and pytest-timeout, rich and
+# matplotlib: make gpu PYTHON=python3. It has no trainer, so that the trainer's GPU tests stay out;
+# peers that it does not have are recorded as not installed. The whole sweep: make gpu BENCH=
+PYTHON ?= .venv/bin/python
+BENCH ?= --quick
+ifeq ($(PYTHON),.venv/bin/python)
+GPU_NEEDS := setup .venv-bench/.locked
+BENCH_PYTHON ?= .venv-bench/bin/python
+else
+BENCH_PYTHON ?= $(PYTHON)
+endif
+KERNEL_TESTS := tests/kernels $(wildcard tests/gpu/test_head_*.py tests/gpu/test_linear_*.py)
+
+.venv-bench/.locked: pyproject.toml uv.lock .python-version | setup
+	UV_PROJECT_ENVIRONMENT=.venv-bench $(UV) sync --locked --group bench
+	@touch $@
+
+gpu: export PREFIXRL_REQUIRE_GPU := 1
+gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
+gpu: $(GPU_NEEDS)  ## everything that wants a GPU: tests that may not skip, then the benchmark
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() \
+	    else "make gpu: PyTorch sees no CUDA device, and nothing here may pass without one")'
+ifneq ($(GPU_NEEDS),)
+	$(PYTHON) -m pytest -m gpu $(filter-out $(KERNEL_TESTS),$(wildcard tests/gpu/test_*.py))
+endif
+	$(PYTHON) -m pytest -m "not multi_gpu" $(KERNEL_TESTS)
+	$(BENCH_PYTHON) -m bench.head $(BENCH)
+	$(BENCH_PYTHON) -m bench.report
 
 clean:  ## remove caches and run folders; environments stay
 	rm -rf runs .pytest_cache .ruff_cache

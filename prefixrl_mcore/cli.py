@@ -220,7 +220,8 @@ def _set_up_logging(*, verbose: bool) -> None:
         console = Console(stderr=True, width=_LOG_WIDTH)
     handler = RichHandler(console=console, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    for name in ("prefixrl_mcore", __name__):  # __main__ when started by python -m
+    # The last is __main__ when started by python -m.
+    for name in ("prefixrl_mcore", "prefixrl_kernels", __name__):
         logging.getLogger(name).setLevel(level)
 
 

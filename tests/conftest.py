@@ -11,15 +11,20 @@ if not _HAS_GPU or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.tiny_run import TinyTask, build_tiny_task
+if TYPE_CHECKING:
+    from tests.support.tiny_run import TinyTask
 
 
 @pytest.fixture(scope="session")
-def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> TinyTask:
+def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> "TinyTask":
     """A base policy with problems, traces and prefixes; shared, never written to."""
+    # Here and not above: the kernels' tests run on machines that have no trainer.
+    from tests.support.tiny_run import build_tiny_task
+
     return build_tiny_task(tmp_path_factory.mktemp("tiny-task"))
 
 

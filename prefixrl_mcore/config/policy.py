@@ -19,7 +19,7 @@ class ModelConfig(Config):
     logits_dtype: LogitsDtype = "float32"
     """Precision of the logits of a bfloat16 model, in the trainer's head and in the rollout engine
     alike: one-sided, it widens the gap between their logprobs. ``float32`` keeps what the matrix
-    product accumulates, at bfloat16 speed; ``bfloat16`` rounds the logits as most engines do by
+    product accumulates; ``bfloat16`` rounds the logits as most engines do by
     default. A float32 model has float32 logits either way."""
 
 

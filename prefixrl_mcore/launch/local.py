@@ -92,7 +92,9 @@ def _start(
     port = str(_free_port())
     for rank in range(world_size):
         environment = {
-            "OMP_NUM_THREADS": "1",  # ranks share the cores; the user's own value is kept
+            # The user's own values are kept.
+            "OMP_NUM_THREADS": "1",  # ranks share the cores
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # equal bits from equal runs
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),

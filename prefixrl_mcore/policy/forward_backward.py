@@ -266,8 +266,14 @@ def _token_count(output: HeadOutput) -> Tensor:
 
 
 def _to_device(values: np.ndarray, *, device: torch.device) -> Tensor:
-    """Return an array as a tensor on ``device``; shares memory on the CPU."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+    """Return an array as a tensor on ``device``; shares memory on the CPU.
+
+    A GPU copies from pinned memory, so that the host does not wait for it.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def gather_row_reports(

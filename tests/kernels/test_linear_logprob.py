@@ -9,6 +9,7 @@ from prefixrl_kernels.head.linear_logprob import (
     TileConfig,
     fused_row_statistics,
     linear_logprob_forward,
+    split_columns,
 )
 from prefixrl_kernels.head.reference import merge_partials
 from torch import Tensor
@@ -130,7 +131,6 @@ def test_rows_and_columns_around_every_tile_boundary(num_rows: int, vocab: int) 
         (16, torch.bfloat16),
         (24, torch.bfloat16),
         (40, torch.bfloat16),
-        (40, torch.float16),
     ],
 )
 def test_hidden_sizes_that_are_no_multiple_of_the_tile(
@@ -160,13 +160,25 @@ def test_the_number_of_splits_changes_only_the_order_of_summation() -> None:
         assert_close("entropies", entropies_R, results[0][1], atol=1e-6)
 
 
+def test_the_vocabulary_is_cut_into_at_most_128_splits_with_little_waste() -> None:
+    tiles = replace(TINY, columns=256)
+    assert split_columns(151_936, tiles) == (5, 119)  # 594 tiles
+    assert split_columns(18_992, tiles) == (1, 75)
+    assert split_columns(1, tiles) == (1, 1)
+    assert split_columns(151_936, replace(tiles, num_splits=10)) == (60, 10)
+    for num_tiles in range(1, 700):
+        per_split, num_splits = split_columns(256 * num_tiles, tiles)
+        assert num_splits <= 128
+        assert num_tiles <= per_split * num_splits <= num_tiles * (1 + 1 / 128)
+
+
 def test_blocks_of_rows_larger_than_the_cache_are_worked_on_in_groups() -> None:
     # 16 rows of 131072 float32 are 8 MiB: groups of 2, 2 and 1 of these 5 row blocks.
     case = _case(num_rows=4 * BLOCK + 1, vocab=BLOCK + 4, hidden_size=131072)
     _assert_is_oracle(*case, tiles=replace(TINY, hidden=1024))
 
 
-def test_columns_of_padding_are_not_even_read() -> None:
+def test_columns_of_padding_change_nothing() -> None:
     hidden_RH, weight_VH, targets_R = _case(num_rows=17, vocab=48)
     targets_R %= 37
     cut = linear_logprob_forward(
@@ -366,16 +378,16 @@ def test_an_infinite_logit_anywhere_in_the_vocabulary_is_reported(bad: float) ->
         assert torch.stack(results).isnan().all(), column
 
 
-def test_a_shard_of_nothing_but_nan_is_not_left_out_of_the_merge() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_shard_of_nothing_but_nan_is_not_left_out_of_the_merge(bad: float) -> None:
     hidden_RH, weight_VH, targets_R = _case(num_rows=3, vocab=64)
-    weight_VH[32:] = float("nan")
-    targets_R %= 32
+    weight_VH[32:] = bad
     partials_W4R = torch.stack(
         [
             fused_row_statistics(
-                hidden_RH,
+                hidden_RH.abs() + 0.1,
                 weight_VH[first : first + 32],
-                targets_R,
+                targets_R % 32,
                 num_true_columns=32,
                 vocab_start=first,
                 temperature=1.0,
@@ -384,6 +396,8 @@ def test_a_shard_of_nothing_but_nan_is_not_left_out_of_the_merge() -> None:
             for first in (0, 32)
         ]
     )
+    # Not -inf, which says that there is no column.
+    assert partials_W4R[1, :3].isnan().all()
     _, _, logprobs_R, entropies_R = merge_partials(partials_W4R)
     assert logprobs_R.isnan().all()
     assert entropies_R.isnan().all()
@@ -431,7 +445,9 @@ def test_a_rows_bits_do_not_depend_on_the_other_rows() -> None:
             assert_bitwise(f"{name} of {len(rows)} rows", some_R, whole_R[rows])
 
 
-@pytest.mark.parametrize("layout", ["transposed", "unaligned", "odd-stride", "expanded", "strided"])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "spread", "unaligned", "odd-stride", "expanded", "strided"]
+)
 def test_hidden_states_of_any_layout_give_the_same_bits(layout: str) -> None:
     hidden_RH, weight_VH, targets_R = _case(num_rows=19, dtype=torch.bfloat16)
     if layout == "expanded":
@@ -441,6 +457,8 @@ def test_hidden_states_of_any_layout_give_the_same_bits(layout: str) -> None:
     )
     if layout == "transposed":
         hidden_RH = hidden_RH.T.contiguous().T
+    elif layout == "spread":
+        hidden_RH = hidden_RH.repeat_interleave(2, dim=1)[:, ::2]
     elif layout == "unaligned":
         hidden_RH = torch.cat((hidden_RH.new_zeros(1), hidden_RH.flatten()))[1:].view(19, 24)
     elif layout == "odd-stride":
@@ -495,6 +513,7 @@ def test_nothing_is_written_to_the_arguments_and_no_graph_is_kept() -> None:
         pytest.param(
             {"weight_VH": torch.zeros(24, 83).T}, "whose rows are contiguous", id="transposed"
         ),
+        pytest.param({"weight_VH": torch.zeros(83, 48)[:, ::2]}, r"strides \(48, 2\)", id="spread"),
         pytest.param(
             {"weight_VH": torch.zeros(83 * 24 + 1)[1:].view(83, 24)}, "4 modulo 16", id="unaligned"
         ),
@@ -520,7 +539,7 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, object], messag
 
 def _on_device(values: Tensor) -> Tensor:
     """Return the tensor on the device with its strides and storage offset."""
-    storage = torch.zeros(83 * 24 + 1, dtype=values.dtype, device=DEVICE)
+    storage = torch.zeros(83 * 48 + 1, dtype=values.dtype, device=DEVICE)
     return storage.as_strided(values.shape, values.stride(), values.storage_offset())
 
 

@@ -60,6 +60,9 @@ class CompiledKernel:
     """Whether ptxas waits for each matrix instruction, because it found other instructions that
     touch its registers (C7510 to C7515): right results, at a fraction of the speed."""
 
+    num_loops: int
+    """Loops left after Triton's passes, which unroll and fuse."""
+
     num_tma_loads: int
     """Bulk tensor copies into shared memory in the PTX."""
 
@@ -211,6 +214,7 @@ def _figures(kernel: Any, keep_in: Path | None) -> CompiledKernel:
         spill_bytes=_sum_of(r"(\d+) bytes spill (?:stores|loads)", report),
         num_wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         is_wgmma_serialized="wgmma.mma_async instructions are serialized" in report,
+        num_loops=len(re.findall(r"\bscf\.(?:for|while)\b", kernel.asm["ttgir"])),
         num_tma_loads=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         ptx_path="" if keep_in is None else str(ptx_path),
     )

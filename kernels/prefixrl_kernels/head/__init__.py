@@ -7,6 +7,7 @@ trained or scored, ``H`` hidden size, ``V`` this rank's share of the vocabulary.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,13 +18,14 @@ from torch import Tensor
 from prefixrl_kernels.head import autograd, checks
 from prefixrl_kernels.head.autograd import WeightGrad
 from prefixrl_kernels.head.estimators import Estimator, Importance, Kl
+from prefixrl_kernels.head.linear_logprob import linear_logprob_forward
 from prefixrl_kernels.head.passes import HeadCall, Loss
 from prefixrl_kernels.head.plan import DEFAULT_BUDGET_BYTES, HeadPlan, HeadShape, Mode, plan_head
 from prefixrl_kernels.head.reference import TorchRows
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs, RowKernels
 from prefixrl_kernels.head.table import HeadStatistics
-from prefixrl_kernels.head.triton_rows import TritonRows
+from prefixrl_kernels.head.triton_rows import TritonRows, is_interpreted
 from prefixrl_kernels.head.vocab import VocabShard
 
 logger = logging.getLogger(__name__)
@@ -141,33 +143,32 @@ def reinforce_head(
         kl_coefficient=kl_coefficient,
         entropy_coefficient=entropy_coefficient,
     )
-    checks.check_operands("reinforce_head", hidden_TH, weight_VH)
-    checks.check_weight_grad("reinforce_head", weight_VH, weight_grad, promised_upstream)
-    needs_grad = torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
-    call = _build_call(
-        "reinforce_head",
-        hidden_TH,
-        weight_VH,
-        targets_R,
-        rows_R,
+    options = _Options(
+        name="reinforce_head",
         true_vocab_size=true_vocab_size,
-        temperature=temperature,
+        temperature=float(temperature),
         logits_dtype=logits_dtype,
         tp_group=tp_group,
         vocab_start=vocab_start,
         sequence_parallel=sequence_parallel,
-        mode=mode if needs_grad else "no_grad",
         memory_budget_bytes=memory_budget_bytes,
         weight_grad=weight_grad,
-        promised_upstream=promised_upstream,
+        # Without a gradient of the hidden states nothing could tell that the promise was broken.
+        promised_upstream=promised_upstream if hidden_TH.requires_grad else None,
         backend=backend,
     )
-    if needs_grad and call.plan.mode == "no_grad":
+    checks.check_operands(options.name, hidden_TH, weight_VH)
+    checks.check_weight_grad(options.name, weight_VH, weight_grad, promised_upstream)
+    needs_grad = _needs_grad(hidden_TH, weight_VH)
+    if needs_grad and mode == "no_grad":
         raise ValueError(
             "reinforce_head: mode='no_grad' was asked for with inputs that need a gradient; call "
             "it under torch.no_grad(), or leave mode='auto'"
         )
-    inputs = LossInputs(
+    call = _build_call(
+        hidden_TH, weight_VH, targets_R, rows_R, options, mode if needs_grad else "no_grad"
+    )
+    inputs = LossInputs.build(
         advantages_R=advantages_R,
         weights_R=weights_R,
         rollout_logprobs_R=rollout_logprobs_R,
@@ -181,7 +182,7 @@ def reinforce_head(
         call,
         Loss(inputs=inputs, estimator=estimator),
         weight_grad,
-        promised_upstream,
+        options.promised_upstream,
     )
     return loss, HeadStatistics.from_table(table_KR)
 
@@ -201,6 +202,7 @@ def head_logprobs(
     memory_budget_bytes: int = DEFAULT_BUDGET_BYTES,
     weight_grad: WeightGrad = "autograd",
     backend: Backend | RowKernels = "auto",
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the logprob of each row's target and the entropy of each row's distribution.
 
@@ -226,6 +228,8 @@ def head_logprobs(
         memory_budget_bytes: extra memory that the head may use.
         weight_grad: ``autograd``, or ``main_grad`` for Megatron's float32 buffer.
         backend: row kernels; ``auto`` is Triton on CUDA and PyTorch elsewhere.
+        fused: without gradient, make the statistics in the epilogue of one Triton product
+            (``linear_logprob_forward``) instead of from chunks of logits.
 
     Returns:
         logprobs_R: [R] float32, nats.
@@ -234,93 +238,117 @@ def head_logprobs(
     Raises:
         ValueError: if shapes, dtypes, ranges or options do not fit.
     """
-    checks.check_operands("head_logprobs", hidden_TH, weight_VH)
-    checks.check_weight_grad("head_logprobs", weight_VH, weight_grad, None)
-    needs_grad = torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
-    call = _build_call(
-        "head_logprobs",
-        hidden_TH,
-        weight_VH,
-        targets_R,
-        rows_R,
+    options = _Options(
+        name="head_logprobs",
         true_vocab_size=true_vocab_size,
-        temperature=temperature,
+        temperature=float(temperature),
         logits_dtype=logits_dtype,
         tp_group=tp_group,
         vocab_start=vocab_start,
         sequence_parallel=sequence_parallel,
-        mode="recompute" if needs_grad else "no_grad",
         memory_budget_bytes=memory_budget_bytes,
         weight_grad=weight_grad,
         promised_upstream=None,
         backend=backend,
     )
+    checks.check_operands(options.name, hidden_TH, weight_VH)
+    checks.check_weight_grad(options.name, weight_VH, weight_grad, None)
+    mode = "recompute" if _needs_grad(hidden_TH, weight_VH) else "no_grad"
+    if fused and mode != "no_grad":
+        raise ValueError(
+            "head_logprobs: fused=True has no backward pass; call it under torch.no_grad(), or "
+            "leave fused out"
+        )
+    call = _build_call(hidden_TH, weight_VH, targets_R, rows_R, options, mode)
+    if fused:
+        return linear_logprob_forward(
+            call.gather_rows(hidden_TH),
+            weight_VH,
+            call.targets_R,
+            temperature=call.temperature,
+            true_vocab_size=true_vocab_size,
+            vocab_start=vocab_start,
+            tp_group=call.tp_group,
+        )
     return autograd.logprobs(hidden_TH, weight_VH, call, weight_grad)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Options:
+    """What both operations take; ``reinforce_head`` says what each field means."""
+
+    name: str
+    true_vocab_size: int
+    temperature: float
+    logits_dtype: torch.dtype | None
+    tp_group: dist.ProcessGroup | None
+    vocab_start: int
+    sequence_parallel: bool
+    memory_budget_bytes: int
+    weight_grad: WeightGrad
+    promised_upstream: float | None
+    backend: Backend | RowKernels
+
+
+def _needs_grad(hidden_TH: Tensor, weight_VH: Tensor) -> bool:
+    """Return whether a backward pass can follow."""
+    return torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
+
+
 def _build_call(
-    name: str,
     hidden_TH: Tensor,
     weight_VH: Tensor,
     targets_R: Tensor,
     rows_R: Rows,
-    *,
-    true_vocab_size: int,
-    temperature: float,
-    logits_dtype: torch.dtype | None,
-    tp_group: dist.ProcessGroup | None,
-    vocab_start: int,
-    sequence_parallel: bool,
+    options: _Options,
     mode: Mode | Literal["auto"],
-    memory_budget_bytes: int,
-    weight_grad: WeightGrad,
-    promised_upstream: float | None,
-    backend: Backend | RowKernels,
 ) -> HeadCall:
     """Check the arguments that both operations share, and choose plan and kernels."""
+    name, tp_group = options.name, options.tp_group
     if tp_group is not None and tp_group.size() == 1:
         tp_group = None
-    is_gathered = sequence_parallel and tp_group is not None
+    is_gathered = options.sequence_parallel and tp_group is not None
     num_hidden_rows = hidden_TH.size(0) * (tp_group.size() if tp_group and is_gathered else 1)
     if not isinstance(rows_R, RowIndex):
         rows_R = RowIndex.build(rows_R, num_hidden_rows=num_hidden_rows, device=hidden_TH.device)
     checks.check_rows(name, rows_R, num_hidden_rows, targets_R, hidden_TH.device)
-    checks.check_vocabulary(name, temperature, true_vocab_size, vocab_start)
-    logits_dtype = checks.resolve_logits_dtype(name, logits_dtype, hidden_TH.dtype)
+    checks.check_vocabulary(name, options.temperature, options.true_vocab_size, options.vocab_start)
+    logits_dtype = checks.resolve_logits_dtype(name, options.logits_dtype, hidden_TH.dtype)
     shard = VocabShard.build(
-        num_columns=weight_VH.size(0), start=vocab_start, true_vocab_size=true_vocab_size
+        num_columns=weight_VH.size(0),
+        start=options.vocab_start,
+        true_vocab_size=options.true_vocab_size,
     )
     shape = HeadShape(
         num_rows=rows_R.num_rows,
-        num_columns=_planned_columns(shard, true_vocab_size, tp_group),
+        num_columns=_planned_columns(shard, options.true_vocab_size, tp_group),
         hidden_size=hidden_TH.size(1),
         operand_bytes=hidden_TH.element_size(),
         logit_bytes=logits_dtype.itemsize,
         num_ranks=1 if tp_group is None else tp_group.size(),
-        is_copied=rows_R.rows_R is not None,
+        is_copied=rows_R.rows_R is not None or not hidden_TH.is_contiguous(),
         has_duplicates=rows_R.has_duplicates,
         num_sequence_rows=num_hidden_rows if is_gathered else 0,
     )
-    is_main_grad = weight_grad == "main_grad"
+    is_main_grad = options.weight_grad == "main_grad"
     plan = plan_head(
         shape,
         mode=mode,
-        memory_budget_bytes=memory_budget_bytes,
-        has_private_weight_grad=weight_VH.requires_grad
-        and not (is_main_grad and promised_upstream is not None),
+        memory_budget_bytes=options.memory_budget_bytes,
+        has_private_weight_grad=weight_VH.requires_grad and options.promised_upstream is None,
         is_weight_grad_summed=weight_VH.requires_grad and not is_main_grad,
     )
     _state(plan)
     return HeadCall(
-        targets_R=targets_R,
+        targets_R=targets_R.contiguous(),
         index=rows_R,
         shard=shard,
-        temperature=float(temperature),
+        temperature=options.temperature,
         logits_dtype=logits_dtype,
         tp_group=tp_group,
         is_sequence_parallel=is_gathered,
         plan=plan,
-        kernels=_select_kernels(name, backend, hidden_TH),
+        kernels=_select_kernels(name, options.backend, hidden_TH),
     )
 
 
@@ -346,6 +374,11 @@ def _select_kernels(name: str, backend: Backend | RowKernels, hidden_TH: Tensor)
     is_float64 = hidden_TH.dtype == torch.float64
     if backend == "triton" and is_float64:
         raise ValueError(f"{name}: the Triton kernels compute in float32; use backend='torch'")
+    if backend == "triton" and not (hidden_TH.is_cuda or is_interpreted()):
+        raise ValueError(
+            f"{name}: backend='triton' needs CUDA tensors, got {hidden_TH.device} ones; use "
+            "backend='auto', or for tests set TRITON_INTERPRET=1 before triton is imported"
+        )
     if backend == "triton" or (backend == "auto" and hidden_TH.is_cuda and not is_float64):
         return TritonRows()
     return TorchRows()

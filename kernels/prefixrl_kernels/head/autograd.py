@@ -40,7 +40,8 @@ def reinforce(
     promised_upstream: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the scalar loss, with gradient, and the [K, R] result table, without."""
-    result = _Reinforce.apply(hidden_TH, weight_VH, call, loss, weight_grad, promised_upstream)
+    with torch.cuda.device_of(hidden_TH):  # Triton launches on the current device
+        result = _Reinforce.apply(hidden_TH, weight_VH, call, loss, weight_grad, promised_upstream)
     assert result is not None, "apply returns what forward does"
     return result
 
@@ -49,7 +50,8 @@ def logprobs(
     hidden_TH: Tensor, weight_VH: Tensor, call: HeadCall, weight_grad: WeightGrad
 ) -> tuple[Tensor, Tensor]:
     """Return [R] logprobs and entropies, differentiable for any gradient of either."""
-    result = _Logprobs.apply(hidden_TH, weight_VH, call, weight_grad)
+    with torch.cuda.device_of(hidden_TH):  # Triton launches on the current device
+        result = _Logprobs.apply(hidden_TH, weight_VH, call, weight_grad)
     assert result is not None, "apply returns what forward does"
     return result
 
@@ -88,16 +90,19 @@ class _Reinforce(torch.autograd.Function):
         else:
             ctx.save_for_backward(rows_RH, weight_VH, table_KR)
         ctx.mark_non_differentiable(table_KR)
+        ctx.set_materialize_grads(False)  # the table's would be zeros of its size
         return table_KR[table.LOSS].sum(), table_KR
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # once_differentiable
         ctx: Any,  # noqa: ANN401  (torch's context)
-        upstream: Tensor,
-        _table: Tensor,
+        upstream: Tensor | None,
+        _table: None,
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden states and weight."""
+        if upstream is None:
+            return (None,) * 6
         assert upstream.dim() == 0, "the loss is a scalar, so its gradient is one"
         call: HeadCall = ctx.call
         if call.plan.mode == "grad_in_forward":
@@ -167,13 +172,14 @@ def _forward_sums(ctx: Any, rows_RH: Tensor) -> GradientSums:  # noqa: ANN401  (
     """Return the sums that a forward pass adds to, straight into ``main_grad`` if it may."""
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     promised = ctx.promised_upstream
-    if not needs_weight:
-        target_VH, is_direct = None, False
-    elif ctx.weight_grad == "main_grad" and promised is not None:
-        target_VH, is_direct = main_grad_of(ctx.weight), True
-    else:
+    is_direct = needs_weight and promised is not None
+    ctx.is_direct, ctx.is_delivered = is_direct, False
+    if is_direct:
+        target_VH = main_grad_of(ctx.weight)
+    elif needs_weight:
         target_VH = torch.empty_like(ctx.weight, dtype=_sum_dtype(ctx.weight))
-        is_direct = False
+    else:
+        target_VH = None
     return GradientSums(
         ctx.call,
         rows_RH,
@@ -191,8 +197,14 @@ def _finish_forward_sums(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Scale what the forward pass has summed, and deliver it."""
     hidden, private_VH = ctx.saved_tensors
+    if ctx.is_delivered:
+        raise RuntimeError(
+            "reinforce_head: a second backward pass through mode grad_in_forward, whose gradients "
+            "were made once and given away; use mode='recompute' with retain_graph=True"
+        )
+    ctx.is_delivered = True
     scale = upstream
-    if ctx.promised_upstream is not None:
+    if ctx.is_direct:
         # main_grad already holds the gradient for the promised value. A broken promise cannot be
         # raised without waiting for the device; NaN stops the step instead.
         scale = torch.where(upstream == ctx.promised_upstream, upstream, float("nan"))
@@ -201,9 +213,10 @@ def _finish_forward_sums(
         return grad_hidden, None
     if ctx.weight_grad == "main_grad":
         if private_VH is not None:
-            main_grad_of(ctx.weight).add_(private_VH.mul_(upstream))
+            main_grad_of(ctx.weight).addcmul_(private_VH, upstream)
         return grad_hidden, report_added(ctx.weight)
-    return grad_hidden, private_VH.mul_(upstream).to(ctx.weight.dtype)
+    grad_weight_VH = torch.empty_like(ctx.weight)
+    return grad_hidden, torch.mul(private_VH, upstream, out=grad_weight_VH)
 
 
 def _backward_sums(
@@ -252,14 +265,13 @@ def _recompute(
         recompute_grads(call, rows_RH, table_KR, buffers, chunk, has_entropy_grad=has_entropy_grad)
         grads_RV = buffers.chunk_grads(0, chunk.stop - chunk.start)
         sums.add(chunk, grads_RV, is_last=is_last)
-    one = torch.ones((), device=rows_RH.device)
-    return _finish_hidden(ctx, sums.hidden, one), _deliver(ctx, target_VH)
+    return _finish_hidden(ctx, sums.hidden, None), _deliver(ctx, target_VH)
 
 
 def _finish_hidden(
     ctx: Any,  # noqa: ANN401  (torch's context)
     summed: Tensor | None,
-    scale: Tensor,
+    scale: Tensor | None,
 ) -> Tensor | None:
     """Return the gradient of the hidden states, if it is wanted."""
     if summed is None:

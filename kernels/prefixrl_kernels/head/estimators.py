@@ -19,6 +19,9 @@ what carries no gradient. The terms:
 KL(policy || reference), with ``d = logprob - reference_logprob``: ``k1 = d``, ``k2 = d^2 / 2``,
 ``k3 = exp(-d) - 1 + d`` (-d bounded alike).
 
+Near 0, ``exp(x) - 1`` and ``exp(x) - 1 - x`` are taken from their series: in float32 the
+difference would be all rounding, and a divergence could come out negative.
+
 All derivatives by the logprob need nothing but the row's own values. That is why the head can
 make its gradient in the same pass as its loss.
 """
@@ -35,6 +38,10 @@ KLS: tuple[Kl, ...] = ("none", "k1", "k2", "k3")
 MAX_LOG_RATIO = 20.0
 """Bound on a log ratio before ``exp``: float32 overflows at 88, and ``exp(20)`` is 4.9e8, far
 beyond any ratio that carries information. Rows beyond it are flagged ``is_extreme``."""
+
+SERIES_BELOW = 0.05
+"""Size of x below which ``exp(x) - 1 - x`` comes from its first four terms; what they leave out is
+below 2e-8 of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

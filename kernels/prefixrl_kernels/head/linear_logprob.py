@@ -32,7 +32,7 @@ from prefixrl_kernels.head.reference import merge_partials
 from prefixrl_kernels.head.triton_linear import merge_splits_kernel, row_statistics_kernel
 from prefixrl_kernels.head.vocab import VocabShard, gather_partials
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float32)
 
 _ALIGNMENT_BYTES = 16
 """What a tensor descriptor asks of its address and of its row stride."""
@@ -124,7 +124,7 @@ def linear_logprob_forward(
     result is bitwise equal on all of them.
 
     Args:
-        hidden_RH: [R, H] bfloat16, float16 or float32; R may be 0. Copied if a row does not start
+        hidden_RH: [R, H] bfloat16 or float32; R may be 0. Copied if a row does not start
             at a multiple of 16 bytes or is not contiguous.
         weight_VH: [V, H] of the same dtype, this rank's rows of the output embedding. Never
             copied: its rows must be contiguous and start at multiples of 16 bytes.
@@ -156,7 +156,7 @@ def linear_logprob_forward(
         targets_R,
         num_true_columns=shard.num_true_columns,
         vocab_start=vocab_start,
-        temperature=temperature,
+        temperature=float(temperature),
         tiles=tiles,
     )
     _, _, logprobs_R, entropies_R = merge_partials(gather_partials(partials_4R, tp_group))
@@ -202,7 +202,7 @@ def fused_row_statistics(
     tiles = tiles or default_tiles(hidden_RH.dtype, hidden_RH.device)
     hidden_RH = _describable(hidden_RH)
     num_row_blocks = _ceil_div(num_rows, tiles.rows)
-    tiles_per_split, num_splits = _split_columns(num_true_columns, tiles)
+    tiles_per_split, num_splits = split_columns(num_true_columns, tiles)
     row_block_bytes = tiles.rows * hidden_size * hidden_RH.element_size()
     partials_S4R = partials_4R.new_empty((num_splits, 4, num_rows))
     with torch.cuda.device_of(hidden_RH):
@@ -248,7 +248,7 @@ def default_tiles(dtype: torch.dtype, device: torch.device) -> TileConfig:
     return _LARGE if has_room and dtype != torch.float32 else _SMALL
 
 
-def _split_columns(num_columns: int, tiles: TileConfig) -> tuple[int, int]:
+def split_columns(num_columns: int, tiles: TileConfig) -> tuple[int, int]:
     """Return column tiles per split and number of splits; the same for any number of rows."""
     num_tiles = _ceil_div(num_columns, tiles.columns)
     tiles_per_split = _ceil_div(num_tiles, min(tiles.num_splits or _MAX_SPLITS, num_tiles))
@@ -307,8 +307,7 @@ def _check_kernel_arguments(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Ten
     remedy = "use head_logprobs, which takes any layout and dtype in chunks of logits"
     if hidden_RH.dtype not in _DTYPES:
         raise ValueError(
-            f"{name}: expected bfloat16, float16 or float32 operands, got {hidden_RH.dtype}; "
-            f"{remedy}"
+            f"{name}: expected bfloat16 or float32 operands, got {hidden_RH.dtype}; {remedy}"
         )
     if targets_R.dtype != torch.int64 or targets_R.shape != hidden_RH.shape[:1]:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The three matrix products of the head, with float32 results from low-precision operands.
 
 A bfloat16 product is exact in float32, so a GEMM with float32 output differs from a float32 GEMM
-in the order of summation only, and runs at bfloat16 speed. PyTorch has that form on CUDA
+in the order of summation only, and runs on bfloat16 tensor cores. PyTorch has that form on CUDA
 (``out_dtype``) and not on the CPU, where the operands are widened.
 """
 

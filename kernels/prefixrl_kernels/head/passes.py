@@ -22,7 +22,7 @@ from torch import Tensor
 from prefixrl_kernels.head import table
 from prefixrl_kernels.head.estimators import Estimator
 from prefixrl_kernels.head.matmul import multiply_into
-from prefixrl_kernels.head.plan import HeadPlan
+from prefixrl_kernels.head.plan import HeadPlan, even_slices
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs, RowKernels
 from prefixrl_kernels.head.vocab import (
@@ -162,7 +162,7 @@ class GradientSums:
         is_target_added_to: bool = False,
         factor: Tensor | float | None = None,
     ) -> None:
-        """Start at zero.
+        """Prepare the sums, which are complete after the last chunk.
 
         Args:
             call: the call.
@@ -223,20 +223,26 @@ class GradientSums:
 
 
 def finish_hidden(
-    call: HeadCall, summed: Tensor, scale: Tensor, *, num_hidden_rows: int, dtype: torch.dtype
+    call: HeadCall,
+    summed: Tensor,
+    scale: Tensor | None,
+    *,
+    num_hidden_rows: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the gradient of the hidden states that the call was given, times ``scale``.
 
     Args:
         call: the call.
         summed: ``GradientSums.hidden`` after the last chunk.
-        scale: [] tensor.
+        scale: [] tensor; None is 1.
         num_hidden_rows: rows of the hidden states on this rank.
         dtype: of the hidden states.
     """
     shape = (num_hidden_rows, summed.size(1))
     if call.index.rows_R is None and summed.dtype == dtype and summed.shape == shape:
-        return summed.mul_(scale)
+        return summed if scale is None else summed.mul_(scale)
+    scale = torch.ones((), device=summed.device) if scale is None else scale
     out_TH = torch.empty(shape, dtype=dtype, device=summed.device)
     if not call.index.num_rows:
         return out_TH.zero_()
@@ -249,9 +255,8 @@ def finish_hidden(
 def chunks_of(call: HeadCall) -> Iterator[tuple[slice, bool]]:
     """Yield the rows of each chunk, and whether it is the last."""
     num_rows = call.targets_R.size(0)
-    for first in range(0, num_rows, call.plan.chunk_rows):
-        end = min(first + call.plan.chunk_rows, num_rows)
-        yield slice(first, end), end == num_rows
+    for rows in even_slices(0, num_rows, call.plan.chunk_rows):
+        yield rows, rows.stop == num_rows
 
 
 def fill_table(
@@ -267,7 +272,7 @@ def fill_table(
 
     All tensor-parallel ranks must call this with the same rows.
     """
-    for rows in _blocks(call, chunk):
+    for rows in even_slices(chunk.start, chunk.stop, call.plan.logit_rows):
         logits_RV = buffers.compute_logits(rows_RH[rows], rows.start - chunk.start)
         partials_4R = call.kernels.statistics(
             logits_RV, call.targets_R[rows], shard=call.shard, temperature=call.temperature
@@ -290,15 +295,9 @@ def recompute_grads(
     has_entropy_grad: bool,
 ) -> None:
     """Fill the gradient buffer of one chunk from logits that are made again."""
-    for rows in _blocks(call, chunk):
+    for rows in even_slices(chunk.start, chunk.stop, call.plan.logit_rows):
         logits_RV = buffers.compute_logits(rows_RH[rows], rows.start - chunk.start)
         _write_grads(call, buffers, logits_RV, table_KR, rows, chunk, has_entropy_grad)
-
-
-def _blocks(call: HeadCall, chunk: slice) -> Iterator[slice]:
-    """Yield the blocks of a chunk, as slices of all rows."""
-    for first in range(chunk.start, chunk.stop, call.plan.logit_rows):
-        yield slice(first, min(first + call.plan.logit_rows, chunk.stop))
 
 
 def _write_grads(

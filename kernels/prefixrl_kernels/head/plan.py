@@ -16,6 +16,7 @@ logits* are collected for ``chunk_rows`` rows before they enter the matrix produ
 reads and writes the whole float32 weight gradient, so chunks should be large.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,8 +36,11 @@ _MIN_CHUNK_ROWS = 1024
 """Chunks are no smaller, whatever the budget: the traffic of the weight's gradient would come to
 cost more than the products."""
 
-_TABLE_BYTES = 14 * 4 + 4 * 4
-"""Result table and partial statistics, per row."""
+_MIN_CHUNK_ROWS_OVER_BUDGET = 2048
+"""Once no plan fits, smaller chunks would save little beside what cannot be saved."""
+
+_TABLE_BYTES = 2 * 14 * 4 + 4 * 4
+"""Result table, its copy with scaled derivatives, and partial statistics, per row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +99,7 @@ class HeadPlan:
     inputs, and without the gradients that it returns or adds to."""
 
     budget_bytes: int
-    """What was asked for; the plan exceeds it only when no smaller one exists."""
+    """What was asked for; exceeded only when what cannot be saved already does so."""
 
     def describe(self) -> str:
         """Return one line for a log."""
@@ -133,13 +137,15 @@ def plan_head(
         raise ValueError(f"head: memory_budget_bytes must be positive, got {memory_budget_bytes}")
     if mode not in (*MODES, "auto"):
         raise ValueError(f"head: mode must be auto or one of {MODES}, got {mode!r}")
+    budget = memory_budget_bytes
     candidates = ("save_dlogits", "grad_in_forward", "recompute") if mode == "auto" else (mode,)
-    plans = [
-        _plan(shape, candidate, memory_budget_bytes, has_private_weight_grad, is_weight_grad_summed)
-        for candidate in candidates
-    ]
-    fitting = [plan for plan in plans if plan.peak_bytes <= memory_budget_bytes]
-    return fitting[0] if fitting else min(plans, key=lambda plan: plan.peak_bytes)
+    allowances = (budget, has_private_weight_grad, is_weight_grad_summed)
+    for candidate in candidates:
+        plan = _plan(shape, candidate, *allowances, _MIN_CHUNK_ROWS)
+        if plan.peak_bytes <= budget:
+            return plan
+    plans = [_plan(shape, name, *allowances, _MIN_CHUNK_ROWS_OVER_BUDGET) for name in candidates]
+    return min(plans, key=lambda plan: plan.peak_bytes)
 
 
 def _plan(
@@ -148,8 +154,9 @@ def _plan(
     budget_bytes: int,
     has_private_weight_grad: bool,
     is_weight_grad_summed: bool,
+    min_chunk_rows: int,
 ) -> HeadPlan:
-    """Return the plan of one mode with the largest chunks that fit."""
+    """Return the plan of one mode with the largest chunks that fit, or with the smallest ones."""
     rows = max(shape.num_rows, 1)
     logit_row = shape.num_columns * shape.logit_bytes
     grad_row = shape.num_columns * shape.operand_bytes
@@ -174,10 +181,10 @@ def _plan(
     block = 0 if shape.is_in_place else logit_rows * logit_row
     chunk_rows = rows
     if mode != "save_dlogits":
-        chunk_rows = _even_rows((budget_bytes - fixed - block) / max(grad_row, 1), rows)
+        chunk_rows = _chunk_rows(budget_bytes - fixed - block, grad_row, rows, min_chunk_rows)
         if mode == "recompute" and chunk_rows < rows and is_weight_grad_summed:
             fixed += weight_bytes
-            chunk_rows = _even_rows((budget_bytes - fixed - block) / max(grad_row, 1), rows)
+            chunk_rows = _chunk_rows(budget_bytes - fixed - block, grad_row, rows, min_chunk_rows)
     if shape.is_in_place:
         logit_rows = chunk_rows
     logit_rows = min(logit_rows, chunk_rows)
@@ -205,13 +212,31 @@ def _hidden_grad_bytes(shape: HeadShape, mode: Mode) -> int:
     return rows_bytes + (shape.num_sequence_rows + share) * 4 * shape.hidden_size
 
 
+def _chunk_rows(affordable_bytes: int, grad_row: int, rows: int, min_rows: int) -> int:
+    """Return the rows of the largest of the even slices that the affordable bytes allow."""
+    most = _round_rows(max(affordable_bytes / max(grad_row, 1), min_rows), rows)
+    return max(part.stop - part.start for part in even_slices(0, rows, most))
+
+
+def even_slices(start: int, stop: int, most: int) -> Iterator[slice]:
+    """Cut rows into as few slices as ``most`` allows, equal up to one GEMM tile.
+
+    A small slice at the end would read the whole weight for a few rows. When ``most`` is no
+    multiple of a tile's height, slices are equal up to one row.
+    """
+    if stop <= start:
+        return
+    tile_rows = 1 if most % _ROW_MULTIPLE else _ROW_MULTIPLE
+    num_tiles = -(-(stop - start) // tile_rows)
+    num_slices = -(-(stop - start) // most)
+    tiles, num_larger = divmod(num_tiles, num_slices)
+    first = start
+    for index in range(num_slices):
+        rows = (tiles + (index < num_larger)) * tile_rows
+        yield slice(first, min(first + rows, stop))
+        first += rows
+
+
 def _round_rows(affordable: float, rows: int) -> int:
     """Return the affordable rows as a multiple of a GEMM tile: at least one tile, at most all."""
     return min(rows, max(int(affordable) // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE)
-
-
-def _even_rows(affordable: float, rows: int) -> int:
-    """Return the affordable rows, cut so that no small chunk is left at the end."""
-    largest = _round_rows(max(affordable, _MIN_CHUNK_ROWS), rows)
-    even = -(-rows // -(-rows // largest))
-    return min(largest, -(-even // _ROW_MULTIPLE) * _ROW_MULTIPLE)

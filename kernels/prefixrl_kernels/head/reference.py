@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prefixrl_kernels.head import table
-from prefixrl_kernels.head.estimators import MAX_LOG_RATIO, Estimator
+from prefixrl_kernels.head.estimators import MAX_LOG_RATIO, SERIES_BELOW, Estimator
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs
 from prefixrl_kernels.head.vocab import VocabShard
@@ -62,11 +62,11 @@ class TorchRows:
         factors_R, losses_R, is_clipped_R = _importance_terms(
             estimator, logprobs_R, ratios_R, is_extreme_R, inputs.advantages_R
         )
-        reference_exp_R = (-reference_gaps_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        reference_k3_R = reference_exp_R - 1.0 + reference_gaps_R
+        k3_R, _ = _k3(log_ratios_R)
+        reference_k3_R, reference_expm1_R = _k3(-reference_gaps_R)
         is_far_R = reference_gaps_R.abs() > MAX_LOG_RATIO
         kl_R, kl_grads_R = _kl_terms(
-            estimator, reference_gaps_R, reference_k3_R, reference_exp_R, is_far_R
+            estimator, reference_gaps_R, reference_k3_R, reference_expm1_R, is_far_R
         )
         if estimator.kl_coefficient:
             losses_R = losses_R + estimator.kl_coefficient * kl_R
@@ -76,7 +76,7 @@ class TorchRows:
 
         table_KR[table.RATIO] = ratios_R
         table_KR[table.K1] = -log_ratios_R
-        table_KR[table.K3] = ratios_R - 1.0 - log_ratios_R
+        table_KR[table.K3] = k3_R
         table_KR[table.REFERENCE_K1] = reference_gaps_R
         table_KR[table.REFERENCE_K3] = reference_k3_R
         table_KR[table.IS_CLIPPED] = is_clipped_R.to(table_KR.dtype)
@@ -117,8 +117,9 @@ class TorchRows:
             torch.mul(grad_RH, scale, out=out_TH)
             return
         sums_TH = torch.zeros(out_TH.shape, dtype=grad_RH.dtype, device=grad_RH.device)
-        for positions, hidden_rows in index.layers:
+        for layer in index.layers:
             # No row occurs twice in a layer: the addition has one order on every device.
+            positions, hidden_rows = (torch.from_numpy(rows).to(grad_RH.device) for rows in layer)
             sums_TH[hidden_rows] += grad_RH[positions]
         out_TH.copy_(sums_TH * scale)
 
@@ -224,16 +225,28 @@ def _importance_terms(
     return factors_R, torch.where(is_out_R, 0.0, -factors_R * logprobs_R), is_clipped_R
 
 
+def _k3(x_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``exp(x) - 1 - x`` and ``exp(x) - 1``, with x bounded inside ``exp``."""
+    expm1_R = x_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expm1()
+    if x_R.dtype == torch.float64:
+        return expm1_R - x_R, expm1_R
+    tail_R = x_R * x_R * (0.5 + x_R * (1.0 / 6.0 + x_R * (1.0 / 24.0 + x_R / 120.0)))
+    return torch.where(x_R.abs() < SERIES_BELOW, tail_R, expm1_R - x_R), expm1_R
+
+
 def _kl_terms(
-    estimator: Estimator, gaps_R: Tensor, k3_R: Tensor, exp_R: Tensor, is_far_R: Tensor
+    estimator: Estimator, gaps_R: Tensor, k3_R: Tensor, expm1_R: Tensor, is_far_R: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return each row's divergence from the reference, and its derivative by the logprob."""
+    """Return each row's divergence from the reference, and its derivative by the logprob.
+
+    ``expm1_R`` is ``exp(-gap) - 1``; beyond its bound the exponential is constant.
+    """
     if estimator.kl == "k1":
         return gaps_R, torch.ones_like(gaps_R)
     if estimator.kl == "k2":
         return gaps_R.square() / 2.0, gaps_R
     if estimator.kl == "k3":
-        return k3_R, 1.0 - torch.where(is_far_R, 0.0, exp_R)
+        return k3_R, torch.where(is_far_R, 1.0, -expm1_R)
     return torch.zeros_like(gaps_R), torch.zeros_like(gaps_R)
 
 

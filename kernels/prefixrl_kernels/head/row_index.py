@@ -40,9 +40,9 @@ class RowIndex:
     starts_U1: Tensor | None
     """[U + 1] int64 on the device: where each hidden row's members start in ``members_R``."""
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    """Device tensors (positions in ``rows_R``, hidden rows): the first use of every hidden row,
-    then the second of those that have one, and so on. No hidden row occurs twice in a layer."""
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
+    """On the host, (positions in ``rows_R``, hidden rows): the first use of every hidden row, then
+    the second of those that have one, and so on. No hidden row occurs twice in a layer."""
 
     @property
     def has_duplicates(self) -> bool:
@@ -85,7 +85,7 @@ class RowIndex:
         for layer in range(int(counts_U.max(initial=0))):
             present_U = counts_U > layer
             positions = members_R[starts_U[present_U] + layer]
-            layers.append((_to_device(positions, device), _to_device(unique_U[present_U], device)))
+            layers.append((positions, unique_U[present_U]))
         return cls(
             num_rows=len(host_R),
             num_hidden_rows=num_hidden_rows,

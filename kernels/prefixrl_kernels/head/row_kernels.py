@@ -35,6 +35,12 @@ class LossInputs:
     num_global_loss_tokens: float
     """What the sum is divided by."""
 
+    @classmethod
+    def build(cls, *, num_global_loss_tokens: float, **values: Tensor | None) -> "LossInputs":
+        """Return inputs whose tensors are contiguous, as the kernels read them."""
+        packed = {name: None if row is None else row.contiguous() for name, row in values.items()}
+        return cls(num_global_loss_tokens=num_global_loss_tokens, **packed)  # pyright: ignore[reportArgumentType]
+
     def __getitem__(self, rows: slice) -> "LossInputs":
         """Return the inputs of some rows."""
 
@@ -89,7 +95,8 @@ class RowKernels(Protocol):
 
         With ``g`` = LOGPROB_GRAD, ``e`` = ENTROPY_GRAD, ``log p = z - maximum - log_sum``:
         ``(g (onehot - p) - e p (log p + entropy)) / temperature``, computed in float32 and rounded
-        once, to the dtype of ``out_RV``. Padding columns get 0.
+        once, to the dtype of ``out_RV``. Padding columns get 0, and so may what the row's stride
+        leaves between its last column and the next multiple of ``COLUMN_MULTIPLE``.
         """
         ...
 

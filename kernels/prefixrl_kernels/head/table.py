@@ -63,14 +63,15 @@ class HeadStatistics:
     """[R] float32, nats: ``exp(-d) - 1 + d`` with ``d = logprob - reference_logprob``."""
 
     is_clipped_R: Tensor  # noqa: N815
-    """[R] bool: the importance weight was cut, masked, or took the row's gradient away."""
+    """[R] bool: the importance weight was cut or masked, or the surrogate's clip took the row's
+    gradient away. Rows whose ratio is beyond the bound are in ``is_extreme_R``."""
 
     is_extreme_R: Tensor  # noqa: N815
     """[R] bool: a log ratio (to rollout or reference) was beyond +-20 and entered as +-20."""
 
     @classmethod
     def from_table(cls, table_KR: Tensor) -> "HeadStatistics":
-        """Return views of the table."""
+        """Return the statistics in a table; float fields are views of it."""
         return cls(
             logprobs_R=table_KR[LOGPROB],
             entropies_R=table_KR[ENTROPY],

@@ -166,10 +166,10 @@ def merge_splits_kernel(
     targets_SR = tl.load(pointers_SR + 3 * field, mask=mask_SR, other=float("nan"))
 
     maximum_R = tl.max(maxima_SR, 0)
-    is_empty_SR = maxima_SR == _NEG_INF
+    # The sums of a split without a possible token are 0, whatever they are multiplied by.
     centre_R = tl.where(maximum_R == _NEG_INF, 0.0, maximum_R)
-    shift_SR = tl.where(is_empty_SR, 0.0, maxima_SR - centre_R[None, :])
-    decay_SR = tl.where(is_empty_SR, 0.0, tl.exp(shift_SR))
+    shift_SR = tl.where(maxima_SR == _NEG_INF, 0.0, maxima_SR - centre_R[None, :])
+    decay_SR = tl.exp(shift_SR)
     exp_sum_R = tl.sum(exp_sums_SR * decay_SR, 0)
     weighted_sum_R = tl.sum(decay_SR * (weighted_sums_SR + exp_sums_SR * shift_SR), 0)
     is_found_SR = targets_SR == targets_SR

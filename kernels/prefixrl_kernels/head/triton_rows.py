@@ -7,7 +7,7 @@ Shape suffixes: ``R`` rows, ``V`` columns as stored, ``W`` tensor-parallel ranks
 fields, ``T`` hidden rows, ``U`` different hidden rows, ``H`` hidden size.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 - Triton takes a kernel's types from its arguments
+# ruff: noqa: ANN001, ANN202 - Triton takes a kernel's types from its arguments
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 # (a launch passes Python values for constexpr parameters, and options the kernel does not name)
@@ -20,13 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixrl_kernels.head import table
-from prefixrl_kernels.head.estimators import IMPORTANCES, KLS, MAX_LOG_RATIO, Estimator
+from prefixrl_kernels.head.estimators import (
+    IMPORTANCES,
+    KLS,
+    MAX_LOG_RATIO,
+    SERIES_BELOW,
+    Estimator,
+)
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs
-from prefixrl_kernels.head.vocab import VocabShard
+from prefixrl_kernels.head.vocab import COLUMN_MULTIPLE, VocabShard
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _BOUND = tl.constexpr(MAX_LOG_RATIO)
+_SERIES_BELOW = tl.constexpr(SERIES_BELOW)
 
 _MAXIMUM = tl.constexpr(table.MAXIMUM)
 _LOG_SUM = tl.constexpr(table.LOG_SUM)
@@ -53,7 +60,7 @@ _KL_K3 = tl.constexpr(KLS.index("k3"))
 
 
 @triton.jit
-def accumulate_statistics(maximum, exp_sum, weighted_sum, z_V):
+def _accumulate(maximum, exp_sum, weighted_sum, z_V):
     """Take another block of logits into a row's online statistics.
 
     The weighted sum is kept centred on the running maximum, so that the entropy does not cancel
@@ -82,7 +89,7 @@ def _load_logits(row_ptr, columns_V, row_stride, num_columns):
     return tl.where(columns_V < num_columns, z_V.to(tl.float32), _NEG_INF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "vocab_start"])
 def _statistics_kernel(
     logits_ptr,  # [R, V], rows `row_stride` apart
     targets_ptr,  # [R] int64
@@ -106,7 +113,7 @@ def _statistics_kernel(
         z_V = _load_logits(row_ptr, columns_V, row_stride, num_columns)
         if HAS_TEMPERATURE:
             z_V = z_V / temperature
-        maximum, exp_sum, weighted_sum = accumulate_statistics(maximum, exp_sum, weighted_sum, z_V)
+        maximum, exp_sum, weighted_sum = _accumulate(maximum, exp_sum, weighted_sum, z_V)
     column = tl.load(targets_ptr + row) - vocab_start
     is_local = (column >= 0) & (column < num_columns)
     target = tl.load(row_ptr + column, mask=is_local, other=float("nan")).to(tl.float32)
@@ -121,7 +128,7 @@ def _statistics_kernel(
     tl.store(partials_ptr + 3 * num_rows + row, target)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ranks", "num_rows", "field_stride"])
 def _merge_kernel(
     partials_ptr,  # [W, 4, R] float32
     table_ptr,  # [K, R] float32, fields `field_stride` apart
@@ -169,6 +176,16 @@ def _clamp(values, low, high):
 
 
 @triton.jit
+def _k3(x_R):
+    """Return ``exp(x) - 1 - x`` and ``exp(x) - 1``, with x bounded inside ``exp``."""
+    tail_R = x_R * x_R * (0.5 + x_R * (1.0 / 6.0 + x_R * (1.0 / 24.0 + x_R / 120.0)))
+    is_small_R = tl.abs(x_R) < _SERIES_BELOW
+    exp_R = tl.exp(_clamp(x_R, -_BOUND, _BOUND))
+    k3_R = tl.where(is_small_R, tail_R, exp_R - 1.0 - x_R)
+    return k3_R, tl.where(is_small_R, x_R + tail_R, exp_R - 1.0)
+
+
+@triton.jit
 def _importance_terms(
     logprob_R,
     ratio_R,
@@ -208,7 +225,7 @@ def _importance_terms(
     return factor_R, loss_R, is_clipped_R
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "field_stride"])
 def _weigh_kernel(
     table_ptr,  # [K, R] float32, fields `field_stride` apart
     advantages_ptr,  # [R] float32
@@ -263,8 +280,8 @@ def _weigh_kernel(
         IMPORTANCE,
     )
     is_far_R = tl.abs(gap_R) > _BOUND
-    reference_exp_R = tl.exp(_clamp(-gap_R, -_BOUND, _BOUND))
-    reference_k3_R = reference_exp_R - 1.0 + gap_R
+    k3_R, _ = _k3(log_ratio_R)
+    reference_k3_R, reference_expm1_R = _k3(-gap_R)
     if KL == _KL_K1:
         loss_R += kl_coefficient * gap_R
         factor_R -= kl_coefficient
@@ -273,13 +290,13 @@ def _weigh_kernel(
         factor_R -= kl_coefficient * gap_R
     if KL == _KL_K3:
         loss_R += kl_coefficient * reference_k3_R
-        factor_R -= kl_coefficient * (1.0 - tl.where(is_far_R, 0.0, reference_exp_R))
+        factor_R -= kl_coefficient * tl.where(is_far_R, 1.0, -reference_expm1_R)
     if entropy_coefficient != 0.0:
         loss_R -= entropy_coefficient * entropy_R
 
     tl.store(table_ptr + _RATIO * field_stride, ratio_R, mask=mask_R)
     tl.store(table_ptr + _K1 * field_stride, -log_ratio_R, mask=mask_R)
-    tl.store(table_ptr + _K3 * field_stride, ratio_R - 1.0 - log_ratio_R, mask=mask_R)
+    tl.store(table_ptr + _K3 * field_stride, k3_R, mask=mask_R)
     tl.store(table_ptr + _REFERENCE_K1 * field_stride, gap_R, mask=mask_R)
     tl.store(table_ptr + _REFERENCE_K3 * field_stride, reference_k3_R, mask=mask_R)
     tl.store(table_ptr + _IS_CLIPPED * field_stride, is_clipped_R.to(tl.float32), mask=mask_R)
@@ -295,7 +312,7 @@ def _weigh_kernel(
     tl.store(table_ptr + _ENTROPY_GRAD * field_stride, entropy_grad_R, mask=mask_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["field_stride", "num_columns", "vocab_start"])
 def _grad_logits_kernel(
     logits_ptr,  # [R, V], rows `row_stride` apart
     out_ptr,  # [R, V], rows `out_stride` apart; may be logits_ptr
@@ -305,7 +322,7 @@ def _grad_logits_kernel(
     out_stride,
     field_stride,
     num_columns,
-    num_stored_columns,
+    num_written_columns,
     vocab_start,
     temperature,
     HAS_TEMPERATURE: tl.constexpr,
@@ -337,7 +354,7 @@ def _grad_logits_kernel(
         grad_V = grad_V / temperature
     grad_V = tl.where(is_true_V, grad_V, 0.0)
     out_ptr += row * out_stride + columns_V
-    tl.store(out_ptr, grad_V.to(out_ptr.dtype.element_ty), mask=columns_V < num_stored_columns)
+    tl.store(out_ptr, grad_V.to(out_ptr.dtype.element_ty), mask=columns_V < num_written_columns)
 
 
 @triton.jit
@@ -432,12 +449,12 @@ class TritonRows:
             num_rows,
             table_KR.stride(0),
             float(inputs.num_global_loss_tokens),
-            estimator.min_importance,
-            estimator.max_importance,
-            estimator.clip_low,
-            estimator.clip_high,
-            estimator.kl_coefficient,
-            estimator.entropy_coefficient,
+            float(estimator.min_importance),
+            float(estimator.max_importance),
+            float(estimator.clip_low),
+            float(estimator.clip_high),
+            float(estimator.kl_coefficient),
+            float(estimator.entropy_coefficient),
             IMPORTANCE=IMPORTANCES.index(estimator.importance),
             KL=KLS.index(estimator.kl if estimator.kl_coefficient else "none"),
             HAS_WEIGHTS=inputs.weights_R is not None,
@@ -461,8 +478,12 @@ class TritonRows:
         num_rows, num_stored = out_RV.shape
         if not num_stored:  # a shard of nothing but padding
             return
-        block = self._column_block(num_stored)
-        _grad_logits_kernel[(num_rows, triton.cdiv(num_stored, block))](
+        # An aligned end makes vector stores; what lies between it and the last column is padding.
+        num_written = min(
+            triton.cdiv(num_stored, COLUMN_MULTIPLE) * COLUMN_MULTIPLE, out_RV.stride(0)
+        )
+        block = self._column_block(num_written)
+        _grad_logits_kernel[(num_rows, triton.cdiv(num_written, block))](
             logits_RV,
             out_RV,
             table_KR,
@@ -471,7 +492,7 @@ class TritonRows:
             out_RV.stride(0),
             table_KR.stride(0),
             shard.num_true_columns,
-            num_stored,
+            num_written,
             shard.start,
             temperature,
             HAS_TEMPERATURE=temperature != 1.0,
@@ -504,6 +525,11 @@ class TritonRows:
     def _column_block(self, num_columns: int) -> int:
         """Return the columns per program for a row of ``num_columns``."""
         return min(self.columns_at_once, triton.next_power_of_2(max(num_columns, 1)))
+
+
+def is_interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter, which needs no GPU."""
+    return not isinstance(_statistics_kernel, triton.JITFunction)
 
 
 def _or(values_R: Tensor | None, substitute_R: Tensor) -> Tensor:

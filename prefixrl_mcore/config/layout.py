@@ -183,11 +183,6 @@ def check_supported(parallel: ParallelConfig) -> None:
     Raises:
         ConfigError: if a size is not supported; the message names the field.
     """
-    if parallel.context_parallel_size > 1:
-        raise ConfigError(
-            f"policy.parallel.context_parallel_size = {parallel.context_parallel_size} is not "
-            "supported yet; set it to 1"
-        )
     if parallel.expert_model_parallel_size > 1:
         raise ConfigError(
             f"policy.parallel.expert_model_parallel_size = {parallel.expert_model_parallel_size} "
@@ -225,20 +220,34 @@ def check_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
 
 
 def check_stream(parallel: ParallelConfig, stream_tokens: int) -> None:
-    """Refuse a stream length that sequence parallelism cannot split.
+    """Refuse a stream length that context or sequence parallelism cannot split.
 
-    Pipeline stages send each other whole streams, so that every stream has this length; without
-    stages the padding is cut off, and only the streams themselves can tell.
+    Pipeline stages send each other whole streams, so that every stream has this length, and
+    context parallelism cuts whole streams; otherwise the padding is cut off, and only the streams
+    themselves can tell.
 
     Raises:
         ConfigError: if the length does not divide.
     """
-    multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    if parallel.pipeline_model_parallel_size > 1 and stream_tokens % multiple:
+    multiple = parallel.stream_multiple
+    is_whole = parallel.pipeline_model_parallel_size > 1 or parallel.context_parallel_size > 1
+    if is_whole and stream_tokens % multiple:
+        below = stream_tokens // multiple * multiple
         raise ConfigError(
-            f"stream of {stream_tokens} tokens does not divide into {multiple} equal parts; "
-            "make batch.stream_tokens a multiple of the tensor-parallel size"
+            f"stream of {stream_tokens} tokens does not divide into {multiple} equal parts "
+            f"({_explain_stream_multiple(parallel)}); set batch.stream_tokens to "
+            f"{below + multiple}" + (f" or {below}" if below else "")
         )
+
+
+def _explain_stream_multiple(parallel: ParallelConfig) -> str:
+    """Return the arithmetic of ``ParallelConfig.stream_multiple``."""
+    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if context == 1:
+        return f"tensor {tensor} with sequence parallelism"
+    if not parallel.sequence_parallel:
+        return f"2 chunks x context {context}"
+    return f"context {context} x least common multiple of 2 chunks and tensor {tensor}"
 
 
 def check_positions(shape: ModelShape, max_total_tokens: int) -> None:

@@ -49,8 +49,8 @@ class MemoryEstimate:
     """Bytes on one trainer rank; each part on the pipeline stage that needs most of it.
 
     Symbols: ``P`` parameters on the rank, ``w`` bytes of a weight (2 in bfloat16, 4 in float32),
-    ``T`` stream tokens, ``H`` hidden size, ``L`` layers, ``V`` vocabulary, ``tp``, ``pp`` and
-    ``dp`` the parallel sizes.
+    ``T`` stream tokens of a rank (those of a stream / ``cp``), ``H`` hidden size, ``L`` layers,
+    ``V`` vocabulary, ``tp``, ``pp``, ``cp`` and ``dp`` the parallel sizes.
     """
 
     weights: float
@@ -60,8 +60,8 @@ class MemoryEstimate:
     """``4 P``: float32 buffer."""
 
     optimizer: float
-    """``12 P`` in bfloat16 (main weight, two moments), ``8 P`` in float32; divided by ``dp`` with
-    ``use_distributed_optimizer``."""
+    """``12 P`` in bfloat16 (main weight, two moments), ``8 P`` in float32; divided by ``dp cp``
+    with ``use_distributed_optimizer``."""
 
     activations: float
     """Saved for the backward pass by ``L / pp`` layers in each of the ``pp`` microbatches that the
@@ -137,7 +137,9 @@ def estimate_memory(config: RunConfig, size: ModelSize) -> MemoryEstimate:
     width = 2 if policy.dtype == "bfloat16" else 4
     layer_parameters = size.num_parameters - size.num_embedding_parameters
     on_rank = (layer_parameters / pp + size.num_embedding_parameters / min(pp, 2)) / tp
-    shards = parallel.data_parallel_size if policy.optimizer.use_distributed_optimizer else 1
+    shards = parallel.data_parallel_size * parallel.context_parallel_size
+    if not policy.optimizer.use_distributed_optimizer:
+        shards = 1
     return MemoryEstimate(
         weights=on_rank * width,
         gradients=on_rank * 4,
@@ -151,7 +153,7 @@ def _activation_bytes(config: RunConfig, shape: ModelShape, width: int) -> float
     """Return the saved activations of the first stage; ``width`` is bytes of an element."""
     parallel = config.policy.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    elements = config.stream_tokens * shape.hidden_size
+    elements = config.stream_tokens / parallel.context_parallel_size * shape.hidden_size
     if config.policy.recompute == "none":
         per_layer = 34 * elements * (width / 2) / tp
     else:
@@ -162,9 +164,11 @@ def _activation_bytes(config: RunConfig, shape: ModelShape, width: int) -> float
 
 def _head_bytes(config: RunConfig, shape: ModelShape) -> int:
     """Return the head's logits and weight gradient on the last stage."""
-    tp = config.policy.parallel.tensor_model_parallel_size
+    parallel = config.policy.parallel
+    tp = parallel.tensor_model_parallel_size
     vocab = shape.padded_vocab_size(tp) // tp
-    rows = min(config.stream_tokens, max(1, _HEAD_CHUNK_BYTES // (4 * vocab)))
+    tokens = config.stream_tokens // parallel.context_parallel_size
+    rows = min(tokens, max(1, _HEAD_CHUNK_BYTES // (4 * vocab)))
     return 2 * rows * vocab * 4 + vocab * shape.hidden_size * 4
 
 

@@ -18,6 +18,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from prefixrl_mcore.policy.context import ContextShare
+
 _MIN_FILL = 0.75
 """Sequences shorter than this part of a bucket's longest one start a new bucket, which bounds the
 attention work at ``1 / 0.75**2 = 1.8`` times the least possible."""
@@ -44,7 +46,11 @@ class PackedStream(PackedSeqParams):
     """
 
     position_ids_T: Tensor | None = None
-    """[T] int64 position of each token in its sequence."""
+    """[T] int64 position of each token in its sequence; under context parallelism T is the number
+    of this rank's tokens."""
+
+    context: ContextShare | None = None
+    """This rank's share of the attention under context parallelism, which has no padded layout."""
 
     buckets: tuple[Bucket, ...] = ()
     """The padded layout, bucket after bucket; P slots in all."""
@@ -114,6 +120,25 @@ def _lay_out(
         num_slots += len(members) * longest
         first = last
     return tuple(buckets), np.concatenate(slot_tokens), token_slots_T
+
+
+def build_shared_stream(
+    *, context: ContextShare, position_ids_S: Tensor, max_length: int
+) -> PackedStream:
+    """Return the packed record of one context-parallel rank's share of a stream.
+
+    Args:
+        context: the share.
+        position_ids_S: [S] int64 positions of this rank's tokens, on the model's device.
+        max_length: tokens of the longest sequence.
+    """
+    return PackedStream(
+        qkv_format="sbhd",
+        max_seqlen_q=max_length,
+        max_seqlen_kv=max_length,
+        position_ids_T=position_ids_S,
+        context=context,
+    )
 
 
 class ToSlots(torch.autograd.Function):

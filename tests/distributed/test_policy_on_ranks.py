@@ -37,8 +37,8 @@ ADAM_EPS = 1e-3
 almost a sign, and rounding decides the sign of a vanishing gradient."""
 
 WEIGHT_TOLERANCE = 1e-5
-"""Two steps of at most ``lr * GRADIENT_TOLERANCE / ADAM_EPS = 2e-6`` each, and what the second
-gradient makes of it."""
+"""Three steps of at most ``lr * GRADIENT_TOLERANCE / ADAM_EPS = 2e-6`` each, and what the later
+gradients make of it."""
 
 STATISTICS_TOLERANCE = 1e-4
 """Logprobs and entropies in nats, after the updates; logits are of size 10."""
@@ -69,10 +69,11 @@ def _train(
     batch = make_batch(
         num_ranks=parallel.data_parallel_size,
         streams_multiple=parallel.pipeline_model_parallel_size,
+        sequence_multiple=parallel.sequence_multiple,
     )
     results = [policy.update(batch)]
     gradients = gradients_of(policy)
-    results.append(policy.update(batch))
+    results += [policy.update(batch) for _ in range(2)]
     rows = policy.row_statistics(batch)
     by_sequence: dict[int, list[tuple[float, float]]] = {}
     for stream, (logprobs_R, entropies_R) in zip(batch.streams, rows, strict=True):
@@ -87,7 +88,12 @@ def _train(
 
 
 def _parallel(
-    tp: int = 1, pp: int = 1, dp: int = 1, vpp: int | None = None, sp: bool = False
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    vpp: int | None = None,
+    sp: bool = False,
+    cp: int = 1,
 ) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tp,
@@ -95,6 +101,7 @@ def _parallel(
         data_parallel_size=dp,
         virtual_pipeline_model_parallel_size=vpp,
         sequence_parallel=sp,
+        context_parallel_size=cp,
     )
 
 
@@ -131,6 +138,20 @@ SLOW = pytest.mark.slow
         pytest.param(True, _parallel(pp=2), False, "none", id="tied-pp2"),
         pytest.param(True, _parallel(dp=2), True, "none", id="tied-dp2-distributed-optimizer"),
         pytest.param(False, _parallel(tp=2, sp=True), False, "full", id="tp2-sp-recompute"),
+        pytest.param(True, _parallel(cp=2), False, "none", id="tied-cp2"),
+        pytest.param(False, _parallel(cp=2), False, "full", id="cp2-recompute", marks=SLOW),
+        pytest.param(False, _parallel(cp=4), False, "none", id="cp4", marks=SLOW),
+        pytest.param(False, _parallel(cp=2, tp=2), False, "none", id="cp2-tp2", marks=SLOW),
+        pytest.param(
+            True, _parallel(cp=2, tp=2, sp=True), False, "none", id="tied-cp2-tp2-sp", marks=SLOW
+        ),
+        pytest.param(True, _parallel(cp=2, pp=2), False, "none", id="tied-cp2-pp2", marks=SLOW),
+        pytest.param(
+            False, _parallel(cp=2, pp=2, vpp=2), False, "none", id="cp2-pp2-vpp2", marks=SLOW
+        ),
+        pytest.param(
+            True, _parallel(cp=2, dp=2), True, "none", id="tied-cp2-dp2-distributed", marks=SLOW
+        ),
         pytest.param(False, _parallel(tp=2), False, "none", id="tp2", marks=SLOW),
         pytest.param(False, _parallel(pp=2), False, "none", id="pp2", marks=SLOW),
         pytest.param(False, _parallel(dp=2), False, "none", id="dp2", marks=SLOW),

@@ -61,6 +61,7 @@ def make_batch(
     stream_tokens: int = STREAM_TOKENS,
     num_ranks: int = 1,
     streams_multiple: int = 1,
+    sequence_multiple: int = 1,
 ) -> PackedBatch:
     """Return ``sequences`` (by default those of ``make_sequences``) packed."""
     return pack(
@@ -68,6 +69,7 @@ def make_batch(
         stream_tokens=stream_tokens,
         num_ranks=num_ranks,
         streams_multiple=streams_multiple,
+        sequence_multiple=sequence_multiple,
         max_completion_tokens=32,
     )
 

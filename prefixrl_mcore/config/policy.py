@@ -40,7 +40,8 @@ class ParallelConfig(Config):
     """Ranks that share each sequence; sequences are padded to a multiple of twice this."""
 
     expert_model_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share the experts of a mixture-of-experts layer."""
+    """Ranks that share the experts of a mixture-of-experts layer, each expert whole; divides the
+    ranks of a pipeline stage and is no factor of the number of ranks."""
 
     data_parallel_size: int = Field(default=1, ge=1)
     """Replicas of the model, each with its share of the batch."""

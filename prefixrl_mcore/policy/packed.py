@@ -10,7 +10,9 @@ few calls, on the CPU and on a GPU.
 
 # ruff: noqa: N815 - record fields carry shape suffixes
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from prefixrl_mcore.config.layout import Llama3Scaling
 from prefixrl_mcore.policy.context import ContextShare
 
 _MIN_FILL = 0.75
@@ -172,12 +175,32 @@ class FromSlots(torch.autograd.Function):
         return grad_P, None
 
 
+def scale_frequencies(frequencies_K: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Return Llama 3's rotary frequencies [width / 2] from the plain ones, radians per token."""
+    positions = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns_K = positions * frequencies_K / (2 * math.pi)
+    unscaled_K = ((turns_K - low) / (high - low)).clamp(0.0, 1.0)
+    return unscaled_K * frequencies_K + (1.0 - unscaled_K) * frequencies_K / scaling.factor
+
+
 class PackedRotaryEmbedding(RotaryEmbedding):
     """Rotary angles of each token of a packed stream, from the positions that the stream carries.
 
     Megatron asks ``get_rotary_seq_len`` for a length and hands the answer to ``forward``; here
     the answer is the positions themselves.
     """
+
+    def __init__(self, *, scaling: Llama3Scaling | None = None, **settings: Any) -> None:  # noqa: ANN401  (Megatron's own)
+        """Create Megatron's embedding with our frequencies.
+
+        Args:
+            scaling: change of the frequencies; None is none. (Megatron's has fixed numbers.)
+            settings: arguments of Megatron's class.
+        """
+        super().__init__(**settings)
+        if scaling is not None:
+            self.inv_freq = scale_frequencies(self.inv_freq, scaling)
 
     def get_rotary_seq_len(  # pyright: ignore[reportIncompatibleMethodOverride]  # see above
         self,

@@ -108,6 +108,7 @@ def initialize(
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=1,  # experts are whole
         )
         with cpu_runtime.megatron_on_cpu():
             megatron_random.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

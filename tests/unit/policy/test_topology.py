@@ -22,9 +22,12 @@ def test_a_layout_for_more_processes_is_refused() -> None:
         topology.initialize(parallel, seed=0, environment={})
 
 
-def test_layouts_that_are_not_supported_yet_are_refused_by_name() -> None:
-    parallel = ParallelConfig(expert_model_parallel_size=2)
-    with pytest.raises(ValueError, match="expert_model_parallel_size"):
+def test_experts_that_cannot_be_spread_over_a_stage_are_refused_with_the_arithmetic() -> None:
+    parallel = ParallelConfig(
+        expert_model_parallel_size=4, data_parallel_size=3, tensor_model_parallel_size=2
+    )
+    message = r"= 4 does not divide the 6 ranks of a pipeline stage \(tensor 2 x context 1 x data 3"
+    with pytest.raises(ValueError, match=message):
         topology.initialize(parallel, seed=0, environment={})
 
 

@@ -5,11 +5,12 @@ Used by the tests and by ``parallelism_table``, so that the table shows what the
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefixrl_mcore.config.policy import OptimizerConfig, ParallelConfig
 from prefixrl_mcore.data.packing import PackedBatch
@@ -26,6 +27,7 @@ from tests.support.policies import (
     weights_of,
 )
 from tests.support.ranks import run_on_ranks
+from tests.support.tiny_models import write_model_folder
 
 ROOT = "megatron.core"
 CLIP_GRADS = ("clip_grad_by_total_norm_fp32", "get_grad_norm_fp32")
@@ -90,6 +92,20 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What a layout is compared with."""
+
+    folder: Path
+    """The model."""
+
+    one: Outcome
+    """Of a single process."""
+
+    statistics: list[Tensor]
+    """[rows, 2] logprobs and entropies of each sequence by transformers, before the updates."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
     """Largest difference of any rank from the truth."""
 
@@ -125,6 +141,100 @@ def parallel_config(
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutCase:
+    """A layout that must do the same updates as one process."""
+
+    model: str
+    """A key of ``build_tiny_families``."""
+
+    name: str
+    """The layout in the usual abbreviations."""
+
+    parallel: ParallelConfig
+    """The layout."""
+
+    distributed: bool = False
+    """With the distributed optimizer."""
+
+    recompute: str = "none"
+    """``policy.recompute``."""
+
+    is_slow: bool = True
+    """Not among the quick tests."""
+
+    @property
+    def label(self) -> str:
+        """Return model, layout and settings in one line."""
+        parts = [self.model, self.name]
+        parts += ["distributed-optimizer"] if self.distributed else []
+        parts += [f"recompute-{self.recompute}"] if self.recompute != "none" else []
+        return "-".join(parts)
+
+
+def _case(model: str, name: str, **settings: Any) -> LayoutCase:
+    """Return a case from a name like ``tp2 sp pp2``."""
+    sizes: dict[str, Any] = {}
+    for word in name.split():
+        if word == "sp":
+            sizes["sp"] = True
+        else:
+            sizes[word[:-1]] = int(word[-1])
+    parallel = parallel_config(**sizes)
+    return LayoutCase(model=model, name=name.replace(" ", "-"), parallel=parallel, **settings)
+
+
+CASES = (
+    _case("qwen3-tied", "tp2", is_slow=False),
+    _case("qwen3-tied", "pp2", is_slow=False),
+    _case("qwen3-tied", "cp2", is_slow=False),
+    _case("qwen3-tied", "dp2", distributed=True, is_slow=False),
+    _case("qwen3", "tp2 sp", recompute="full", is_slow=False),
+    _case("qwen3-moe", "ep2 dp2", is_slow=False),
+    _case("qwen3", "tp2"),
+    _case("qwen3", "pp2"),
+    _case("qwen3", "dp2"),
+    _case("qwen3-tied", "tp2 sp"),
+    _case("qwen3-tied", "pp2 vpp2"),
+    _case("qwen3", "pp2 vpp2"),
+    _case("qwen3", "pp4"),
+    _case("qwen3-tied", "tp2 pp2"),
+    _case("qwen3", "tp2 pp2", recompute="full"),
+    _case("qwen3-tied", "tp2 dp2", distributed=True),
+    _case("qwen3", "tp2 sp pp2 vpp2"),
+    _case("qwen3", "cp2", recompute="full"),
+    _case("qwen3", "cp4"),
+    _case("qwen3", "cp2 tp2"),
+    _case("qwen3-tied", "cp2 tp2 sp"),
+    _case("qwen3-tied", "cp2 pp2"),
+    _case("qwen3", "cp2 pp2 vpp2"),
+    _case("qwen3-tied", "cp2 dp2"),
+    _case("qwen3-tied", "cp2 dp2", distributed=True),
+    _case("qwen3-moe", "dp2"),
+    _case("qwen3-moe", "tp2 sp"),
+    _case("qwen3-moe", "pp2 vpp2"),
+    _case("qwen3-moe", "cp2"),
+    _case("qwen3-moe", "ep2 dp2", distributed=True),
+    _case("qwen3-moe", "ep2 tp2 sp", recompute="full"),
+    _case("qwen3-moe", "ep2 cp2"),
+    _case("qwen3-moe", "ep4 dp4"),
+    _case("qwen3-moe", "ep2 dp4", distributed=True),
+    _case("qwen3-moe", "ep4 tp2 sp dp2"),
+    _case("qwen3-moe", "ep2 pp2 dp2"),
+    *(
+        _case(model, name)
+        for model in ("llama-3", "qwen2.5-tied")
+        for name in ("tp2 sp", "pp2", "cp2", "dp2")
+    ),
+    _case("qwen3-tied", "tp2 sp pp2 cp2"),
+    _case("qwen3", "tp2 sp pp2 vpp2 dp2", distributed=True),
+    _case("qwen3", "tp2 cp2 dp2", distributed=True),
+    _case("qwen3-moe", "tp2 sp pp2 ep2 dp2", distributed=True),
+    _case("qwen3-moe", "tp2 sp cp2 ep4 dp2"),
+)
+"""Every layout that is checked; the last ones have eight processes."""
 
 
 def batch_for(parallel: ParallelConfig) -> PackedBatch:
@@ -164,13 +274,23 @@ def train(
     )
 
 
-def train_on_ranks(
-    folder: Path, parallel: ParallelConfig, *, distributed: bool = False, recompute: str = "none"
-) -> list[Outcome]:
+def train_on_ranks(folder: Path, case: LayoutCase) -> list[Outcome]:
     """Return what every rank of a layout saw."""
     return run_on_ranks(
-        train, folder, parallel, distributed, recompute, world_size=parallel.world_size
+        train,
+        folder,
+        case.parallel,
+        case.distributed,
+        case.recompute,
+        world_size=case.parallel.world_size,
     )
+
+
+def train_alone(model: PreTrainedModel, folder: Path) -> Reference:
+    """Return the truth about a model, which is written into ``folder``."""
+    write_model_folder(model, folder)
+    one = train(0, folder, parallel_config(), False, "none")
+    return Reference(folder=folder, one=one, statistics=hf_statistics(folder))
 
 
 def hf_statistics(folder: Path) -> list[Tensor]:
@@ -182,21 +302,16 @@ def hf_statistics(folder: Path) -> list[Tensor]:
     return _split(batch, rows)
 
 
-def measure(outcomes: list[Outcome], one: Outcome, truth: list[Tensor]) -> Errors:
-    """Return the largest errors over all ranks.
-
-    Args:
-        outcomes: of the ranks.
-        one: of a single process.
-        truth: logprobs and entropies by transformers.
-    """
+def measure(outcomes: list[Outcome], reference: Reference) -> Errors:
+    """Return the largest errors over all ranks."""
+    one = reference.one
     norms = [result.gradient_norm for result in one.results]
     assert one.gradients is not None
     return Errors(
         logprobs=max(
             float((mine - true).abs().max())
             for outcome in outcomes
-            for mine, true in zip(outcome.statistics_before, truth, strict=True)
+            for mine, true in zip(outcome.statistics_before, reference.statistics, strict=True)
         ),
         gradients=max(
             (

@@ -20,7 +20,7 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import (
     refuse_existing,
     write_hf_folder,
 )
-from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Rule, find_table, hf_name
+from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import (
     HF_FOLDER,
@@ -96,30 +96,30 @@ def _hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) in the order of the family's table."""
     table, dims = find_table(hf_config), ModelDims.from_hf_config(hf_config)
-    for rule, layer in table.weights(dims):
-        full = _read_full(reader, rule, layer, dims, path)
+    for rule, place in table.weights(dims):
+        full = _read_full(reader, rule, place, dims, path)
         tensors = layout.full_to_hf(
             rule.kind, full, rows=rule.rows(dims), num_groups=dims.num_groups
         )
         for weight, tensor in zip(rule.hf, tensors, strict=True):
-            yield hf_name(weight, layer), tensor
+            yield hf_name(weight, place), tensor
 
 
 def _read_full(
-    reader: TorchDistReader, rule: Rule, layer: int | None, dims: ModelDims, path: Path
+    reader: TorchDistReader, rule: Rule, place: Place, dims: ModelDims, path: Path
 ) -> Tensor:
     """Return one whole Megatron weight, from a stack of layers or under its own name."""
-    stacked = rule.stacked_checkpoint_name()
-    if layer is not None and reader.shapes.get(stacked, ())[:1] == (dims.num_layers,):
-        name, full = stacked, reader.read(stacked, layer)
-    else:
-        name = rule.checkpoint_name(layer)
-        if name not in reader.shapes:
-            raise CheckpointError(
-                f"{path}: lacks {name}, expected a model of {dims.num_layers} layers as its "
-                "config.json says; use another checkpoint"
-            )
-        full = reader.read(name)
+    stacks = () if place.layer is None else rule.stacked_checkpoint_names()
+    stacked = [n for n in stacks if reader.shapes.get(n, ())[:1] == (dims.num_layers,)]
+    names = [name for name in rule.checkpoint_names(place) if name in reader.shapes]
+    if not stacked and not names:
+        raise CheckpointError(
+            f"{path}: lacks {rule.checkpoint_names(place)[0]}, expected a model of "
+            f"{dims.num_layers} layers as its config.json says; use another checkpoint"
+        )
+    name = (stacked or names)[0]
+    indices = (place.layer if stacked else None, place.expert)
+    full = reader.read(name, *(index for index in indices if index is not None))
     expected = rule.full_shape(dims)
     is_padded = rule.kind == "vocab" and full.shape[0] >= expected[0]
     if tuple(full.shape[1:]) != expected[1:] or not (full.shape[0] == expected[0] or is_padded):
@@ -135,20 +135,20 @@ def _pieces(
 ) -> Iterator[Piece]:
     """Yield every Megatron weight; layers as pieces of a stack, as Megatron stores them."""
     table, dims = find_table(hf_config), ModelDims.from_hf_config(hf_config)
-    for rule, layer in table.weights(dims):
-        tensors = [weights.read(hf_name(weight, layer)).to(dtype=dtype) for weight in rule.hf]
+    for rule, place in table.weights(dims):
+        tensors = [weights.read(hf_name(weight, place)).to(dtype=dtype) for weight in rule.hf]
         full = layout.hf_to_full(rule.kind, tensors, num_groups=dims.num_groups)
-        if layer is None:
-            yield Piece(
-                name=rule.checkpoint_name(None),
-                full_shape=tuple(full.shape),
-                offsets=(0,) * full.dim(),
-                tensor=full,
+        indices = [
+            (index, number)
+            for index, number in (
+                (place.layer, dims.num_layers),
+                (place.expert, dims.num_experts),
             )
-        else:
-            yield Piece(
-                name=rule.stacked_checkpoint_name(),
-                full_shape=(dims.num_layers, *full.shape),
-                offsets=(layer, *(0,) * full.dim()),
-                tensor=full.unsqueeze(0),
-            )
+            if index is not None
+        ]
+        yield Piece(
+            name=rule.stacked_checkpoint_names()[0],
+            full_shape=(*(number for _, number in indices), *full.shape),
+            offsets=(*(index for index, _ in indices), *(0,) * full.dim()),
+            tensor=full[(None,) * len(indices)],
+        )

@@ -99,8 +99,8 @@ class TorchDistReader:
         )
         """Names of what is stored besides tensors."""
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """Return a whole tensor, or entry ``index`` along its first dimension.
+    def read(self, name: str, *indices: int) -> Tensor:
+        """Return a whole tensor, or the entry ``indices`` along its first dimensions.
 
         Raises:
             CheckpointError: if a piece is missing or its file is damaged.
@@ -108,34 +108,32 @@ class TorchDistReader:
         entry = self._metadata.state_dict_metadata[name]
         if not isinstance(entry, dcp.TensorStorageMetadata):
             raise CheckpointError(f"{self._folder}: {name} is no tensor; use another checkpoint")
-        shape = tuple(entry.size) if index is None else tuple(entry.size)[1:]
+        shape = tuple(entry.size)[len(indices) :]
         result = torch.empty(shape, dtype=entry.properties.dtype)
         num_filled = 0
         for chunk in entry.chunks:
-            piece = self._read_chunk_part(name, chunk, index)
+            piece = self._read_chunk_part(name, chunk, indices)
             if piece is None:
                 continue
-            offsets = tuple(chunk.offsets) if index is None else tuple(chunk.offsets)[1:]
+            offsets = tuple(chunk.offsets)[len(indices) :]
             part = result[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))]
             part.copy_(piece)
             num_filled += piece.numel()
         if num_filled != result.numel():
             raise CheckpointError(
-                f"{self._folder}: {name} (index {index}) has pieces of {num_filled} numbers, "
+                f"{self._folder}: {name}{list(indices) or ''} has pieces of {num_filled} numbers, "
                 f"expected {result.numel()}; use another checkpoint"
             )
         return result
 
     def _read_chunk_part(
-        self, name: str, chunk: dcp.ChunkStorageMetadata, index: int | None
+        self, name: str, chunk: dcp.ChunkStorageMetadata, indices: tuple[int, ...]
     ) -> Tensor | None:
-        """Return a stored piece, or its share of ``index``; None if it has none."""
-        if index is None:
-            return self._read_chunk(name, chunk)
-        row = index - chunk.offsets[0]
-        if not 0 <= row < chunk.sizes[0]:
+        """Return a stored piece, or its share of ``indices``; None if it has none."""
+        inside = tuple(i - o for i, o in zip(indices, chunk.offsets, strict=False))
+        if any(not 0 <= i < size for i, size in zip(inside, chunk.sizes, strict=False)):
             return None
-        return self._read_chunk(name, chunk)[row]
+        return self._read_chunk(name, chunk)[inside]
 
     def _read_chunk(self, name: str, chunk: dcp.ChunkStorageMetadata) -> Tensor:
         place = self._metadata.storage_data.get(dcp.MetadataIndex(name, chunk.offsets))

@@ -10,12 +10,44 @@ here, so that they refuse the same configs; nothing here imports torch.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.policy import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureShape:
+    """The mixture of experts that replaces the feed-forward layer of every decoder layer."""
+
+    num_experts: int
+    """Experts of a layer."""
+
+    num_experts_per_token: int
+    """Experts that a token is routed to."""
+
+    is_renormalized: bool
+    """The weights of a token's experts sum to 1; otherwise they are their shares of a softmax over
+    all experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3Scaling:
+    """Rotary frequencies of Llama 3: low ones divided by ``factor``, with a smooth transition."""
+
+    factor: float
+    """Divisor of low frequencies."""
+
+    low_freq_factor: float
+    """Wavelengths above ``original_max_position_embeddings`` / this are scaled in full."""
+
+    high_freq_factor: float
+    """Wavelengths below ``original_max_position_embeddings`` / this are left alone."""
+
+    original_max_position_embeddings: int
+    """Positions before the extension, tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +64,7 @@ class ModelShape:
     """Width of the residual stream."""
 
     ffn_hidden_size: int
-    """Width of the gated feed-forward layer."""
+    """Width of the gated feed-forward layer, in a mixture of experts of one expert."""
 
     num_attention_heads: int
     """Query heads."""
@@ -67,6 +99,12 @@ class ModelShape:
     add_qkv_bias: bool
     """Bias on the query, key and value projections."""
 
+    mixture: MixtureShape | None = None
+    """Experts; None is a dense model."""
+
+    rotary_scaling: Llama3Scaling | None = None
+    """Change of the rotary frequencies; None is none."""
+
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Return the rows of the embedding: ``vocab_size`` rounded up to equal shards."""
         shards = tensor_model_parallel_size
@@ -77,8 +115,17 @@ class ModelShape:
 class Family:
     """How the ``config.json`` of one architecture is read."""
 
-    qk_layernorm: bool
+    qk_layernorm: bool = False
     """The family normalises query and key heads."""
+
+    has_qkv_bias: bool = False
+    """The family's query, key and value projections have biases, whatever the config says."""
+
+    is_mixture: bool = False
+    """Every feed-forward layer is a mixture of experts."""
+
+    rope_types: frozenset[str] = frozenset({"default"})
+    """Kinds of rotary embedding that are implemented for the family."""
 
     required: Mapping[str, Any]
     """Fields that, where present, must have exactly this value."""
@@ -96,7 +143,15 @@ _MAPPED = frozenset(
         *("use_sliding_window", "sliding_window"),
     }
 )
-"""Fields that ``read_model_shape`` reads."""
+"""Fields that ``read_model_shape`` reads of every family."""
+
+_MIXTURE_MAPPED = frozenset(
+    {
+        *("moe_intermediate_size", "norm_topk_prob", "num_experts", "num_experts_per_tok"),
+        "num_local_experts",
+    }
+)
+"""Further fields that it reads of a mixture of experts."""
 
 _NOT_COMPUTED = frozenset(
     {
@@ -108,14 +163,40 @@ _NOT_COMPUTED = frozenset(
 )
 """Bookkeeping, generation and loading fields."""
 
+_COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
+
 FAMILIES: Mapping[str, Family] = {
     "Qwen3ForCausalLM": Family(
         qk_layernorm=True,
+        required={"model_type": "qwen3", **_COMMON},
+        ignored=_NOT_COMPUTED,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        qk_layernorm=True,
+        is_mixture=True,
         required={
-            "model_type": "qwen3",
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "quantization_config": None,
+            "model_type": "qwen3_moe",
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            **_COMMON,
+        },
+        # The auxiliary loss is a choice of the training; this trainer has none.
+        ignored=_NOT_COMPUTED | {"output_router_logits", "router_aux_loss_coef"},
+    ),
+    "Qwen2ForCausalLM": Family(
+        has_qkv_bias=True,
+        required={"model_type": "qwen2", **_COMMON},
+        ignored=_NOT_COMPUTED,
+    ),
+    "LlamaForCausalLM": Family(
+        rope_types=frozenset({"default", "llama3"}),
+        required={
+            "model_type": "llama",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "pretraining_tp": 1,
+            **_COMMON,
         },
         ignored=_NOT_COMPUTED,
     ),
@@ -158,22 +239,26 @@ def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
     hidden_size = _integer(hf_config, "hidden_size")
     num_heads = _integer(hf_config, "num_attention_heads")
     head_dim = hf_config.get("head_dim")
+    rotary_base, rotary_scaling = _rotary(hf_config, family)
+    ffn_field = "moe_intermediate_size" if family.is_mixture else "intermediate_size"
     return ModelShape(
         architecture=architecture,
         num_layers=_integer(hf_config, "num_hidden_layers"),
         hidden_size=hidden_size,
-        ffn_hidden_size=_integer(hf_config, "intermediate_size"),
+        ffn_hidden_size=_integer(hf_config, ffn_field),
         num_attention_heads=num_heads,
         num_query_groups=int(hf_config.get("num_key_value_heads") or num_heads),
         kv_channels=int(head_dim) if head_dim is not None else hidden_size // num_heads,
         vocab_size=_integer(hf_config, "vocab_size"),
-        rotary_base=_rotary_base(hf_config),
+        rotary_base=rotary_base,
         layernorm_epsilon=float(_present(hf_config, "rms_norm_eps")),
         max_position_embeddings=_integer(hf_config, "max_position_embeddings"),
         init_method_std=float(hf_config.get("initializer_range", 0.02)),
         tie_word_embeddings=bool(_present(hf_config, "tie_word_embeddings")),
         qk_layernorm=family.qk_layernorm,
-        add_qkv_bias=bool(hf_config.get("attention_bias", False)),
+        add_qkv_bias=family.has_qkv_bias or bool(hf_config.get("attention_bias", False)),
+        mixture=_mixture(hf_config) if family.is_mixture else None,
+        rotary_scaling=rotary_scaling,
     )
 
 
@@ -183,15 +268,14 @@ def check_supported(parallel: ParallelConfig) -> None:
     Raises:
         ConfigError: if a size is not supported; the message names the field.
     """
-    if parallel.context_parallel_size > 1:
+    experts = parallel.expert_model_parallel_size
+    stage_ranks = parallel.world_size // parallel.pipeline_model_parallel_size
+    if stage_ranks % experts:
         raise ConfigError(
-            f"policy.parallel.context_parallel_size = {parallel.context_parallel_size} is not "
-            "supported yet; set it to 1"
-        )
-    if parallel.expert_model_parallel_size > 1:
-        raise ConfigError(
-            f"policy.parallel.expert_model_parallel_size = {parallel.expert_model_parallel_size} "
-            "needs a mixture-of-experts model, which is not supported yet; set it to 1"
+            f"policy.parallel.expert_model_parallel_size = {experts} does not divide the "
+            f"{stage_ranks} ranks of a pipeline stage (tensor "
+            f"{parallel.tensor_model_parallel_size} x context {parallel.context_parallel_size} x "
+            f"data {parallel.data_parallel_size}), over which the experts are spread"
         )
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual is not None and parallel.pipeline_model_parallel_size == 1:
@@ -206,16 +290,20 @@ def check_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
     """Refuse a layout that cannot split the model evenly.
 
     Raises:
-        ConfigError: if heads, feed-forward width or layers do not divide.
+        ConfigError: if heads, feed-forward width, layers or experts do not divide, or a mixture of
+            experts lacks what it needs.
     """
+    _check_mixture(shape, parallel)
     tensor = parallel.tensor_model_parallel_size
     stages = parallel.pipeline_model_parallel_size * (
         parallel.virtual_pipeline_model_parallel_size or 1
     )
+    # Experts are not cut: their width need not divide.
+    ffn_parts = 1 if shape.mixture else tensor
     for what, number, parts, field in (
         ("attention heads", shape.num_attention_heads, tensor, "tensor_model_parallel_size"),
         ("key-value heads", shape.num_query_groups, tensor, "tensor_model_parallel_size"),
-        ("feed-forward width", shape.ffn_hidden_size, tensor, "tensor_model_parallel_size"),
+        ("feed-forward width", shape.ffn_hidden_size, ffn_parts, "tensor_model_parallel_size"),
         ("layers", shape.num_layers, stages, "pipeline_model_parallel_size"),
     ):
         if number % parts:
@@ -224,21 +312,58 @@ def check_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
             )
 
 
-def check_stream(parallel: ParallelConfig, stream_tokens: int) -> None:
-    """Refuse a stream length that sequence parallelism cannot split.
+def _check_mixture(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Refuse experts that cannot be spread, and what Megatron cannot run with experts."""
+    size = parallel.expert_model_parallel_size
+    if shape.mixture is None:
+        if size > 1:
+            raise ConfigError(
+                f"policy.parallel.expert_model_parallel_size = {size} needs a mixture-of-experts "
+                f"model, got {shape.architecture}; set it to 1"
+            )
+        return
+    if shape.mixture.num_experts % size:
+        raise ConfigError(
+            f"policy.parallel.expert_model_parallel_size: {shape.mixture.num_experts} experts do "
+            f"not divide into {size} equal parts"
+        )
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            "policy.parallel.sequence_parallel must be true for a mixture of experts with "
+            f"tensor_model_parallel_size = {parallel.tensor_model_parallel_size}: each rank routes "
+            "its own share of the tokens"
+        )
 
-    Pipeline stages send each other whole streams, so that every stream has this length; without
-    stages the padding is cut off, and only the streams themselves can tell.
+
+def check_stream(parallel: ParallelConfig, stream_tokens: int) -> None:
+    """Refuse a stream length that context or sequence parallelism cannot split.
+
+    Pipeline stages send each other whole streams, so that every stream has this length, and
+    context parallelism cuts whole streams; otherwise the padding is cut off, and only the streams
+    themselves can tell.
 
     Raises:
         ConfigError: if the length does not divide.
     """
-    multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    if parallel.pipeline_model_parallel_size > 1 and stream_tokens % multiple:
+    multiple = parallel.stream_multiple
+    is_whole = parallel.pipeline_model_parallel_size > 1 or parallel.context_parallel_size > 1
+    if is_whole and stream_tokens % multiple:
+        below = stream_tokens // multiple * multiple
         raise ConfigError(
-            f"stream of {stream_tokens} tokens does not divide into {multiple} equal parts; "
-            "make batch.stream_tokens a multiple of the tensor-parallel size"
+            f"stream of {stream_tokens} tokens does not divide into {multiple} equal parts "
+            f"({_explain_stream_multiple(parallel)}); set batch.stream_tokens to "
+            f"{below + multiple}" + (f" or {below}" if below else "")
         )
+
+
+def _explain_stream_multiple(parallel: ParallelConfig) -> str:
+    """Return the arithmetic of ``ParallelConfig.stream_multiple``."""
+    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if context == 1:
+        return f"tensor {tensor} with sequence parallelism"
+    if not parallel.sequence_parallel:
+        return f"2 chunks x context {context}"
+    return f"context {context} x least common multiple of 2 chunks and tensor {tensor}"
 
 
 def check_positions(shape: ModelShape, max_total_tokens: int) -> None:
@@ -279,6 +404,8 @@ def _refuse_unknown_fields(hf_config: Mapping[str, Any], architecture: str, fami
                 f"{architecture}, expected {value!r}"
             )
     known = _MAPPED | family.ignored | set(family.required)
+    if family.is_mixture:
+        known |= _MIXTURE_MAPPED
     unknown = sorted(set(hf_config) - known)
     if unknown:
         listed = ", ".join(f"{name} = {hf_config[name]!r}" for name in unknown)
@@ -305,24 +432,52 @@ def _refuse_sliding_window(hf_config: Mapping[str, Any]) -> None:
         )
 
 
-def _rotary_base(hf_config: Mapping[str, Any]) -> float:
-    """Return the rotary base of a transformers 4 or 5 file; refuse every kind of scaling."""
+def _rotary(hf_config: Mapping[str, Any], family: Family) -> tuple[float, Llama3Scaling | None]:
+    """Return rotary base and scaling of a transformers 4 or 5 file; refuse unknown scaling."""
     parameters = hf_config.get("rope_parameters")
     scaling = hf_config.get("rope_scaling")
+    theta = (parameters or {}).get("rope_theta", hf_config.get("rope_theta"))
+    if theta is None:
+        raise ConfigError("config.json: rope_theta is missing (also in rope_parameters)")
+    found: Llama3Scaling | None = None
+    names = {field.name for field in fields(Llama3Scaling)}
     for field, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if not value:
             continue
         kind = value.get("rope_type", value.get("type", "default"))
-        extra = sorted(set(value) - {"rope_type", "type", "rope_theta"})
-        if kind != "default" or extra:
+        given = set(value) - {"rope_type", "type", "rope_theta"}
+        if kind not in family.rope_types or given != (names if kind == "llama3" else set()):
             raise ConfigError(
-                f"config.json: {field} = {value!r} is not implemented; only the plain rotary "
-                "embedding (rope_type 'default', no further entries) is"
+                f"config.json: {field} = {value!r} is not implemented; only rope_type "
+                f"{' or '.join(map(repr, sorted(family.rope_types)))} is"
+                + (f", 'llama3' with exactly {sorted(names)}" if kind == "llama3" else "")
+                + (" with no further entries" if kind == "default" else "")
             )
-    theta = (parameters or {}).get("rope_theta", hf_config.get("rope_theta"))
-    if theta is None:
-        raise ConfigError("config.json: rope_theta is missing (also in rope_parameters)")
-    return float(theta)
+        if kind == "llama3":
+            found = Llama3Scaling(**{name: value[name] for name in names})
+    return float(theta), found
+
+
+def _mixture(hf_config: Mapping[str, Any]) -> MixtureShape:
+    """Return the experts of a transformers 4 or 5 file."""
+    field = "num_experts" if "num_experts" in hf_config else "num_local_experts"
+    num_experts = _integer(hf_config, field)
+    per_token = _integer(hf_config, "num_experts_per_tok")
+    is_renormalized = bool(_present(hf_config, "norm_topk_prob"))
+    if per_token > num_experts:
+        raise ConfigError(
+            f"config.json: num_experts_per_tok = {per_token} exceeds the {num_experts} experts"
+        )
+    if per_token == 1 and is_renormalized:
+        raise ConfigError(
+            "config.json: norm_topk_prob = true with num_experts_per_tok = 1 gives every expert "
+            "weight 1 and the router no gradient; Megatron refuses it"
+        )
+    return MixtureShape(
+        num_experts=num_experts,
+        num_experts_per_token=per_token,
+        is_renormalized=is_renormalized,
+    )
 
 
 def _present(hf_config: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  (JSON value)

@@ -1,5 +1,6 @@
 """The trained policy: initial weights, parallel layout, optimizer, loss, batch."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -36,10 +37,11 @@ class ParallelConfig(Config):
     """Model chunks per stage (interleaved schedule); None has one."""
 
     context_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share each sequence."""
+    """Ranks that share each sequence; sequences are padded to a multiple of twice this."""
 
     expert_model_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share the experts of a mixture-of-experts layer."""
+    """Ranks that share the experts of a mixture-of-experts layer, each expert whole; divides the
+    ranks of a pipeline stage and is no factor of the number of ranks."""
 
     data_parallel_size: int = Field(default=1, ge=1)
     """Replicas of the model, each with its share of the batch."""
@@ -56,6 +58,25 @@ class ParallelConfig(Config):
             * self.context_parallel_size
             * self.data_parallel_size
         )
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Tokens that a packed sequence is padded to a multiple of.
+
+        Each context-parallel rank takes two chunks of every sequence, one from either half.
+        """
+        size = self.context_parallel_size
+        return 2 * size if size > 1 else 1
+
+    @property
+    def stream_multiple(self) -> int:
+        """Tokens that the computed length of a stream is a multiple of.
+
+        Its context-parallel share divides over the tensor-parallel ranks with sequence
+        parallelism.
+        """
+        tensor = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return math.lcm(self.sequence_multiple, self.context_parallel_size * tensor)
 
     @model_validator(mode="after")
     def _sequence_parallel_needs_tensor_parallel(self) -> "ParallelConfig":
@@ -98,7 +119,7 @@ class OptimizerConfig(Config):
     """Global gradient norm above which gradients are scaled down."""
 
     use_distributed_optimizer: bool = False
-    """Shard optimizer state over data-parallel ranks."""
+    """Shard optimizer state over data- and context-parallel ranks."""
 
 
 class HeadConfig(Config):

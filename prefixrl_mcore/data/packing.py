@@ -33,14 +33,15 @@ class Stream:
     """One microbatch: whole sequences one after the other, padded to a fixed length."""
 
     token_ids_T: NDArray[np.int64]
-    """[stream_tokens] contexts and completions; ``PADDING_TOKEN_ID`` at the end."""
+    """[stream_tokens] contexts and completions; ``PADDING_TOKEN_ID`` behind each sequence, up to
+    ``sequence_multiple``, and at the end."""
 
     position_ids_T: NDArray[np.int64]
     """[stream_tokens] counts from 0 within each sequence, padding included."""
 
     sequence_starts: NDArray[np.int32]
-    """[num_sequences + 1] cumulative lengths, from 0 to ``stream_tokens``; the padding at the end
-    is a sequence of its own when there is any."""
+    """[num_sequences + 1] cumulative lengths, from 0 to ``stream_tokens``, with each sequence's own
+    padding; the padding at the stream's end is a sequence of its own when there is any."""
 
     rows_R: NDArray[np.int64]
     """[num_rows] ascending positions whose hidden state predicts a completion token; the first of
@@ -86,11 +87,14 @@ class PackedBatch:
     sequence_ids: tuple[str, ...]
     """[num_sequences] ids in the order in which the sequences were given."""
 
+    sequence_multiple: int
+    """Each sequence, and the padding at a stream's end, is a multiple of this many tokens."""
+
     has_rollout_logprobs: bool
     """True when every sequence came with the engine's logprobs."""
 
     num_padding_tokens: int
-    """Padding over all streams, filler streams included."""
+    """Padding over all streams: behind sequences, at streams' ends, and in filler streams."""
 
     num_filler_streams: int
     """Streams without any row."""
@@ -111,6 +115,7 @@ def pack(
     stream_tokens: int,
     num_ranks: int = 1,
     streams_multiple: int = 1,
+    sequence_multiple: int = 1,
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: int,
     quadratic_tokens: int = 24576,
@@ -128,6 +133,9 @@ def pack(
         num_ranks: data-parallel ranks.
         streams_multiple: the number of streams of a rank is a multiple of this (interleaved
             pipelines need a multiple of the number of stages).
+        sequence_multiple: sequences are padded to a multiple of this many tokens (context
+            parallelism cuts each of them into equal chunks). The padding comes last, where no
+            token of the sequence sees it.
         aggregation: ``token_mean`` (weight 1), ``sequence_mean`` (mean over sequences of each
             sequence's token mean) or ``constant`` (sum / (sequences x ``max_completion_tokens``)).
         max_completion_tokens: the constant of ``constant``; unused otherwise.
@@ -135,16 +143,23 @@ def pack(
             products, about 12 x hidden size; used for the balance only.
 
     Raises:
-        ValueError: if there are no sequences, one has no context or no completion, is longer than
-            a stream, has a non-finite advantage or logprobs of the wrong length, if an id occurs
-            twice, or if only some have rollout logprobs.
+        ValueError: if ``stream_tokens`` is no multiple of ``sequence_multiple``, there are no
+            sequences, one has no context or no completion, is longer than a stream, has a
+            non-finite advantage or logprobs of the wrong length, if an id occurs twice, or if only
+            some have rollout logprobs.
     """
-    _check_counts(stream_tokens, num_ranks, streams_multiple, max_completion_tokens)
+    _check_counts(
+        stream_tokens=stream_tokens,
+        num_ranks=num_ranks,
+        streams_multiple=streams_multiple,
+        sequence_multiple=sequence_multiple,
+        max_completion_tokens=max_completion_tokens,
+    )
     _check_sequences(sequences, stream_tokens)
     lengths = [len(s.context_token_ids) + len(s.completion_token_ids) for s in sequences]
     costs = [sequence_cost(length, quadratic_tokens) for length in lengths]
     assigned = assign_to_streams(
-        lengths=lengths,
+        lengths=[_padded(length, sequence_multiple) for length in lengths],
         costs=costs,
         group_indices=[s.group_index for s in sequences],
         stream_tokens=stream_tokens,
@@ -155,13 +170,16 @@ def pack(
 
     num_trained_tokens = sum(len(s.completion_token_ids) for s in sequences)
     weights = _sequence_weights(sequences, aggregation, num_trained_tokens, max_completion_tokens)
-    streams = tuple(_fill(sequences, assigned[i], weights, stream_tokens) for i in order)
+    streams = tuple(
+        _fill(sequences, assigned[i], weights, stream_tokens, sequence_multiple) for i in order
+    )
     return PackedBatch(
         streams=streams,
         num_ranks=num_ranks,
         num_trained_tokens=num_trained_tokens,
         num_sequences=len(sequences),
         sequence_ids=tuple(s.sequence_id for s in sequences),
+        sequence_multiple=sequence_multiple,
         has_rollout_logprobs=_has_rollout_logprobs(sequences),
         num_padding_tokens=len(streams) * stream_tokens - sum(lengths),
         num_filler_streams=sum(stream.num_rows == 0 for stream in streams),
@@ -169,18 +187,23 @@ def pack(
     )
 
 
-def _check_counts(
-    stream_tokens: int, num_ranks: int, streams_multiple: int, max_completion_tokens: int
-) -> None:
-    """Refuse counts below their minimum."""
-    for name, value, minimum in (
-        ("stream_tokens", stream_tokens, 2),
-        ("num_ranks", num_ranks, 1),
-        ("streams_multiple", streams_multiple, 1),
-        ("max_completion_tokens", max_completion_tokens, 1),
-    ):
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+def _check_counts(*, stream_tokens: int, sequence_multiple: int, **others: int) -> None:
+    """Refuse counts below their minimum, and streams that are no whole number of chunks."""
+    minima = {"stream_tokens": 2}
+    counts = {"stream_tokens": stream_tokens, "sequence_multiple": sequence_multiple, **others}
+    for name, value in counts.items():
+        if value < minima.get(name, 1):
+            raise ValueError(f"{name} must be at least {minima.get(name, 1)}, got {value}")
+    if stream_tokens % sequence_multiple:
+        raise ValueError(
+            f"stream_tokens = {stream_tokens} must be a multiple of sequence_multiple = "
+            f"{sequence_multiple}; make it {_padded(stream_tokens, sequence_multiple)}"
+        )
+
+
+def _padded(length: int, multiple: int) -> int:
+    """Return ``length`` rounded up to a multiple."""
+    return -(-length // multiple) * multiple
 
 
 def _check_sequences(sequences: Sequence[TrainingSequence], stream_tokens: int) -> None:
@@ -251,6 +274,7 @@ def _fill(
     members: Sequence[int],
     weights: Sequence[float],
     stream_tokens: int,
+    sequence_multiple: int,
 ) -> Stream:
     """Lay out the member sequences one after the other and pad."""
     token_ids_T = np.full(stream_tokens, PADDING_TOKEN_ID, dtype=np.int64)
@@ -262,11 +286,12 @@ def _fill(
         start = starts[-1]
         first_row = start + len(sequence.context_token_ids) - 1
         end = first_row + 1 + len(sequence.completion_token_ids)
+        padded_end = start + _padded(end - start, sequence_multiple)
         token_ids_T[start : first_row + 1] = sequence.context_token_ids
         token_ids_T[first_row + 1 : end] = sequence.completion_token_ids
-        position_ids_T[start:end] = np.arange(end - start)
+        position_ids_T[start:padded_end] = np.arange(padded_end - start)
         rows.append(np.arange(first_row, end - 1, dtype=np.int64))
-        starts.append(end)
+        starts.append(padded_end)
     if starts[-1] < stream_tokens:
         position_ids_T[starts[-1] :] = np.arange(stream_tokens - starts[-1])
         starts.append(stream_tokens)

@@ -32,7 +32,7 @@ _HEAD_CHUNK_BYTES = 256 * 1024**2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSize:
-    """The shape of a dense decoder and its parameter counts."""
+    """The shape of a decoder and its parameter counts."""
 
     shape: ModelShape
     """What training builds."""
@@ -43,31 +43,45 @@ class ModelSize:
     num_embedding_parameters: int
     """Parameters of embedding and, where untied, output layer; part of N."""
 
+    num_expert_parameters: int
+    """Parameters of all experts; part of N, 0 in a dense model."""
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that a token meets; the FLOPs of sampling and updates are counted with it."""
+        mixture = self.shape.mixture
+        if mixture is None:
+            return self.num_parameters
+        met = self.num_expert_parameters * mixture.num_experts_per_token // mixture.num_experts
+        return self.num_parameters - self.num_expert_parameters + met
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
     """Bytes on one trainer rank; each part on the pipeline stage that needs most of it.
 
     Symbols: ``P`` parameters on the rank, ``w`` bytes of a weight (2 in bfloat16, 4 in float32),
-    ``T`` stream tokens, ``H`` hidden size, ``L`` layers, ``V`` vocabulary, ``tp``, ``pp`` and
-    ``dp`` the parallel sizes.
+    ``T`` stream tokens of a rank (those of a stream / ``cp``), ``H`` hidden size, ``L`` layers,
+    ``V`` vocabulary, ``tp``, ``pp``, ``cp`` and ``dp`` the parallel sizes.
     """
 
     weights: float
-    """``P w`` with ``P = (layer parameters / pp + embedding parameters / min(pp, 2)) / tp``."""
+    """``P w`` with ``P = (layer parameters / pp + embedding parameters / min(pp, 2)) / tp``, where
+    experts are divided by ``ep`` in place of ``tp``."""
 
     gradients: float
     """``4 P``: float32 buffer."""
 
     optimizer: float
-    """``12 P`` in bfloat16 (main weight, two moments), ``8 P`` in float32; divided by ``dp`` with
-    ``use_distributed_optimizer``."""
+    """``12 P`` in bfloat16 (main weight, two moments), ``8 P`` in float32; divided by ``dp cp``
+    with ``use_distributed_optimizer``, that of experts by ``tp dp cp / ep``."""
 
     activations: float
     """Saved for the backward pass by ``L / pp`` layers in each of the ``pp`` microbatches that the
     first stage holds at most (one forward, one backward): ``34 T H (w / 2) / tp`` per layer, where
     34 is bytes per element of ``T H`` at 16 bit, attention probabilities not stored; with full
-    recomputation one tensor per layer, ``T H w``, divided by ``tp`` with sequence parallelism."""
+    recomputation one tensor per layer, ``T H w``, divided by ``tp`` with sequence parallelism.
+    The copies of tokens that a mixture routes to its experts are left out."""
 
     head: float
     """``2 R (V / tp) 4 + 4 (V / tp) H``: one chunk of ``R`` rows of float32 logits with its
@@ -110,11 +124,16 @@ def read_model_size(folder: Path) -> ModelSize:
     attention = 2 * hidden * shape.kv_channels * heads
     num_embeddings = 1 if shape.tie_word_embeddings else 2
     embedding = num_embeddings * shape.vocab_size * hidden
-    layer = attention + 3 * hidden * shape.ffn_hidden_size
+    mixture = shape.mixture
+    feed_forward = 3 * hidden * shape.ffn_hidden_size
+    experts = mixture.num_experts * feed_forward if mixture else 0
+    router = mixture.num_experts * hidden if mixture else 0
+    layer = attention + (experts + router if mixture else feed_forward)
     return ModelSize(
         shape=shape,
         num_parameters=shape.num_layers * layer + embedding,
         num_embedding_parameters=embedding,
+        num_expert_parameters=shape.num_layers * experts,
     )
 
 
@@ -135,13 +154,22 @@ def estimate_memory(config: RunConfig, size: ModelSize) -> MemoryEstimate:
     policy, parallel = config.policy, config.policy.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     width = 2 if policy.dtype == "bfloat16" else 4
-    layer_parameters = size.num_parameters - size.num_embedding_parameters
-    on_rank = (layer_parameters / pp + size.num_embedding_parameters / min(pp, 2)) / tp
-    shards = parallel.data_parallel_size if policy.optimizer.use_distributed_optimizer else 1
+    experts = size.num_expert_parameters / pp / parallel.expert_model_parallel_size
+    layer_parameters = (
+        size.num_parameters - size.num_embedding_parameters - size.num_expert_parameters
+    )
+    others = (layer_parameters / pp + size.num_embedding_parameters / min(pp, 2)) / tp
+    on_rank = others + experts
+    stepped = on_rank
+    if policy.optimizer.use_distributed_optimizer:
+        replicas = parallel.data_parallel_size * parallel.context_parallel_size
+        stepped = others / replicas + experts / (
+            tp * replicas / parallel.expert_model_parallel_size
+        )
     return MemoryEstimate(
         weights=on_rank * width,
         gradients=on_rank * 4,
-        optimizer=on_rank * _OPTIMIZER_BYTES[policy.dtype] / shards,
+        optimizer=stepped * _OPTIMIZER_BYTES[policy.dtype],
         activations=_activation_bytes(config, size.shape, width),
         head=_head_bytes(config, size.shape),
     )
@@ -151,7 +179,7 @@ def _activation_bytes(config: RunConfig, shape: ModelShape, width: int) -> float
     """Return the saved activations of the first stage; ``width`` is bytes of an element."""
     parallel = config.policy.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    elements = config.stream_tokens * shape.hidden_size
+    elements = config.stream_tokens / parallel.context_parallel_size * shape.hidden_size
     if config.policy.recompute == "none":
         per_layer = 34 * elements * (width / 2) / tp
     else:
@@ -162,9 +190,11 @@ def _activation_bytes(config: RunConfig, shape: ModelShape, width: int) -> float
 
 def _head_bytes(config: RunConfig, shape: ModelShape) -> int:
     """Return the head's logits and weight gradient on the last stage."""
-    tp = config.policy.parallel.tensor_model_parallel_size
+    parallel = config.policy.parallel
+    tp = parallel.tensor_model_parallel_size
     vocab = shape.padded_vocab_size(tp) // tp
-    rows = min(config.stream_tokens, max(1, _HEAD_CHUNK_BYTES // (4 * vocab)))
+    tokens = config.stream_tokens // parallel.context_parallel_size
+    rows = min(tokens, max(1, _HEAD_CHUNK_BYTES // (4 * vocab)))
     return 2 * rows * vocab * 4 + vocab * shape.hidden_size * 4
 
 
@@ -174,17 +204,20 @@ def _rows(config: RunConfig, size: ModelSize) -> list[tuple[str, str]]:
     memory = estimate_memory(config, size)
     num_rollouts = batch.prompts_per_step * batch.group_size
     most_tokens = num_rollouts * rollout.max_total_tokens
-    n = size.num_parameters
+    n = size.num_active_parameters
     most_flops = sampling_flops(n, most_tokens) + update_flops(n, most_tokens)
     layout = (
         f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
         f"CP {parallel.context_parallel_size} x DP {parallel.data_parallel_size} = "
         f"{parallel.world_size} trainer ranks"
     )
+    if size.shape.mixture:
+        layout += f", experts over {parallel.expert_model_parallel_size}"
     return [
         (
             "parameters",
-            f"{n:.4g} ({size.shape.num_layers} layers, hidden {size.shape.hidden_size})",
+            f"{size.num_parameters:.4g} ({size.shape.num_layers} layers, hidden "
+            f"{size.shape.hidden_size})" + (f", {n:.4g} for a token" if size.shape.mixture else ""),
         ),
         ("layout", layout),
         ("precision", _precision_row(config)),

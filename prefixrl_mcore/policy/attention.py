@@ -2,11 +2,16 @@
 
 Megatron's own ``DotProductAttention`` refuses packed streams; the alternative upstream needs
 Transformer Engine. This one is torch's scaled dot-product attention on the padded layout of
-``packed.py``, with grouped query heads, on any device.
+``packed.py``, with grouped query heads, on any device; under context parallelism that of
+``context.py``.
 """
 
+from typing import cast
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812  (torch's own alias)
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -14,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from prefixrl_mcore.policy.context import context_attention
 from prefixrl_mcore.policy.packed import FromSlots, PackedStream, ToSlots
 
 
@@ -33,7 +39,7 @@ class PackedCausalAttention(MegatronModule):
         """Create the (parameterless) layer; the signature is Megatron's core-attention builder's.
 
         Raises:
-            ValueError: for masks, dropout or context parallelism, which are not implemented.
+            ValueError: for masks and dropout, which are not implemented.
         """
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal or attention_type != "self":
@@ -46,9 +52,9 @@ class PackedCausalAttention(MegatronModule):
                 f"layer {layer_number}: attention dropout {config.attention_dropout} is not "
                 "implemented, expected 0"
             )
-        if config.context_parallel_size > 1:
-            raise ValueError("context parallelism is not implemented in PackedCausalAttention")
         self.softmax_scale = softmax_scale
+        self._context_size = config.context_parallel_size
+        self._context_group = getattr(pg_collection, "cp", None)
 
     def forward(
         self,
@@ -72,7 +78,8 @@ class PackedCausalAttention(MegatronModule):
             packed_seq_params: the stream's ``PackedStream``.
 
         Raises:
-            ValueError: if a mask or bias is given, or no ``PackedStream``.
+            ValueError: if a mask or bias is given, no ``PackedStream``, or a whole stream under
+                context parallelism.
         """
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("PackedCausalAttention takes no mask and no bias; pass None")
@@ -82,6 +89,21 @@ class PackedCausalAttention(MegatronModule):
                 f"{type(packed_seq_params).__name__}"
             )
         packed = packed_seq_params
+        if (packed.context is None) != (self._context_size == 1):
+            raise ValueError(
+                f"PackedCausalAttention: context_parallel_size is {self._context_size}, got a "
+                f"{'whole' if packed.context is None else 'shared'} stream"
+            )
+        if packed.context is not None:
+            group = self._context_group or parallel_state.get_context_parallel_group()
+            return context_attention(
+                query_TBNK.squeeze(1),
+                key_TBGK.squeeze(1),
+                value_TBGK.squeeze(1),
+                packed.context,
+                group=cast(dist.ProcessGroup, group),
+                softmax_scale=self.softmax_scale,
+            ).unsqueeze(1)
         query_P, key_P, value_P = (
             _to_slots(tensor.squeeze(1), packed) for tensor in (query_TBNK, key_TBGK, value_TBGK)
         )

@@ -181,6 +181,7 @@ def _build_gpt(
         kv_channels=shape.kv_channels,
         rotary_percent=1.0,
         rotary_base=shape.rotary_base,  # pyright: ignore[reportArgumentType]  # as above
+        scaling=shape.rotary_scaling,
         use_cpu_initialization=config.use_cpu_initialization,
     )
     return model
@@ -189,7 +190,9 @@ def _build_gpt(
 def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the layers of one chunk: Megatron's local spec with our attention and norm."""
     submodules = get_gpt_layer_local_submodules(
-        qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
     )
     submodules.input_layernorm = RmsNorm
     submodules.pre_mlp_layernorm = RmsNorm

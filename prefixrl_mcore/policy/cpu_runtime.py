@@ -34,6 +34,9 @@ REPLACED_ATTRIBUTES = (
     "torch.cuda.synchronize",
     "torch.cuda.current_stream",
     "torch.cuda.default_stream",
+    "torch.cuda.stream",
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+    "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream",
     "megatron.core.tensor_parallel.random._get_cuda_rng_state",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.add",
@@ -50,7 +53,14 @@ _MEGATRON_PACKAGE = "megatron."
 
 
 class _NullStream:
-    """A CUDA stream that has nothing to wait for: CPU operations finish in order."""
+    """A CUDA stream that has nothing to wait for: CPU operations finish in order.
+
+    It is its own events, too.
+    """
+
+    def record_event(self, event: object = None) -> "_NullStream":
+        """Return an event that has happened."""
+        return self
 
     def wait_stream(self, stream: object) -> None:
         """Return at once."""
@@ -133,6 +143,7 @@ def install() -> None:
         return
     _replace_cuda_functions()
     _replace_rng()
+    _replace_token_dispatcher()
     _mode = _CpuForMegatron()
     logger.info("no CUDA device: megatron-core runs on the CPU")
 
@@ -174,9 +185,28 @@ def _replace_cuda_functions() -> None:
         "synchronize": lambda *args, **kwargs: None,
         "current_stream": lambda *args, **kwargs: stream,
         "default_stream": lambda *args, **kwargs: stream,
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
+
+
+def _replace_token_dispatcher() -> None:
+    """Let Megatron's dispatcher of tokens to experts count on the CPU.
+
+    It makes a stream of its own to copy counts to the host, and turns them into numpy arrays only
+    when they come from there; ``all_to_all_single`` takes no tensors as split sizes.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def maybe_move_tensor_to_cpu(
+        tensor: object, as_numpy: bool = False, record_stream: bool = False
+    ) -> object:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+    setattr(dispatcher, "cuda_dtoh_stream", _NullStream())  # noqa: B010  (declared None)
+    setattr(token_dispatcher, "maybe_move_tensor_to_cpu", maybe_move_tensor_to_cpu)  # noqa: B010  (declared to return a tensor)
 
 
 def _replace_rng() -> None:

@@ -1,6 +1,7 @@
 """Streams through the model: Megatron's own schedules, with the loss contract of the project.
 
-Shape suffixes: ``T`` tokens of a stream, ``R`` rows of a stream that predict a completion token.
+Shape suffixes: ``T`` tokens of a stream, ``R`` rows of a stream that predict a completion token;
+under context parallelism, those of this rank's share of it.
 
 Loss contract: the loss function returns the local *sum*, the local number of trained tokens and
 metric sums. Megatron adds the gradients of all microbatches and ranks and divides them once by
@@ -24,9 +25,17 @@ from torch import Tensor
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.data.packing import Stream
 from prefixrl_mcore.loss.row_metrics import LossReport, metric_names, report_rows
+from prefixrl_mcore.policy.context import TokenShares, build_context_share, share_tokens
 from prefixrl_mcore.policy.head import HeadOutput, HeadSettings, HeadTask, RowLoss, compute_head
-from prefixrl_mcore.policy.packed import PackedStream, build_packed_stream
+from prefixrl_mcore.policy.packed import (
+    PackedStream,
+    build_packed_stream,
+    build_shared_stream,
+)
 from prefixrl_mcore.policy.topology import Topology
+
+RowReport = tuple[np.ndarray, np.ndarray]
+"""[R] float32 logprobs and entropies of a stream's rows, nats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -55,7 +64,16 @@ class StreamSettings:
     tensors of a fixed shape. Otherwise the padding is cut off and costs nothing."""
 
     multiple: int
-    """The kept length is a multiple of this (sequence parallelism splits it evenly)."""
+    """The kept length is a multiple of this (context and sequence parallelism split it evenly)."""
+
+    sequence_multiple: int
+    """Kept padding is cut into sequences of this many tokens."""
+
+    cp_size: int
+    """Context-parallel ranks, which share each stream."""
+
+    cp_rank: int
+    """This rank among them."""
 
     device: torch.device
     """Where the tensors are put."""
@@ -90,31 +108,31 @@ def build_microbatch(
         loss: estimator; None makes a microbatch that is only scored.
         has_rollout_logprobs: the stream's rollout logprobs mean something.
     """
-    starts, num_tokens = _kept_sequences(stream, settings)
+    share = _share_stream(stream, settings)
     to_device = partial(_to_device, device=settings.device)
-    packed = build_packed_stream(
-        sequence_starts=starts,
-        position_ids_T=to_device(stream.position_ids_T[:num_tokens]),
-        device=settings.device,
-    )
     row_loss = None
     if loss is not None:
         row_loss = RowLoss(
-            advantages_R=to_device(stream.advantages_R),
-            weights_R=to_device(stream.weights_R),
+            advantages_R=to_device(stream.advantages_R[share.mine_R]),
+            weights_R=to_device(stream.weights_R[share.mine_R]),
             rollout_logprobs_R=(
-                to_device(stream.rollout_logprobs_R) if has_rollout_logprobs else None
+                to_device(stream.rollout_logprobs_R[share.mine_R]) if has_rollout_logprobs else None
             ),
             config=loss,
         )
+    token_ids_T = stream.token_ids_T[share.tokens]
     head = HeadTask(
-        index=RowIndex.build(stream.rows_R, num_hidden_rows=num_tokens, device=settings.device),
-        targets_R=to_device(stream.targets_R),
+        index=RowIndex.build(
+            share.rows_R, num_hidden_rows=len(token_ids_T), device=settings.device
+        ),
+        targets_R=to_device(stream.targets_R[share.mine_R]),
         settings=settings.head,
         loss=row_loss,
     )
     return Microbatch(
-        token_ids_BT=to_device(stream.token_ids_T[None, :num_tokens]), packed=packed, head=head
+        token_ids_BT=to_device(token_ids_T[None]),
+        packed=_packed_stream(stream, share, settings),
+        head=head,
     )
 
 
@@ -149,7 +167,7 @@ def run_schedule[T](
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=list(chunks),
             num_microbatches=len(microbatches),
-            seq_length=microbatches[0].token_ids_BT.size(1),
+            seq_length=_stream_length(microbatches[0]),  # Megatron divides it over the ranks
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -166,7 +184,7 @@ def policy_loss(
     return output.summed_loss, _token_count(output), report
 
 
-def row_report(output: HeadOutput) -> tuple[Tensor, Tensor, tuple[np.ndarray, np.ndarray]]:
+def row_report(output: HeadOutput) -> tuple[Tensor, Tensor, RowReport]:
     """Return a zero loss and, as report, the rows' logprobs and entropies (float32 numpy)."""
     both_2R = torch.stack((output.logprobs_R, output.entropies_R)).detach()
     logprobs_R, entropies_R = both_2R.cpu().numpy()
@@ -176,9 +194,10 @@ def row_report(output: HeadOutput) -> tuple[Tensor, Tensor, tuple[np.ndarray, np
 def reduce_totals(
     reports: Sequence[LossReport], topology: Topology, *, has_rollout_logprobs: bool
 ) -> Totals:
-    """Add up the reports of all microbatches and data-parallel ranks; all ranks must call this.
+    """Add up the reports of all microbatches and ranks; all ranks must call this.
 
-    The last pipeline stage has the reports; the others take part with zeros.
+    Data- and context-parallel ranks report different rows. The last pipeline stage has the
+    reports; the others take part with zeros.
     """
     sum_names, max_names = metric_names(has_rollout_logprobs=has_rollout_logprobs)
     # float64 keeps the order of streams and ranks out of the reported digits.
@@ -235,7 +254,7 @@ def _forward_step[T](
 def _kept_sequences(stream: Stream, settings: StreamSettings) -> tuple[np.ndarray, int]:
     """Return the sequence starts without a padding sequence, and the tokens to keep.
 
-    What padding is kept becomes sequences of one token each, so that its attention is free.
+    What padding is kept becomes sequences as short as can be, so that its attention is free.
     """
     starts = np.asarray(stream.sequence_starts, dtype=np.int64)
     if not len(stream.rows_R):
@@ -249,9 +268,78 @@ def _kept_sequences(stream: Stream, settings: StreamSettings) -> tuple[np.ndarra
     if num_tokens % settings.multiple:
         raise ValueError(
             f"stream of {num_tokens} tokens does not divide into {settings.multiple} equal parts; "
-            "make batch.stream_tokens a multiple of the tensor-parallel size"
+            f"make batch.stream_tokens a multiple of {settings.multiple}"
         )
-    return np.concatenate((starts, np.arange(end + 1, num_tokens + 1))), num_tokens
+    step = settings.sequence_multiple
+    return np.concatenate((starts, np.arange(end + step, num_tokens + 1, step))), num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _StreamShare:
+    """What one context-parallel rank has of a stream; all of it when there is one."""
+
+    starts: np.ndarray
+    """[num_sequences + 1] int64 of the whole stream, kept padding included."""
+
+    tokens: slice | np.ndarray
+    """The rank's tokens, in its order."""
+
+    mine_R: slice | np.ndarray
+    """Which rows of the stream are at these tokens."""
+
+    rows_R: np.ndarray
+    """[R] int64 their places among the rank's tokens."""
+
+    token_shares: TokenShares | None
+    """Who has which token; None when there is one rank."""
+
+
+def _share_stream(
+    stream: Stream, settings: StreamSettings, cp_rank: int | None = None
+) -> _StreamShare:
+    """Return the share of one context-parallel rank, this one when not said otherwise."""
+    starts, num_tokens = _kept_sequences(stream, settings)
+    if settings.cp_size == 1:
+        return _StreamShare(
+            starts=starts,
+            tokens=slice(num_tokens),
+            mine_R=slice(None),
+            rows_R=stream.rows_R,
+            token_shares=None,
+        )
+    rank = settings.cp_rank if cp_rank is None else cp_rank
+    shares = share_tokens(starts, settings.cp_size)
+    mine_R = np.flatnonzero(shares.rank_T[stream.rows_R] == rank)
+    return _StreamShare(
+        starts=starts,
+        tokens=shares.tokens(rank),
+        mine_R=mine_R,
+        rows_R=shares.place_T[stream.rows_R[mine_R]],
+        token_shares=shares,
+    )
+
+
+def _packed_stream(stream: Stream, share: _StreamShare, settings: StreamSettings) -> PackedStream:
+    """Return positions and attention of one rank's share."""
+    positions = _to_device(stream.position_ids_T[share.tokens], device=settings.device)
+    if share.token_shares is None:
+        return build_packed_stream(
+            sequence_starts=share.starts, position_ids_T=positions, device=settings.device
+        )
+    context = build_context_share(
+        share.starts, share.token_shares, settings.cp_rank, device=settings.device
+    )
+    return build_shared_stream(
+        context=context,
+        position_ids_S=positions,
+        max_length=int(np.diff(share.starts).max()),
+    )
+
+
+def _stream_length(microbatch: Microbatch) -> int:
+    """Return the tokens of the whole stream."""
+    context = microbatch.packed.context
+    return microbatch.token_ids_BT.size(1) * (1 if context is None else context.size)
 
 
 def count_computed_tokens(streams: Sequence[Stream], settings: StreamSettings) -> int:
@@ -277,20 +365,44 @@ def _to_device(values: np.ndarray, *, device: torch.device) -> Tensor:
 
 
 def gather_row_reports(
-    reports: Sequence[tuple[np.ndarray, np.ndarray]], topology: Topology, *, num_streams: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    reports: Sequence[RowReport],
+    topology: Topology,
+    *,
+    streams: Sequence[Stream],
+    settings: StreamSettings,
+) -> list[RowReport]:
     """Return every stream's (logprobs_R, entropies_R), in batch order, on every rank.
 
-    All ranks must call this. Stream i belongs to data-parallel rank ``i % dp_size``.
+    All ranks must call this. Stream i belongs to data-parallel rank ``i % dp_size``; its rows are
+    spread over the context-parallel ranks.
     """
     if topology.world_size == 1:
         return list(reports)
     speaks = topology.is_last_stage and topology.tp_rank == 0
-    mine = (topology.dp_rank, list(reports)) if speaks else None
-    gathered: list[tuple[int, list[tuple[np.ndarray, np.ndarray]]] | None]
-    gathered = [None] * topology.world_size
+    mine = ((topology.dp_rank, topology.cp_rank), list(reports)) if speaks else None
+    gathered: list[tuple[tuple[int, int], list[RowReport]] | None] = [None] * topology.world_size
     dist.all_gather_object(gathered, mine)
     by_rank = dict(entry for entry in gathered if entry is not None)
     return [
-        by_rank[index % topology.dp_size][index // topology.dp_size] for index in range(num_streams)
+        _join_rows(
+            stream,
+            [
+                by_rank[index % topology.dp_size, cp_rank][index // topology.dp_size]
+                for cp_rank in range(topology.cp_size)
+            ],
+            settings,
+        )
+        for index, stream in enumerate(streams)
     ]
+
+
+def _join_rows(stream: Stream, parts: Sequence[RowReport], settings: StreamSettings) -> RowReport:
+    """Return the report of a whole stream from those of its context-parallel ranks, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    logprobs_R, entropies_R = np.full((2, stream.num_rows), np.nan, dtype=np.float32)
+    for cp_rank, (logprobs, entropies) in enumerate(parts):
+        mine_R = _share_stream(stream, settings, cp_rank).mine_R
+        logprobs_R[mine_R] = logprobs
+        entropies_R[mine_R] = entropies
+    return logprobs_R, entropies_R

@@ -18,7 +18,7 @@ from prefixrl_mcore.config.layout import (
     read_hf_config,
     read_model_shape,
 )
-from prefixrl_mcore.config.policy import PolicyConfig
+from prefixrl_mcore.config.policy import ParallelConfig, PolicyConfig
 
 __all__ = [
     "FAMILIES",
@@ -27,6 +27,25 @@ __all__ = [
     "read_hf_config",
     "read_model_shape",
 ]
+
+
+def _mixture_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+    """Return what Megatron must know of the experts."""
+    mixture = shape.mixture
+    if mixture is None:
+        return {}
+    return {
+        "num_moe_experts": mixture.num_experts,
+        "moe_ffn_hidden_size": shape.ffn_hidden_size,
+        "moe_router_topk": mixture.num_experts_per_token,
+        "moe_router_pre_softmax": not mixture.is_renormalized,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": False,  # the local spec has no grouped experts
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def build_transformer_config(
@@ -51,6 +70,7 @@ def build_transformer_config(
             "recompute_num_layers": 1,
         }
     return TransformerConfig(
+        **_mixture_settings(shape, parallel),
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,

@@ -10,13 +10,18 @@ few calls, on the CPU and on a GPU.
 
 # ruff: noqa: N815 - record fields carry shape suffixes
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from prefixrl_mcore.config.layout import Llama3Scaling
+from prefixrl_mcore.policy.context import ContextShare
 
 _MIN_FILL = 0.75
 """Sequences shorter than this part of a bucket's longest one start a new bucket, which bounds the
@@ -44,7 +49,11 @@ class PackedStream(PackedSeqParams):
     """
 
     position_ids_T: Tensor | None = None
-    """[T] int64 position of each token in its sequence."""
+    """[T] int64 position of each token in its sequence; under context parallelism T is the number
+    of this rank's tokens."""
+
+    context: ContextShare | None = None
+    """This rank's share of the attention under context parallelism, which has no padded layout."""
 
     buckets: tuple[Bucket, ...] = ()
     """The padded layout, bucket after bucket; P slots in all."""
@@ -116,6 +125,25 @@ def _lay_out(
     return tuple(buckets), np.concatenate(slot_tokens), token_slots_T
 
 
+def build_shared_stream(
+    *, context: ContextShare, position_ids_S: Tensor, max_length: int
+) -> PackedStream:
+    """Return the packed record of one context-parallel rank's share of a stream.
+
+    Args:
+        context: the share.
+        position_ids_S: [S] int64 positions of this rank's tokens, on the model's device.
+        max_length: tokens of the longest sequence.
+    """
+    return PackedStream(
+        qkv_format="sbhd",
+        max_seqlen_q=max_length,
+        max_seqlen_kv=max_length,
+        position_ids_T=position_ids_S,
+        context=context,
+    )
+
+
 class ToSlots(torch.autograd.Function):
     """[T, ...] tokens to [P, ...] slots; padding slots send no gradient back."""
 
@@ -147,12 +175,32 @@ class FromSlots(torch.autograd.Function):
         return grad_P, None
 
 
+def scale_frequencies(frequencies_K: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Return Llama 3's rotary frequencies [width / 2] from the plain ones, radians per token."""
+    positions = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns_K = positions * frequencies_K / (2 * math.pi)
+    unscaled_K = ((turns_K - low) / (high - low)).clamp(0.0, 1.0)
+    return unscaled_K * frequencies_K + (1.0 - unscaled_K) * frequencies_K / scaling.factor
+
+
 class PackedRotaryEmbedding(RotaryEmbedding):
     """Rotary angles of each token of a packed stream, from the positions that the stream carries.
 
     Megatron asks ``get_rotary_seq_len`` for a length and hands the answer to ``forward``; here
     the answer is the positions themselves.
     """
+
+    def __init__(self, *, scaling: Llama3Scaling | None = None, **settings: Any) -> None:  # noqa: ANN401  (Megatron's own)
+        """Create Megatron's embedding with our frequencies.
+
+        Args:
+            scaling: change of the frequencies; None is none. (Megatron's has fixed numbers.)
+            settings: arguments of Megatron's class.
+        """
+        super().__init__(**settings)
+        if scaling is not None:
+            self.inv_freq = scale_frequencies(self.inv_freq, scaling)
 
     def get_rotary_seq_len(  # pyright: ignore[reportIncompatibleMethodOverride]  # see above
         self,

@@ -195,7 +195,9 @@ class MegatronPolicy:
         reports = run_schedule(
             self.model_chunks, self._microbatches(batch, None), row_report, forward_only=True
         )
-        return gather_row_reports(reports, self.topology, num_streams=len(batch.streams))
+        return gather_row_reports(
+            reports, self.topology, streams=batch.streams, settings=self.stream_settings
+        )
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, full tensor) of every weight, on every rank.
@@ -243,7 +245,10 @@ class MegatronPolicy:
                 backend=head.backend or "auto",
             ),
             is_static=parallel.pipeline_model_parallel_size > 1,
-            multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            multiple=parallel.stream_multiple,
+            sequence_multiple=parallel.sequence_multiple,
+            cp_size=self.topology.cp_size,
+            cp_rank=self.topology.cp_rank,
             device=self.topology.device,
         )
 
@@ -260,6 +265,13 @@ class MegatronPolicy:
             raise ValueError(
                 f"batch has streams of {sorted(lengths)} tokens, the policy was built for "
                 f"{self.stream_tokens}"
+            )
+        needed = self._policy.parallel.sequence_multiple
+        if batch.sequence_multiple % needed:
+            raise ValueError(
+                f"batch has sequences of a multiple of {batch.sequence_multiple} tokens, "
+                f"context_parallel_size = {self.topology.cp_size} needs a multiple of {needed} "
+                f"(2 chunks x {self.topology.cp_size}); pass sequence_multiple={needed} to pack()"
             )
         per_rank = len(batch.streams) // dp_size
         stages = self._policy.parallel.pipeline_model_parallel_size

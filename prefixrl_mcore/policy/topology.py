@@ -50,6 +50,12 @@ class Topology:
     pp_size: int
     """Pipeline stages."""
 
+    cp_rank: int
+    """Rank in the context-parallel group."""
+
+    cp_size: int
+    """Ranks that share each sequence."""
+
     dp_rank: int
     """Which replica of the model this rank belongs to."""
 
@@ -102,6 +108,7 @@ def initialize(
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=1,  # experts are whole
         )
         with cpu_runtime.megatron_on_cpu():
             megatron_random.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -124,6 +131,8 @@ def current(device: torch.device | None = None) -> Topology:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=device or cpu_runtime.device(),
@@ -217,16 +226,20 @@ def _check_same_layout(parallel: ParallelConfig) -> None:
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.expert_model_parallel_size,
     )
     got = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
     )
     if wanted != got:
         raise ValueError(
-            f"policy.parallel (tensor, pipeline, virtual pipeline) = {wanted}, but this process "
-            f"already runs {got}; call topology.shut_down first"
+            "policy.parallel (tensor, pipeline, virtual pipeline, context, expert) = "
+            f"{wanted}, but this process already runs {got}; call topology.shut_down first"
         )
 
 

@@ -205,11 +205,33 @@ _PAUSED = "it is paused; call resume first"
 
 
 def _weights_by_name(model: nn.Module) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """Return name -> weight of everything that is saved, and the second names of tied weights."""
-    state = model.state_dict()
+    """Return name -> weight of everything that is saved, and the second names of tied weights.
+
+    The weights share memory with the model.
+    """
+    state = _split_fused_experts(model.state_dict())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     return {name: state[name] for name in state if name not in tied}, frozenset(tied)
+
+
+def _split_fused_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights by their names in files: transformers 5 fuses experts in memory only."""
+    split: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        layer, _, kind = name.rpartition(".experts.")
+        if kind not in ("gate_up_proj", "down_proj"):
+            split[name] = weight
+            continue
+        for index, expert in enumerate(weight):
+            prefix = f"{layer}.experts.{index}."
+            if kind == "down_proj":
+                split[f"{prefix}down_proj.weight"] = expert
+                continue
+            gate, up = expert.chunk(2)
+            split[f"{prefix}gate_proj.weight"] = gate
+            split[f"{prefix}up_proj.weight"] = up
+    return split
 
 
 def _load_model(model_folder: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401  (transformers' classes share no type)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from prefixrl_mcore.config.policy import (
     HeadConfig,
@@ -61,6 +61,7 @@ def make_batch(
     stream_tokens: int = STREAM_TOKENS,
     num_ranks: int = 1,
     streams_multiple: int = 1,
+    sequence_multiple: int = 1,
 ) -> PackedBatch:
     """Return ``sequences`` (by default those of ``make_sequences``) packed."""
     return pack(
@@ -68,6 +69,7 @@ def make_batch(
         stream_tokens=stream_tokens,
         num_ranks=num_ranks,
         streams_multiple=streams_multiple,
+        sequence_multiple=sequence_multiple,
         max_completion_tokens=32,
     )
 
@@ -121,7 +123,24 @@ def gradients_of(policy: MegatronPolicy) -> dict[str, Tensor]:
     return gradients
 
 
-def hf_row_statistics(model: Qwen3ForCausalLM, stream: Stream) -> tuple[Tensor, Tensor]:
+def by_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the names in files, where transformers has experts fused in memory."""
+    split: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer = name.rpartition("experts.")[0] + "experts."
+        if name.endswith("experts.gate_up_proj"):
+            for index, gate_up in enumerate(tensor):
+                gate, up = gate_up.chunk(2)
+                split[f"{layer}{index}.gate_proj.weight"] = gate
+                split[f"{layer}{index}.up_proj.weight"] = up
+        elif name.endswith("experts.down_proj"):
+            split |= {f"{layer}{i}.down_proj.weight": down for i, down in enumerate(tensor)}
+        else:
+            split[name] = tensor
+    return split
+
+
+def hf_row_statistics(model: PreTrainedModel, stream: Stream) -> tuple[Tensor, Tensor]:
     """Return [R] logprobs and entropies of a stream, one forward pass per sequence."""
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
@@ -141,7 +160,7 @@ def hf_row_statistics(model: Qwen3ForCausalLM, stream: Stream) -> tuple[Tensor, 
 
 
 def hf_loss(
-    model: Qwen3ForCausalLM, batch: PackedBatch, *, entropy_coefficient: float = 0.0
+    model: PreTrainedModel, batch: PackedBatch, *, entropy_coefficient: float = 0.0
 ) -> Tensor:
     """Return the REINFORCE objective of a whole batch, with gradient."""
     total = torch.zeros(())

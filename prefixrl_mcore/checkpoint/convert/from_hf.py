@@ -21,7 +21,7 @@ def load_hf_weights(
 ) -> None:
     """Fill this rank's parameters from a Hugging Face folder, cast to the parameters' type.
 
-    Each rank reads the weights of its own layers, one rule at a time, and keeps its
+    Each rank reads the weights of its own layers and experts, one rule at a time, and keeps its
     tensor-parallel part. No collectives; every rank checks the whole folder's names and shapes
     first, so that all ranks refuse a bad folder alike. A distributed optimizer's float32 copies
     are not refreshed: build the optimizer afterwards, or call its ``reload_model_params``.
@@ -44,16 +44,18 @@ def load_hf_weights(
 
 def _fill(live: LiveWeight, weights: HfWeights, dims: ModelDims) -> None:
     rule, parameter = live.rule, live.parameter
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    tensors = [weights.read(hf_name(weight, live.layer)) for weight in rule.hf]
+    tp_rank, tp_size = 0, 1
+    if not rule.is_per_expert:
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    tensors = [weights.read(hf_name(weight, live.place)) for weight in rule.hf]
     full = layout.hf_to_full(rule.kind, tensors, num_groups=dims.num_groups)
     if rule.kind == "vocab":
         full = layout.pad_vocab(full, _padded_vocab(live, dims, tp_size))
     part = layout.shard(rule.kind, full, rank=tp_rank, size=tp_size)
     if part.shape != parameter.shape:
         raise CheckpointError(
-            f"{weights.folder}: model parameter {live.name} (layer {live.layer}) has shape "
+            f"{weights.folder}: model parameter {live.name} (layer {live.place.layer}) has shape "
             f"{tuple(parameter.shape)} on tensor-parallel rank {tp_rank} of {tp_size}, expected "
             f"{tuple(part.shape)} from config.json; build the model from the same config"
         )

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from prefixrl_mcore.checkpoint.convert.rules import FamilyTable, ModelDims, Rule
+from prefixrl_mcore.checkpoint.convert.rules import FamilyTable, ModelDims, Place, Rule
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 
 _LAYERS = "decoder.layers."
@@ -18,8 +19,8 @@ class LiveWeight:
     rule: Rule
     """What it is made of."""
 
-    layer: int | None
-    """Index of the decoder layer in the whole model; None for a weight outside the layers."""
+    place: Place
+    """Its layer and expert in the whole model."""
 
     name: str
     """Megatron's name of the parameter in its model chunk."""
@@ -54,18 +55,20 @@ def live_weights(
         chunk = unwrap(wrapped)
         for name, parameter in chunk.named_parameters():
             is_tied_copy = dims.is_tied and name == table.output_head_name
-            match = (table.embedding, None) if is_tied_copy else table.find(name, dims)
+            match = (table.embedding, Place()) if is_tied_copy else table.find(name, dims)
             if match is None:
                 raise CheckpointError(
                     f"model parameter {name} of shape {tuple(parameter.shape)} has no rule in the "
                     f"table of {table.model_type}; add one to convert/tables/{table.model_type}.py"
                 )
-            rule, local_layer = match
-            layer = None if local_layer is None else _global_layer(chunk, local_layer)
+            rule, local = match
             found.append(
                 LiveWeight(
                     rule=rule,
-                    layer=layer,
+                    place=Place(
+                        layer=None if local.layer is None else _global_layer(chunk, local.layer),
+                        expert=None if local.expert is None else _global_expert(local.expert, dims),
+                    ),
                     name=name,
                     parameter=parameter,
                     is_tied_copy=is_tied_copy,
@@ -77,3 +80,9 @@ def live_weights(
 def _global_layer(chunk: nn.Module, local_layer: int) -> int:
     layer = chunk.get_submodule(f"{_LAYERS}{local_layer}")
     return int(layer.layer_number) - 1  # pyright: ignore[reportArgumentType] # an int set by Megatron
+
+
+def _global_expert(local_expert: int, dims: ModelDims) -> int:
+    """Return the expert's index in its layer; expert-parallel ranks have equal runs of them."""
+    per_rank = dims.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    return parallel_state.get_expert_model_parallel_rank() * per_rank + local_expert

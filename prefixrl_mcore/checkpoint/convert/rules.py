@@ -15,9 +15,10 @@ from typing import Any, Literal
 from prefixrl_mcore.checkpoint.convert.layout import Kind
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 
-Dim = Literal["hidden", "query", "key_value", "head", "ffn", "vocab"]
+Dim = Literal["hidden", "query", "key_value", "head", "ffn", "vocab", "experts", "expert_ffn"]
 
 _LAYER = "{layer}"
+_EXPERT = "{expert}"
 _MAX_NAMES_IN_ERROR = 5
 
 
@@ -31,12 +32,16 @@ class ModelDims:
     num_groups: int
     """Key/value heads."""
 
+    num_experts: int
+    """Experts of each mixture-of-experts layer; 0 in a dense model."""
+
     is_tied: bool
     """The output head is the embedding; Hugging Face then stores no ``lm_head.weight``."""
 
     sizes: Mapping[Dim, int]
     """``hidden``; ``query``: query heads x head size; ``key_value``: key/value heads x head size;
-    ``head``: head size; ``ffn``; ``vocab`` without padding."""
+    ``head``: head size; ``ffn``; ``vocab`` without padding; in a mixture of experts ``experts``
+    and ``expert_ffn``."""
 
     @classmethod
     def from_hf_config(cls, hf_config: Mapping[str, Any]) -> "ModelDims":
@@ -50,18 +55,25 @@ class ModelDims:
             hidden = int(hf_config["hidden_size"])
             num_groups = int(hf_config["num_key_value_heads"])
             head = int(hf_config.get("head_dim") or hidden // num_heads)
+            # transformers 4 and 5 name them differently.
+            num_experts = int(hf_config.get("num_experts") or hf_config.get("num_local_experts", 0))
+            sizes: dict[Dim, int] = {
+                "hidden": hidden,
+                "query": num_heads * head,
+                "key_value": num_groups * head,
+                "head": head,
+                "ffn": int(hf_config["intermediate_size"]),
+                "vocab": int(hf_config["vocab_size"]),
+            }
+            if num_experts:
+                sizes["experts"] = num_experts
+                sizes["expert_ffn"] = int(hf_config["moe_intermediate_size"])
             return cls(
                 num_layers=int(hf_config["num_hidden_layers"]),
                 num_groups=num_groups,
+                num_experts=num_experts,
                 is_tied=bool(hf_config.get("tie_word_embeddings", False)),
-                sizes={
-                    "hidden": hidden,
-                    "query": num_heads * head,
-                    "key_value": num_groups * head,
-                    "head": head,
-                    "ffn": int(hf_config["intermediate_size"]),
-                    "vocab": int(hf_config["vocab_size"]),
-                },
+                sizes=sizes,
             )
         except KeyError as error:
             raise CheckpointError(
@@ -71,11 +83,26 @@ class ModelDims:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Which of a rule's weights is meant."""
+
+    layer: int | None = None
+    """Index of the decoder layer; None for a weight outside the layers."""
+
+    expert: int | None = None
+    """Index of the expert in its layer; None for a weight that is no expert's."""
+
+    def fill(self, name: str) -> str:
+        """Return a name with the indices in it."""
+        return name.replace(_LAYER, str(self.layer)).replace(_EXPERT, str(self.expert))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HfWeight:
-    """A Hugging Face weight: its name (``{layer}`` for the layer) and its shape."""
+    """A Hugging Face weight: its name, with places for indices, and its shape."""
 
     name: str
-    """Name in the safetensors files; ``{layer}`` stands for the layer's index."""
+    """Name in the safetensors files; ``{layer}`` and ``{expert}`` stand for the indices."""
 
     dims: tuple[Dim, ...]
     """Shape, by the names of ``ModelDims.sizes``."""
@@ -94,10 +121,15 @@ class Rule:
 
     megatron: tuple[str, ...]
     """Names of the weight in a model: Transformer Engine's first, then the local spec's where
-    it differs. The first is also the name in a checkpoint, under either spec."""
+    it differs."""
 
     hf: tuple[HfWeight, ...]
     """In the order that ``layout.hf_to_full`` takes."""
+
+    stored: tuple[str, ...] = ()
+    """Names in a checkpoint, the one that is written first; empty is the first of ``megatron``,
+    which is the name under either spec. The experts of a layer are one tensor there, with a new
+    first dimension."""
 
     is_output_head: bool = False
     """The head that a model with tied embeddings does not have."""
@@ -107,13 +139,18 @@ class Rule:
         """The weight exists once in each decoder layer."""
         return _LAYER in self.megatron[0]
 
-    def checkpoint_name(self, layer: int | None) -> str:
-        """Return the name in a checkpoint that stores each layer under its own name."""
-        return self.megatron[0].replace(_LAYER, str(layer))
+    @property
+    def is_per_expert(self) -> bool:
+        """The weight exists once for each expert; no tensor-parallel rank has a part of one."""
+        return _EXPERT in self.hf[0].name
 
-    def stacked_checkpoint_name(self) -> str:
-        """Return the name in a checkpoint that stacks all layers along a new first dimension."""
-        return self.megatron[0].replace(f"{_LAYER}.", "")
+    def checkpoint_names(self, place: Place) -> tuple[str, ...]:
+        """Return the names in a checkpoint that stores each layer under its own name."""
+        return tuple(place.fill(name) for name in self.stored or self.megatron[:1])
+
+    def stacked_checkpoint_names(self) -> tuple[str, ...]:
+        """Return the names in a checkpoint that stacks all layers along a new first dimension."""
+        return tuple(name.replace(f"{_LAYER}.", "") for name in self.stored or self.megatron[:1])
 
     def full_shape(self, dims: ModelDims) -> tuple[int, ...]:
         """Return the shape of the whole Megatron weight, without vocabulary padding."""
@@ -143,23 +180,19 @@ class FamilyTable:
 
     @cached_property
     def _by_pattern(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [
-            (re.compile(re.escape(name).replace(re.escape(_LAYER), r"(?P<layer>\d+)")), rule)
-            for rule in self.rules
-            for name in rule.megatron
-        ]
+        return [(_pattern(name), rule) for rule in self.rules for name in rule.megatron]
 
-    def find(self, megatron_name: str, dims: ModelDims) -> tuple[Rule, int | None] | None:
-        """Return the rule of a Megatron weight and the layer in its name; None if unknown."""
+    def find(self, megatron_name: str, dims: ModelDims) -> tuple[Rule, Place] | None:
+        """Return the rule of a Megatron weight and the indices in its name; None if unknown."""
         for pattern, rule in self._by_pattern:
             match = pattern.fullmatch(megatron_name)
             if match and not (rule.is_output_head and dims.is_tied):
-                layer = match.groupdict().get("layer")
-                return rule, None if layer is None else int(layer)
+                indices = {name: int(index) for name, index in match.groupdict().items()}
+                return rule, Place(**indices)
         return None
 
-    def weights(self, dims: ModelDims) -> Iterator[tuple[Rule, int | None]]:
-        """Yield every (rule, layer) that a model has, in the order of Hugging Face's files.
+    def weights(self, dims: ModelDims) -> Iterator[tuple[Rule, Place]]:
+        """Yield every (rule, place) that a model has, in the order of Hugging Face's files.
 
         Globals before the layers, then layer by layer, then the globals after them.
         """
@@ -168,23 +201,41 @@ class FamilyTable:
         for rule in self.rules:
             if rule.is_per_layer:
                 if not seen_layers:
-                    yield from ((r, layer) for layer in range(dims.num_layers) for r in per_layer)
+                    for layer in range(dims.num_layers):
+                        yield from _in_layer(per_layer, layer, dims)
                 seen_layers = True
             elif not (rule.is_output_head and dims.is_tied):
-                yield rule, None
+                yield rule, Place()
 
     def hf_shapes(self, dims: ModelDims) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every weight that the Hugging Face folder must hold."""
         return {
-            hf_name(weight, layer): weight.shape(dims)
-            for rule, layer in self.weights(dims)
+            hf_name(weight, place): weight.shape(dims)
+            for rule, place in self.weights(dims)
             for weight in rule.hf
         }
 
 
-def hf_name(weight: HfWeight, layer: int | None) -> str:
+def hf_name(weight: HfWeight, place: Place) -> str:
     """Return the full name of a Hugging Face weight."""
-    return weight.name.replace(_LAYER, str(layer))
+    return place.fill(weight.name)
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """Return the expression that finds the indices in a Megatron name."""
+    escaped = re.escape(name)
+    for index in (_LAYER, _EXPERT):
+        escaped = escaped.replace(re.escape(index), rf"(?P<{index[1:-1]}>\d+)")
+    return re.compile(escaped)
+
+
+def _in_layer(rules: list[Rule], layer: int, dims: ModelDims) -> Iterator[tuple[Rule, Place]]:
+    """Yield the weights of one layer."""
+    for rule in rules:
+        if rule.is_per_expert:
+            yield from ((rule, Place(layer=layer, expert=e)) for e in range(dims.num_experts))
+        else:
+            yield rule, Place(layer=layer)
 
 
 def find_table(hf_config: Mapping[str, Any]) -> FamilyTable:

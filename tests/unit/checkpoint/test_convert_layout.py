@@ -4,7 +4,7 @@ from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert import layout
 from prefixrl_mcore.checkpoint.convert.layout import Kind
-from prefixrl_mcore.checkpoint.convert.rules import ModelDims, find_table, hf_name
+from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, find_table, hf_name
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 
 QWEN3 = {
@@ -119,9 +119,47 @@ def test_a_tied_model_has_no_output_head() -> None:
 def test_both_specs_names_lead_to_the_same_rule(name: str, expected: str) -> None:
     found = find_table(QWEN3).find(name, ModelDims.from_hf_config(QWEN3))
     assert found is not None
-    rule, layer = found
-    assert layer == 1
-    assert hf_name(rule.hf[0], layer) == f"model.layers.1.{expected}.weight"
+    rule, place = found
+    assert place == Place(layer=1)
+    assert hf_name(rule.hf[0], place) == f"model.layers.1.{expected}.weight"
+
+
+MIXTURE = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "num_local_experts": 3,
+    "moe_intermediate_size": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlp.experts.linear_fc1.weight2", "mlp.experts.local_experts.2.linear_fc1.weight"],
+    ids=["grouped", "sequential"],
+)
+def test_an_expert_has_its_layer_and_index_under_either_spec(name: str) -> None:
+    dims = ModelDims.from_hf_config(MIXTURE)
+    found = find_table(MIXTURE).find(f"decoder.layers.1.{name}", dims)
+    assert found is not None
+    rule, place = found
+    assert place == Place(layer=1, expert=2)
+    prefix = "model.layers.1.mlp.experts.2"
+    assert [hf_name(weight, place) for weight in rule.hf] == [
+        f"{prefix}.gate_proj.weight",
+        f"{prefix}.up_proj.weight",
+    ]
+    assert rule.full_shape(dims) == (8, 8)
+    assert rule.stacked_checkpoint_names() == (
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight",
+    )
+
+
+def test_the_qwen3_moe_table_describes_every_expert_once() -> None:
+    dims = ModelDims.from_hf_config(MIXTURE)
+    shapes = find_table(MIXTURE).hf_shapes(dims)
+    assert len(shapes) == 1 + 2 * (9 + 3 * 3) + 2
+    assert shapes["model.layers.1.mlp.experts.2.down_proj.weight"] == (8, 4)
+    assert shapes["model.layers.0.mlp.gate.weight"] == (3, 8)
+    assert not [name for name in shapes if "mlp.gate_proj" in name]
 
 
 def test_an_unknown_name_has_no_rule() -> None:
@@ -132,7 +170,7 @@ def test_an_unknown_name_has_no_rule() -> None:
 
 @pytest.mark.parametrize("model_type", ["bert", None, "../qwen3", "__init__"])
 def test_an_unknown_family_is_refused_with_the_known_ones(model_type: str | None) -> None:
-    with pytest.raises(CheckpointError, match="expected one of qwen3"):
+    with pytest.raises(CheckpointError, match="expected one of llama, qwen2, qwen3, qwen3_moe"):
         find_table({"model_type": model_type})
 
 

@@ -79,6 +79,43 @@ def test_two_sequences_in_one_stream_by_hand() -> None:
     assert dtypes == [np.float32] * 3
 
 
+def test_sequences_padded_to_a_multiple_by_hand() -> None:
+    a = _sequence("a", (1, 2, 3), (4, 5))
+    b = _sequence("b", (6,), (7, 8))
+    batch = pack([a, b], stream_tokens=16, sequence_multiple=4, max_completion_tokens=4)
+    (stream,) = batch.streams
+    assert stream.token_ids_T.tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 6, 7, 8, 0, 0, 0, 0, 0]
+    assert stream.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert stream.sequence_starts.tolist() == [0, 8, 12, 16]
+    assert stream.rows_R.tolist() == [2, 3, 8, 9]
+    assert stream.targets_R.tolist() == [4, 5, 7, 8]
+    assert (batch.num_padding_tokens, batch.sequence_multiple) == (8, 4)
+
+
+def test_padding_behind_a_sequence_takes_room() -> None:
+    sequences = [_sequence(name, (1, 2), (3, 4, 5), group=i) for i, name in enumerate("abc")]
+    # 5 tokens each: three fit into 16; padded to 8 only two do.
+    sizes = {1: 1, 4: 2}
+    for multiple, num_streams in sizes.items():
+        batch = pack(
+            sequences, stream_tokens=16, sequence_multiple=multiple, max_completion_tokens=4
+        )
+        assert len(batch.streams) == num_streams
+        assert batch.num_padding_tokens == 16 * num_streams - 15
+
+
+def test_a_stream_that_is_no_multiple_of_the_sequence_multiple_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"stream_tokens = 18 .* sequence_multiple = 4; make it 20"
+    ):
+        pack(
+            [_sequence("a", (1,), (2,))],
+            stream_tokens=18,
+            sequence_multiple=4,
+            max_completion_tokens=4,
+        )
+
+
 def test_a_full_stream_has_no_padding_sequence() -> None:
     batch = pack([_sequence("a", (1, 2), (3, 4))], stream_tokens=4, max_completion_tokens=4)
     assert batch.streams[0].sequence_starts.tolist() == [0, 4]

@@ -158,19 +158,66 @@ def test_activations_of_a_stream_of_4096_tokens(
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ({"context_parallel_size": 2}, "context_parallel_size = 2 is not supported yet; set it"),
-        ({"expert_model_parallel_size": 2}, "needs a mixture-of-experts model"),
+        (
+            {"expert_model_parallel_size": 2, "data_parallel_size": 2},
+            "needs a mixture-of-experts model, got Qwen3ForCausalLM",
+        ),
+        ({"expert_model_parallel_size": 2}, "does not divide the 1 ranks of a pipeline stage"),
         ({"virtual_pipeline_model_parallel_size": 2}, "needs pipeline_model_parallel_size > 1"),
         ({"tensor_model_parallel_size": 3}, "32 attention heads do not divide into 3"),
         ({"tensor_model_parallel_size": 16}, "8 key-value heads do not divide into 16"),
         ({"pipeline_model_parallel_size": 5}, "36 layers do not divide into 5"),
     ],
-    ids=["context", "expert", "virtual", "heads", "key-value-heads", "layers"],
+    ids=["expert", "stage", "virtual", "heads", "key-value-heads", "layers"],
 )
 def test_a_layout_that_training_refuses_is_refused(
     tmp_path: Path, parallel: dict[str, Any], message: str
 ) -> None:
     assert message in _refusal(tmp_path, parallel)
+
+
+MIXTURE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+
+
+def test_parameters_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    size = read_model_size(_config(tmp_path, model=MIXTURE).model.path)
+    # One expert 3 x 2560 x 768, router 64 x 2560, attention and embedding as in Qwen3-4B.
+    experts = 36 * 64 * 5_898_240
+    assert size.num_expert_parameters == experts
+    assert size.num_parameters == 36 * (26_214_400 + 163_840) + experts + 388_956_160
+    assert size.num_active_parameters == size.num_parameters - experts * 7 // 8
+
+
+def test_expert_parallel_ranks_share_the_experts(tmp_path: Path) -> None:
+    replicas = {"data_parallel_size": 4}
+    spread = replicas | {"expert_model_parallel_size": 4}
+    sharded = {"optimizer": {"use_distributed_optimizer": True}}
+    one = _memory(tmp_path, replicas, model=MIXTURE, policy=sharded)
+    four = _memory(tmp_path, spread, model=MIXTURE, policy=sharded)
+    experts = 36 * 64 * 5_898_240
+    assert one.weights - four.weights == 2 * experts * 3 / 4
+    assert one.optimizer == four.optimizer  # sharded over all ranks either way
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"expert_model_parallel_size": 3, "data_parallel_size": 3}, "64 experts do not divide"),
+        ({"tensor_model_parallel_size": 2}, "sequence_parallel must be true for a mixture"),
+    ],
+    ids=["experts", "sequence-parallel"],
+)
+def test_a_layout_that_experts_cannot_have_is_refused(
+    tmp_path: Path, parallel: dict[str, Any], message: str
+) -> None:
+    assert message in _refusal(tmp_path, parallel, model=MIXTURE)
 
 
 def test_a_feed_forward_width_that_does_not_divide_is_refused(tmp_path: Path) -> None:
@@ -184,8 +231,8 @@ def test_a_feed_forward_width_that_does_not_divide_is_refused(tmp_path: Path) ->
     ("model", "message"),
     [
         (
-            {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-            "['LlamaForCausalLM'] is not supported; expected one of ['Qwen3ForCausalLM']",
+            {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
+            "['GemmaForCausalLM'] is not supported; expected one of ['LlamaForCausalLM',",
         ),
         ({"model_type": "llama"}, "model_type = 'llama' is not implemented"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
@@ -204,9 +251,54 @@ def test_a_stream_that_sequence_parallelism_cannot_split_is_refused_with_stages(
 ) -> None:
     parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     message = _refusal(tmp_path, parallel | {"pipeline_model_parallel_size": 2}, stream_tokens=4097)
-    assert "stream of 4097 tokens does not divide into 2" in message
+    assert "stream of 4097 tokens does not divide into 2 equal parts (tensor 2" in message
+    assert "set batch.stream_tokens to 4098 or 4096" in message
     one_stage = _config(tmp_path, parallel, stream_tokens=4097)
     check_layout(one_stage, read_model_size(tmp_path).shape)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "tokens", "message"),
+    [
+        pytest.param(
+            *({"context_parallel_size": 2}, 4098),
+            "does not divide into 4 equal parts (2 chunks x context 2); set batch.stream_tokens to "
+            "4100 or 4096",
+            id="cp2",
+        ),
+        pytest.param(
+            {
+                "context_parallel_size": 2,
+                "tensor_model_parallel_size": 4,
+                "sequence_parallel": True,
+            },
+            4100,
+            "does not divide into 8 equal parts (context 2 x least common multiple of 2 chunks and "
+            "tensor 4); set batch.stream_tokens to 4104 or 4096",
+            id="cp2-tp4-sp",
+        ),
+    ],
+)
+def test_a_stream_that_context_parallelism_cannot_cut_is_refused_with_the_arithmetic(
+    tmp_path: Path, parallel: dict[str, Any], tokens: int, message: str
+) -> None:
+    assert message in _refusal(tmp_path, parallel, stream_tokens=tokens)
+    fits = _config(tmp_path, parallel, stream_tokens=4104)
+    check_layout(fits, read_model_size(tmp_path).shape)
+
+
+def test_context_parallel_ranks_share_activations_and_the_sharded_optimizer(
+    tmp_path: Path,
+) -> None:
+    whole = _memory(tmp_path, {}, policy={"optimizer": {"use_distributed_optimizer": True}})
+    shared = _memory(
+        tmp_path,
+        {"context_parallel_size": 4},
+        policy={"optimizer": {"use_distributed_optimizer": True}},
+    )
+    assert shared.activations == whole.activations / 4
+    assert shared.optimizer == whole.optimizer / 4
+    assert (shared.weights, shared.gradients) == (whole.weights, whole.gradients)
 
 
 def test_sequences_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:

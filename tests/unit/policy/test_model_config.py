@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefixrl_mcore.config.layout import Llama3Scaling, MixtureShape
 from prefixrl_mcore.config.policy import PolicyConfig
 from prefixrl_mcore.policy.model_config import (
     build_transformer_config,
@@ -84,7 +85,7 @@ def test_vocabulary_is_padded_to_equal_shards(tp: int, rows: int) -> None:
         pytest.param({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling", id="yarn"),
         pytest.param(
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
-            "rope_parameters",
+            r"rope_parameters.*only rope_type 'default'",
             id="llama3",
         ),
         pytest.param(
@@ -112,6 +113,90 @@ def test_a_field_that_is_not_implemented_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_model_shape(QWEN3_8B_V4 | change)
+
+
+MIXTURE = QWEN3_8B_V4 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+LLAMA_31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA = {
+    key: value
+    for key, value in QWEN3_8B_V4.items()
+    if key not in ("max_window_layers", "sliding_window", "use_sliding_window")
+} | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_scaling": LLAMA_31}
+
+
+def test_experts_of_either_transformers_generation() -> None:
+    shape = read_model_shape(MIXTURE)
+    v5 = {key: value for key, value in MIXTURE.items() if key != "num_experts"}
+    assert read_model_shape(v5 | {"num_local_experts": 128}) == shape
+    assert shape.mixture == MixtureShape(
+        num_experts=128, num_experts_per_token=8, is_renormalized=True
+    )
+    assert shape.ffn_hidden_size == 768
+
+
+def test_llama_scaling_of_either_transformers_generation() -> None:
+    shape = read_model_shape(LLAMA)
+    assert shape.rotary_scaling == Llama3Scaling(
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    v5 = {key: value for key, value in LLAMA.items() if key not in ("rope_scaling", "rope_theta")}
+    assert read_model_shape(v5 | {"rope_parameters": LLAMA_31 | {"rope_theta": 1000000}}) == shape
+
+
+def test_qwen2_has_biases_that_its_config_does_not_name() -> None:
+    config = QWEN3_8B_V4 | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    del config["attention_bias"]
+    shape = read_model_shape(config)
+    assert (shape.add_qkv_bias, shape.qk_layernorm) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        pytest.param(MIXTURE, {"mlp_only_layers": [0]}, "mlp_only_layers", id="dense-layers"),
+        pytest.param(MIXTURE, {"decoder_sparse_step": 2}, "decoder_sparse_step", id="every-second"),
+        pytest.param(MIXTURE, {"num_experts_per_tok": 129}, "exceeds the 128", id="too-many"),
+        pytest.param(MIXTURE, {"num_experts_per_tok": 1}, "no gradient", id="one-expert"),
+        pytest.param(MIXTURE, {"shared_expert_intermediate_size": 1}, "unknown", id="shared"),
+        pytest.param(LLAMA, {"mlp_bias": True}, "mlp_bias", id="mlp-bias"),
+        pytest.param(LLAMA, {"attention_bias": True}, "attention_bias", id="attention-bias"),
+        pytest.param(
+            *(LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+            "only rope_type 'default' or 'llama3'",
+            id="yarn",
+        ),
+        pytest.param(
+            *(LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+            "'llama3' with exactly",
+            id="half-a-scaling",
+        ),
+    ],
+)
+def test_what_a_family_does_not_implement_is_refused(
+    config: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_model_shape(config | change)
 
 
 @pytest.mark.parametrize(

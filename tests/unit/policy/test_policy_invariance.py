@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from prefixrl_mcore.config.policy import LossConfig
-from prefixrl_mcore.data.packing import PackedBatch, Stream
+from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.policy import cpu_runtime
 from prefixrl_mcore.policy.build import unwrap
 from prefixrl_mcore.policy.forward_backward import build_microbatch, run_model
+from tests.support.masked_rows import with_every_position_a_row
 from tests.support.policies import (
     build_policy,
     gradients_of,
@@ -32,50 +33,19 @@ def _gradients(folder: Path, batch: PackedBatch, **settings: object) -> dict[str
     return gradients_of(policy)
 
 
-def _row_mask(stream: Stream) -> np.ndarray:
-    mask = np.zeros(len(stream.token_ids_T), dtype=bool)
-    mask[stream.rows_R] = True
-    return mask
-
-
-def _spread(values_R: np.ndarray, mask_T: np.ndarray, filler: np.ndarray | float) -> np.ndarray:
-    """Return [T] values: those of rows at the rows, ``filler`` everywhere else."""
-    values_T = np.full(mask_T.size, filler, dtype=values_R.dtype)
-    values_T[mask_T] = values_R
-    return values_T
-
-
 def _masked_gradients(
-    folder: Path, batch: PackedBatch, *, garbage: float, garbage_targets: int
+    folder: Path, batch: PackedBatch, *, garbage: float, garbage_target: int
 ) -> dict[str, Tensor]:
-    """Return gradients when every position is a row, with weights 0 instead of row selection.
-
-    Positions that are no rows of ``batch`` get ``garbage`` as advantage and rollout logprob, and
-    ``garbage_targets`` as target.
-    """
-    streams = []
-    for stream in batch.streams:
-        mask_T = _row_mask(stream)
-        streams.append(
-            dataclasses.replace(
-                stream,
-                rows_R=np.arange(mask_T.size),
-                targets_R=_spread(stream.targets_R, mask_T, garbage_targets),
-                advantages_R=_spread(stream.advantages_R, mask_T, garbage),
-                weights_R=_spread(stream.weights_R, mask_T, 0.0),
-                rollout_logprobs_R=_spread(stream.rollout_logprobs_R, mask_T, garbage),
-                sequence_index_R=_spread(stream.sequence_index_R, mask_T, 0),
-            )
-        )
-    return _gradients(folder, dataclasses.replace(batch, streams=tuple(streams)))
+    masked = with_every_position_a_row(batch, garbage=garbage, garbage_target=garbage_target)
+    return _gradients(folder, masked)
 
 
 def test_targets_and_loss_inputs_of_prompt_and_prefix_have_exactly_no_effect(
     tied_folder: Path,
 ) -> None:
     batch = make_batch()
-    clean = _masked_gradients(tied_folder, batch, garbage=0.0, garbage_targets=0)
-    dirty = _masked_gradients(tied_folder, batch, garbage=1e6, garbage_targets=17)
+    clean = _masked_gradients(tied_folder, batch, garbage=0.0, garbage_target=0)
+    dirty = _masked_gradients(tied_folder, batch, garbage=1e6, garbage_target=17)
     assert max_difference(clean, dirty) == 0.0
     # The mask and the selection of rows are the same loss, but for the count that divides it.
     num_positions = sum(len(stream.token_ids_T) for stream in batch.streams)

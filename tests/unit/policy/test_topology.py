@@ -9,7 +9,7 @@ from prefixrl_mcore.policy import topology
 def test_a_single_process_needs_no_environment() -> None:
     place = topology.initialize(ParallelConfig(), seed=0, environment={})
     assert (place.rank, place.world_size) == (0, 1)
-    assert (place.tp_size, place.pp_size, place.dp_size) == (1, 1, 1)
+    assert (place.tp_size, place.pp_size, place.cp_size, place.dp_size) == (1, 1, 1, 1)
     assert place.is_first
     assert place.is_last_stage
     assert topology.current() == place
@@ -22,10 +22,12 @@ def test_a_layout_for_more_processes_is_refused() -> None:
         topology.initialize(parallel, seed=0, environment={})
 
 
-@pytest.mark.parametrize("field", ["context_parallel_size", "expert_model_parallel_size"])
-def test_layouts_that_are_not_supported_yet_are_refused_by_name(field: str) -> None:
-    parallel = ParallelConfig.model_validate({field: 2})
-    with pytest.raises(ValueError, match=field):
+def test_experts_that_cannot_be_spread_over_a_stage_are_refused_with_the_arithmetic() -> None:
+    parallel = ParallelConfig(
+        expert_model_parallel_size=4, data_parallel_size=3, tensor_model_parallel_size=2
+    )
+    message = r"= 4 does not divide the 6 ranks of a pipeline stage \(tensor 2 x context 1 x data 3"
+    with pytest.raises(ValueError, match=message):
         topology.initialize(parallel, seed=0, environment={})
 
 

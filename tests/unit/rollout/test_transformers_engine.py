@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from prefixrl_mcore.config.rollout import TransformersConfig
 from prefixrl_mcore.records import Completion
@@ -10,7 +11,14 @@ from prefixrl_mcore.rollout import decoding
 from prefixrl_mcore.rollout.engine import EngineError, SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.transformers_engine import TransformersEngine
 from tests.support.hf_logprobs import hf_completion_logprobs
-from tests.support.tiny_models import EOS_ID, VOCABULARY, build_tiny_qwen3, write_tiny_qwen3
+from tests.support.tiny_models import (
+    EOS_ID,
+    VOCABULARY,
+    build_tiny_qwen3,
+    build_tiny_qwen3_moe,
+    write_model_folder,
+    write_tiny_qwen3,
+)
 
 # Float32 on both sides; the order of sums differs.
 LOGPROB_TOLERANCE = 2e-5
@@ -153,6 +161,20 @@ def test_untied_head_is_loaded_and_required(tmp_path: Path) -> None:
         other, request.context_token_ids, completion.token_ids, temperature=1.0
     )
     assert completion.logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+
+
+def test_experts_are_loaded_by_their_names_in_files(tmp_path: Path) -> None:
+    write_model_folder(build_tiny_qwen3_moe(seed=0), tmp_path / "old")
+    new = write_model_folder(build_tiny_qwen3_moe(seed=1), tmp_path / "new")
+    engine = engine_of(tmp_path / "old")
+    weights = load_file(new / "model.safetensors")
+    engine.load_weights(weights.items(), 1)
+    request = request_of(0, 6, 2)
+    sampled = token_ids_of(engine.sample([request], params_of()))
+    assert sampled == token_ids_of(engine_of(new).sample([request], params_of()))
+    del weights["model.layers.1.mlp.experts.3.up_proj.weight"]
+    with pytest.raises(EngineError, match=r"experts\.3\.up_proj"):
+        engine.load_weights(weights.items(), 2)
 
 
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:

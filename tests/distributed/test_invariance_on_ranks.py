@@ -1,0 +1,110 @@
+"""What must not matter to the gradient, in every layout: garbage outside completions, packing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from prefixrl_mcore.config.policy import ParallelConfig
+from prefixrl_mcore.policy import topology
+from tests.support.masked_rows import with_every_position_a_row
+from tests.support.policies import (
+    build_policy,
+    gradients_of,
+    make_batch,
+    make_sequences,
+    max_difference,
+)
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny_models import build_tiny_qwen3, write_model_folder
+
+TOLERANCE = 2e-6
+"""float32: other orders of summation; gradients are up to 0.3 in size."""
+
+CP2 = ParallelConfig(context_parallel_size=2)
+LAYOUTS = {
+    "cp2": CP2,
+    "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "dp2": ParallelConfig(data_parallel_size=2),
+    "cp2-tp2-sp": ParallelConfig(
+        context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True
+    ),
+    "cp2-pp2": ParallelConfig(context_parallel_size=2, pipeline_model_parallel_size=2),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_folder(build_tiny_qwen3(), tmp_path_factory.mktemp("model"))
+
+
+def _clean_and_dirty(rank: int, folder: Path, parallel: ParallelConfig) -> tuple[float, float]:
+    batch = make_batch(
+        num_ranks=parallel.data_parallel_size,
+        streams_multiple=parallel.pipeline_model_parallel_size,
+        sequence_multiple=parallel.sequence_multiple,
+    )
+    outcomes = []
+    for garbage, target in ((0.0, 0), (1e6, 17)):
+        policy = build_policy(folder, parallel=parallel)
+        masked = with_every_position_a_row(batch, garbage=garbage, garbage_target=target)
+        policy.update(masked)
+        outcomes.append(gradients_of(policy))
+    clean, dirty = outcomes
+    return max_difference(clean, dirty), max(float(g.abs().max()) for g in clean.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("cp2"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "cp2"),
+    ],
+)
+def test_prompt_prefix_and_padding_contribute_exactly_nothing(folder: Path, name: str) -> None:
+    parallel = LAYOUTS[name]
+    outcomes = run_on_ranks(_clean_and_dirty, folder, parallel, world_size=parallel.world_size)
+    for difference, size in outcomes:
+        assert difference == 0.0
+        assert size > 0.02
+
+
+def _shuffled(rank: int, folder: Path, parallel: ParallelConfig) -> list[dict[str, Tensor]]:
+    sequences = make_sequences()
+    outcomes = []
+    for seed, stream_tokens in ((1, 40), (2, 64), (3, 512)):
+        order = np.random.default_rng(seed).permutation(len(sequences))
+        batch = make_batch(
+            [sequences[i] for i in order],
+            stream_tokens=stream_tokens,
+            sequence_multiple=parallel.sequence_multiple,
+        )
+        policy = build_policy(folder, parallel=parallel, stream_tokens=stream_tokens)
+        policy.update(batch)
+        outcomes.append(gradients_of(policy))
+    return outcomes
+
+
+def test_gradient_under_context_parallelism_does_not_depend_on_packing(folder: Path) -> None:
+    policy = build_policy(folder)
+    policy.update(make_batch())
+    expected = gradients_of(policy)
+    topology.shut_down()
+    for outcomes in run_on_ranks(_shuffled, folder, CP2, world_size=2):
+        for gradients in outcomes:
+            assert max_difference(gradients, expected) < TOLERANCE
+    assert max(float(g.abs().max()) for g in expected.values()) > 0.05
+
+
+def _refusal(rank: int, folder: Path) -> str:
+    policy = build_policy(folder, parallel=CP2)
+    with pytest.raises(ValueError, match="context_parallel_size") as error:
+        policy.update(make_batch(sequence_multiple=2))
+    return str(error.value)
+
+
+def test_a_batch_whose_sequences_cannot_be_cut_is_refused(folder: Path) -> None:
+    for message in run_on_ranks(_refusal, folder, world_size=2):
+        assert "needs a multiple of 4 (2 chunks x 2); pass sequence_multiple=4 to pack()" in message

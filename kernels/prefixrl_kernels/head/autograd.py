@@ -196,13 +196,13 @@ def _finish_forward_sums(
     upstream: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Scale what the forward pass has summed, and deliver it."""
-    hidden, private_VH = ctx.saved_tensors
     if ctx.is_delivered:
         raise RuntimeError(
             "reinforce_head: a second backward pass through mode grad_in_forward, whose gradients "
             "were made once and given away; use mode='recompute' with retain_graph=True"
         )
     ctx.is_delivered = True
+    hidden, private_VH = ctx.saved_tensors
     scale = upstream
     if ctx.is_direct:
         # main_grad already holds the gradient for the promised value. A broken promise cannot be

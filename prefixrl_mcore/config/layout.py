@@ -1,265 +1,12 @@
-"""From a Hugging Face ``config.json`` to the model shape, and the layouts that can run it.
+"""Which layouts can run a model and a batch.
 
-Every field of ``config.json`` must be understood: it is mapped, it must have a certain value, or
-it is known not to change what the model computes. Anything else is an error that names the field,
-because a silently ignored field (a rope scaling, a sliding window) trains a different model.
-
-A model family is one entry of ``FAMILIES``. Training and ``prefixrl check`` both call what is
-here, so that they refuse the same configs; nothing here imports torch.
+Training and ``prefixrl check`` both call what is here, so that they refuse the same configs;
+nothing here imports torch.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
-
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import ParallelConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MixtureShape:
-    """The mixture of experts that replaces the feed-forward layer of every decoder layer."""
-
-    num_experts: int
-    """Experts of a layer."""
-
-    num_experts_per_token: int
-    """Experts that a token is routed to."""
-
-    is_renormalized: bool
-    """The weights of a token's experts sum to 1; otherwise they are their shares of a softmax over
-    all experts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Llama3Scaling:
-    """Rotary frequencies of Llama 3: low ones divided by ``factor``, with a smooth transition."""
-
-    factor: float
-    """Divisor of low frequencies."""
-
-    low_freq_factor: float
-    """Wavelengths above ``original_max_position_embeddings`` / this are scaled in full."""
-
-    high_freq_factor: float
-    """Wavelengths below ``original_max_position_embeddings`` / this are left alone."""
-
-    original_max_position_embeddings: int
-    """Positions before the extension, tokens."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelShape:
-    """What must be known of a decoder-only transformer to build it."""
-
-    architecture: str
-    """Name in ``config.json``, e.g. ``Qwen3ForCausalLM``."""
-
-    num_layers: int
-    """Transformer layers."""
-
-    hidden_size: int
-    """Width of the residual stream."""
-
-    ffn_hidden_size: int
-    """Width of the gated feed-forward layer, in a mixture of experts of one expert."""
-
-    num_attention_heads: int
-    """Query heads."""
-
-    num_query_groups: int
-    """Key-value heads."""
-
-    kv_channels: int
-    """Width of one head."""
-
-    vocab_size: int
-    """Tokens in the vocabulary, without padding."""
-
-    rotary_base: float
-    """Base of the rotary position embedding."""
-
-    layernorm_epsilon: float
-    """Offset in RMSNorm."""
-
-    max_position_embeddings: int
-    """Longest sequence that the model was made for, tokens."""
-
-    init_method_std: float
-    """Standard deviation of freshly initialised weights (loaded weights do not depend on it)."""
-
-    tie_word_embeddings: bool
-    """Input and output embedding are one matrix."""
-
-    qk_layernorm: bool
-    """RMSNorm on each query and key head."""
-
-    add_qkv_bias: bool
-    """Bias on the query, key and value projections."""
-
-    mixture: MixtureShape | None = None
-    """Experts; None is a dense model."""
-
-    rotary_scaling: Llama3Scaling | None = None
-    """Change of the rotary frequencies; None is none."""
-
-    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
-        """Return the rows of the embedding: ``vocab_size`` rounded up to equal shards."""
-        shards = tensor_model_parallel_size
-        return -(-self.vocab_size // shards) * shards
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """How the ``config.json`` of one architecture is read."""
-
-    qk_layernorm: bool = False
-    """The family normalises query and key heads."""
-
-    has_qkv_bias: bool = False
-    """The family's query, key and value projections have biases, whatever the config says."""
-
-    is_mixture: bool = False
-    """Every feed-forward layer is a mixture of experts."""
-
-    rope_types: frozenset[str] = frozenset({"default"})
-    """Kinds of rotary embedding that are implemented for the family."""
-
-    required: Mapping[str, Any]
-    """Fields that, where present, must have exactly this value."""
-
-    ignored: frozenset[str]
-    """Fields that do not change what the model computes in training."""
-
-
-_MAPPED = frozenset(
-    {
-        *("architectures", "attention_bias", "head_dim", "hidden_size", "initializer_range"),
-        *("intermediate_size", "max_position_embeddings", "num_attention_heads"),
-        *("num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters"),
-        *("rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size", "layer_types"),
-        *("use_sliding_window", "sliding_window"),
-    }
-)
-"""Fields that ``read_model_shape`` reads of every family."""
-
-_MIXTURE_MAPPED = frozenset(
-    {
-        *("moe_intermediate_size", "norm_topk_prob", "num_experts", "num_experts_per_tok"),
-        "num_local_experts",
-    }
-)
-"""Further fields that it reads of a mixture of experts."""
-
-_NOT_COMPUTED = frozenset(
-    {
-        *("_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"),
-        *("transformers_version", "use_cache", "max_window_layers", "return_dict"),
-        *("output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
-        *("is_encoder_decoder", "id2label", "label2id", "problem_type"),
-    }
-)
-"""Bookkeeping, generation and loading fields."""
-
-_COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
-
-FAMILIES: Mapping[str, Family] = {
-    "Qwen3ForCausalLM": Family(
-        qk_layernorm=True,
-        required={"model_type": "qwen3", **_COMMON},
-        ignored=_NOT_COMPUTED,
-    ),
-    "Qwen3MoeForCausalLM": Family(
-        qk_layernorm=True,
-        is_mixture=True,
-        required={
-            "model_type": "qwen3_moe",
-            "attention_bias": False,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            **_COMMON,
-        },
-        # The auxiliary loss is a choice of the training; this trainer has none.
-        ignored=_NOT_COMPUTED | {"output_router_logits", "router_aux_loss_coef"},
-    ),
-    "Qwen2ForCausalLM": Family(
-        has_qkv_bias=True,
-        required={"model_type": "qwen2", **_COMMON},
-        ignored=_NOT_COMPUTED,
-    ),
-    "LlamaForCausalLM": Family(
-        rope_types=frozenset({"default", "llama3"}),
-        required={
-            "model_type": "llama",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "pretraining_tp": 1,
-            **_COMMON,
-        },
-        ignored=_NOT_COMPUTED,
-    ),
-}
-"""Supported architectures by the name in ``config.json``."""
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Return the content of ``folder/config.json``.
-
-    Raises:
-        ConfigError: if the file is missing or is not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: does not exist; expected a Hugging Face model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
-    """Return the shape that a Hugging Face ``config.json`` describes.
-
-    Args:
-        hf_config: the parsed file, as written by transformers 4 or 5.
-
-    Raises:
-        ConfigError: if the architecture is not supported, a field is missing, unknown, or asks
-            for something that is not implemented; the message names the field.
-    """
-    architecture = _architecture(hf_config)
-    family = FAMILIES[architecture]
-    _refuse_unknown_fields(hf_config, architecture, family)
-    _refuse_sliding_window(hf_config)
-    hidden_size = _integer(hf_config, "hidden_size")
-    num_heads = _integer(hf_config, "num_attention_heads")
-    head_dim = hf_config.get("head_dim")
-    rotary_base, rotary_scaling = _rotary(hf_config, family)
-    ffn_field = "moe_intermediate_size" if family.is_mixture else "intermediate_size"
-    return ModelShape(
-        architecture=architecture,
-        num_layers=_integer(hf_config, "num_hidden_layers"),
-        hidden_size=hidden_size,
-        ffn_hidden_size=_integer(hf_config, ffn_field),
-        num_attention_heads=num_heads,
-        num_query_groups=int(hf_config.get("num_key_value_heads") or num_heads),
-        kv_channels=int(head_dim) if head_dim is not None else hidden_size // num_heads,
-        vocab_size=_integer(hf_config, "vocab_size"),
-        rotary_base=rotary_base,
-        layernorm_epsilon=float(_present(hf_config, "rms_norm_eps")),
-        max_position_embeddings=_integer(hf_config, "max_position_embeddings"),
-        init_method_std=float(hf_config.get("initializer_range", 0.02)),
-        tie_word_embeddings=bool(_present(hf_config, "tie_word_embeddings")),
-        qk_layernorm=family.qk_layernorm,
-        add_qkv_bias=family.has_qkv_bias or bool(hf_config.get("attention_bias", False)),
-        mixture=_mixture(hf_config) if family.is_mixture else None,
-        rotary_scaling=rotary_scaling,
-    )
 
 
 def check_supported(parallel: ParallelConfig) -> None:
@@ -295,21 +42,50 @@ def check_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
     """
     _check_mixture(shape, parallel)
     tensor = parallel.tensor_model_parallel_size
-    stages = parallel.pipeline_model_parallel_size * (
-        parallel.virtual_pipeline_model_parallel_size or 1
-    )
+    num_layers, chunks = _layers_to_share(shape, parallel)
     # Experts are not cut: their width need not divide.
     ffn_parts = 1 if shape.mixture else tensor
     for what, number, parts, field in (
         ("attention heads", shape.num_attention_heads, tensor, "tensor_model_parallel_size"),
         ("key-value heads", shape.num_query_groups, tensor, "tensor_model_parallel_size"),
         ("feed-forward width", shape.ffn_hidden_size, ffn_parts, "tensor_model_parallel_size"),
-        ("layers", shape.num_layers, stages, "pipeline_model_parallel_size"),
+        ("layers", num_layers, chunks, "pipeline_model_parallel_size"),
     ):
         if number % parts:
             raise ConfigError(
                 f"policy.parallel.{field}: {number} {what} do not divide into {parts} equal parts"
             )
+
+
+def _layers_to_share(shape: ModelShape, parallel: ParallelConfig) -> tuple[int, int]:
+    """Return the layers that are shared equally, and the chunks of the model that share them.
+
+    Raises:
+        ConfigError: if stages with a number of layers of their own leave nothing, or too much.
+    """
+    stages = parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    own = [
+        number
+        for number in (
+            parallel.num_layers_in_first_pipeline_stage,
+            parallel.num_layers_in_last_pipeline_stage,
+        )
+        if number is not None
+    ]
+    left, sharing = shape.num_layers - sum(own), stages - len(own)
+    if own and (sharing < 0 or stages == 1 or (left > 0) != (sharing > 0) or left < 0):
+        raise ConfigError(
+            "policy.parallel.num_layers_in_first_pipeline_stage and ..._last_...: "
+            f"{' + '.join(map(str, own))} of {shape.num_layers} layers leave {left} for {sharing} "
+            f"of {stages} pipeline stages; change the numbers or pipeline_model_parallel_size"
+        )
+    if any(number % virtual for number in own):
+        raise ConfigError(
+            f"policy.parallel.virtual_pipeline_model_parallel_size: {own} layers of the first and "
+            f"last stage do not divide into {virtual} chunks each"
+        )
+    return left, max(sharing, 1) * virtual
 
 
 def _check_mixture(shape: ModelShape, parallel: ParallelConfig) -> None:
@@ -382,114 +158,3 @@ def check_positions(shape: ModelShape, max_total_tokens: int) -> None:
             f"max_position_embeddings = {shape.max_position_embeddings} (config.json); lower "
             f"rollout.max_total_tokens to {shape.max_position_embeddings}"
         )
-
-
-def _architecture(hf_config: Mapping[str, Any]) -> str:
-    """Return the architecture's name, or refuse it."""
-    names = hf_config.get("architectures") or []
-    if len(names) != 1 or names[0] not in FAMILIES:
-        raise ConfigError(
-            f"config.json: architectures = {names!r} is not supported; expected one of "
-            f"{sorted(FAMILIES)}"
-        )
-    return names[0]
-
-
-def _refuse_unknown_fields(hf_config: Mapping[str, Any], architecture: str, family: Family) -> None:
-    """Refuse fields that we do not understand, and values that we do not implement."""
-    for name, value in family.required.items():
-        if name in hf_config and hf_config[name] != value:
-            raise ConfigError(
-                f"config.json: {name} = {hf_config[name]!r} is not implemented for "
-                f"{architecture}, expected {value!r}"
-            )
-    known = _MAPPED | family.ignored | set(family.required)
-    if family.is_mixture:
-        known |= _MIXTURE_MAPPED
-    unknown = sorted(set(hf_config) - known)
-    if unknown:
-        listed = ", ".join(f"{name} = {hf_config[name]!r}" for name in unknown)
-        raise ConfigError(
-            f"config.json: unknown field(s) for {architecture}: {listed}; the model may compute "
-            "something that is not implemented here"
-        )
-
-
-def _refuse_sliding_window(hf_config: Mapping[str, Any]) -> None:
-    """Refuse a model whose attention is not full and causal in every layer."""
-    if hf_config.get("use_sliding_window"):
-        raise ConfigError(
-            "config.json: use_sliding_window = true is not implemented; only full causal "
-            "attention is"
-        )
-    # Without the switch the width is dead: released Qwen3 files carry one, and no family here
-    # uses a window that is not announced by the switch or by layer_types.
-    layer_types = hf_config.get("layer_types")
-    if layer_types is not None and set(layer_types) != {"full_attention"}:
-        raise ConfigError(
-            f"config.json: layer_types = {sorted(set(layer_types))!r} is not implemented; only "
-            "'full_attention' is"
-        )
-
-
-def _rotary(hf_config: Mapping[str, Any], family: Family) -> tuple[float, Llama3Scaling | None]:
-    """Return rotary base and scaling of a transformers 4 or 5 file; refuse unknown scaling."""
-    parameters = hf_config.get("rope_parameters")
-    scaling = hf_config.get("rope_scaling")
-    theta = (parameters or {}).get("rope_theta", hf_config.get("rope_theta"))
-    if theta is None:
-        raise ConfigError("config.json: rope_theta is missing (also in rope_parameters)")
-    found: Llama3Scaling | None = None
-    names = {field.name for field in fields(Llama3Scaling)}
-    for field, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        if not value:
-            continue
-        kind = value.get("rope_type", value.get("type", "default"))
-        given = set(value) - {"rope_type", "type", "rope_theta"}
-        if kind not in family.rope_types or given != (names if kind == "llama3" else set()):
-            raise ConfigError(
-                f"config.json: {field} = {value!r} is not implemented; only rope_type "
-                f"{' or '.join(map(repr, sorted(family.rope_types)))} is"
-                + (f", 'llama3' with exactly {sorted(names)}" if kind == "llama3" else "")
-                + (" with no further entries" if kind == "default" else "")
-            )
-        if kind == "llama3":
-            found = Llama3Scaling(**{name: value[name] for name in names})
-    return float(theta), found
-
-
-def _mixture(hf_config: Mapping[str, Any]) -> MixtureShape:
-    """Return the experts of a transformers 4 or 5 file."""
-    field = "num_experts" if "num_experts" in hf_config else "num_local_experts"
-    num_experts = _integer(hf_config, field)
-    per_token = _integer(hf_config, "num_experts_per_tok")
-    is_renormalized = bool(_present(hf_config, "norm_topk_prob"))
-    if per_token > num_experts:
-        raise ConfigError(
-            f"config.json: num_experts_per_tok = {per_token} exceeds the {num_experts} experts"
-        )
-    if per_token == 1 and is_renormalized:
-        raise ConfigError(
-            "config.json: norm_topk_prob = true with num_experts_per_tok = 1 gives every expert "
-            "weight 1 and the router no gradient; Megatron refuses it"
-        )
-    return MixtureShape(
-        num_experts=num_experts,
-        num_experts_per_token=per_token,
-        is_renormalized=is_renormalized,
-    )
-
-
-def _present(hf_config: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  (JSON value)
-    """Return a field that must be there."""
-    if hf_config.get(name) is None:
-        raise ConfigError(f"config.json: {name} is missing")
-    return hf_config[name]
-
-
-def _integer(hf_config: Mapping[str, Any], name: str) -> int:
-    """Return a field that must be a positive integer."""
-    value = _present(hf_config, name)
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"config.json: {name} must be a positive integer, got {value!r}")
-    return value

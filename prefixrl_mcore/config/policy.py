@@ -36,6 +36,12 @@ class ParallelConfig(Config):
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2)
     """Model chunks per stage (interleaved schedule); None has one."""
 
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, ge=1)
+    """Layers of the first stage, which also has the embedding; None is an equal share."""
+
+    num_layers_in_last_pipeline_stage: int | None = Field(default=None, ge=1)
+    """Layers of the last stage, which also has the head; None is an equal share."""
+
     context_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each sequence; sequences are padded to a multiple of twice this."""
 

@@ -12,14 +12,12 @@ from rich.table import Table
 
 from prefixrl_mcore.accounting.flops import sampling_flops, update_flops
 from prefixrl_mcore.config.layout import (
-    ModelShape,
     check_divisible,
     check_positions,
     check_stream,
     check_supported,
-    read_hf_config,
-    read_model_shape,
 )
+from prefixrl_mcore.config.model_shape import ModelShape, read_hf_config, read_model_shape
 from prefixrl_mcore.config.run import RunConfig
 
 _GIB = 1024**3

@@ -1,6 +1,6 @@
 """Megatron's configuration of a model shape.
 
-Shape and layout rules are in ``config.layout``, which needs no torch, so that ``prefixrl check``
+Shape and layout rules are in ``config``, which needs no torch, so that ``prefixrl check``
 refuses what training refuses.
 """
 
@@ -11,10 +11,10 @@ import torch.nn.functional as F  # noqa: N812  (torch's own alias)
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from prefixrl_mcore.config.layout import (
+from prefixrl_mcore.config.layout import check_divisible
+from prefixrl_mcore.config.model_shape import (
     FAMILIES,
     ModelShape,
-    check_divisible,
     read_hf_config,
     read_model_shape,
 )
@@ -95,6 +95,8 @@ def build_transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=False,

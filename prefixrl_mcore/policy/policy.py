@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
 from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
+from prefixrl_mcore.config.layout import check_stream
 from prefixrl_mcore.config.policy import LogitsDtype, LossConfig, PolicyConfig
 from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.policy import cpu_runtime, topology
@@ -72,6 +73,7 @@ class MegatronPolicy:
         Raises:
             ValueError: if the model is not supported or the layout does not fit.
         """
+        check_stream(policy.parallel, stream_tokens)
         self.topology = topology.initialize(policy.parallel, seed=seed)
         self.hf_config = dict(hf_config)
         self.model_path: Path | None = None

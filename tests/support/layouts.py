@@ -200,6 +200,22 @@ CASES = (
     _case("qwen3-tied", "pp2 vpp2"),
     _case("qwen3", "pp2 vpp2"),
     _case("qwen3", "pp4"),
+    LayoutCase(
+        model="qwen3-tied",
+        name="pp2-(1+3)",
+        parallel=ParallelConfig(
+            pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=1
+        ),
+    ),
+    LayoutCase(
+        model="qwen3",
+        name="pp3-(1+2+1)",
+        parallel=ParallelConfig(
+            pipeline_model_parallel_size=3,
+            num_layers_in_first_pipeline_stage=1,
+            num_layers_in_last_pipeline_stage=1,
+        ),
+    ),
     _case("qwen3-tied", "tp2 pp2"),
     _case("qwen3", "tp2 pp2", recompute="full"),
     _case("qwen3-tied", "tp2 dp2", distributed=True),

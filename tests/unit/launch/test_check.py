@@ -159,6 +159,18 @@ def test_activations_of_a_stream_of_4096_tokens(
     ("parallel", "message"),
     [
         (
+            {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 36},
+            "36 of 36 layers leave 0 for 1 of 2 pipeline stages",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_in_first_pipeline_stage": 5,
+                "virtual_pipeline_model_parallel_size": 2,
+            },
+            "[5] layers of the first and last stage do not divide into 2 chunks each",
+        ),
+        (
             {"expert_model_parallel_size": 2, "data_parallel_size": 2},
             "needs a mixture-of-experts model, got Qwen3ForCausalLM",
         ),
@@ -168,7 +180,16 @@ def test_activations_of_a_stream_of_4096_tokens(
         ({"tensor_model_parallel_size": 16}, "8 key-value heads do not divide into 16"),
         ({"pipeline_model_parallel_size": 5}, "36 layers do not divide into 5"),
     ],
-    ids=["expert", "stage", "virtual", "heads", "key-value-heads", "layers"],
+    ids=[
+        "uneven",
+        "uneven-chunks",
+        "expert",
+        "stage",
+        "virtual",
+        "heads",
+        "key-value-heads",
+        "layers",
+    ],
 )
 def test_a_layout_that_training_refuses_is_refused(
     tmp_path: Path, parallel: dict[str, Any], message: str

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefixrl_mcore.config.layout import Llama3Scaling, MixtureShape
+from prefixrl_mcore.config.model_shape import Llama3Scaling, MixtureShape
 from prefixrl_mcore.config.policy import PolicyConfig
 from prefixrl_mcore.policy.model_config import (
     build_transformer_config,

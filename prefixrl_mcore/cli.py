@@ -134,6 +134,10 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     from_hf.add_argument("out", type=Path, help="checkpoint folder to be made")
     from_hf.set_defaults(run=_convert_from_hf)
 
+    _add_checkpoint_commands(
+        commands.add_parser("checkpoint", help="list, show and verify the checkpoints of a run")
+    )
+
     report = commands.add_parser("report", help="one HTML page that compares one or more runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, help="default: report.html in the first run folder")
@@ -151,6 +155,19 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     demo.add_argument("--fresh", action="store_true", help="delete the folder's results first")
     demo.add_argument("--engine", choices=("sglang", "transformers"), help="rollout engine")
     demo.set_defaults(run=_demo)
+
+
+def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
+    """Add ``checkpoint ls | show | verify``; none of them needs torch."""
+    actions = checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for name, run, text in (
+        ("ls", _checkpoint_ls, "one line per checkpoint: size, layout, age, complete or why not"),
+        ("show", _checkpoint_show, "all that a checkpoint says of itself"),
+        ("verify", _checkpoint_verify, "compare every file with its checksum; exit code 1 if bad"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("path", type=Path, help="run folder, its checkpoints, or one of them")
+        action.set_defaults(run=run)
 
 
 def _add_traces_commands(traces: argparse.ArgumentParser) -> None:
@@ -300,6 +317,26 @@ def _convert_from_hf(arguments: argparse.Namespace, _rest: list[str]) -> int:
 
     convert_from_hf(arguments.model, arguments.out)
     return 0
+
+
+def _checkpoint_ls(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.checkpoint_commands import list_checkpoints
+
+    list_checkpoints(arguments.path)
+    return 0
+
+
+def _checkpoint_show(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.checkpoint_commands import show_checkpoint
+
+    show_checkpoint(arguments.path)
+    return 0
+
+
+def _checkpoint_verify(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.checkpoint_commands import verify_checkpoints
+
+    return 0 if verify_checkpoints(arguments.path) else 1
 
 
 def _report(arguments: argparse.Namespace, _rest: list[str]) -> int:

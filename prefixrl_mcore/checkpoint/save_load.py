@@ -19,6 +19,7 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import (
 )
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.megatron_state import Trainable, load_megatron, save_megatron
+from prefixrl_mcore.checkpoint.retention import KEEP_ALL, Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import (
     HF_FOLDER,
     MEGATRON_FOLDER,
@@ -32,6 +33,7 @@ from prefixrl_mcore.checkpoint.run_checkpoints import (
     step_folder,
     write_trainer_state,
 )
+from prefixrl_mcore.policy import topology
 from prefixrl_mcore.policy.topology import run_on_first
 
 __all__ = ["clean_up", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -65,13 +67,15 @@ def save_checkpoint(
     step: int,
     policy: CheckpointablePolicy,
     extra_state: Mapping[str, Any],
-    keep_last: int | None = None,
+    retention: Retention = KEEP_ALL,
+    *,
+    metrics: Mapping[str, float] | None = None,
 ) -> Path:
     """Write ``folder/step-<step>`` and return its path; synchronous, complete on return.
 
     A kill at any moment leaves the checkpoints that were there before; what it left half-written
     is removed by the next save. An existing checkpoint of the same step is replaced. After the
-    new one is complete, ``latest`` names it, and the oldest beyond ``keep_last`` are deleted.
+    new one is complete, ``latest`` names it, and those that no rule of ``retention`` keeps go.
 
     All ranks must call this, with the same step; rank 0's ``extra_state`` is the one saved.
 
@@ -80,14 +84,13 @@ def save_checkpoint(
         step: step of the trainer, at least 0.
         policy: what to save.
         extra_state: any JSON object of the trainer (data cursor, FLOPs, ...).
-        keep_last: checkpoints to keep, this one included; None keeps all.
+        retention: which checkpoints are kept; this one always is.
+        metrics: evaluation of these weights, for ``retention.keep_best``; rank 0's is saved.
 
     Raises:
         CheckpointError: if ``folder`` cannot be written.
-        ValueError: if ``extra_state`` is not JSON, or ``step`` or ``keep_last`` is out of range.
+        ValueError: if ``extra_state`` or ``metrics`` is not JSON, or ``step`` is negative.
     """
-    if keep_last is not None and keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1 or None, got {keep_last}")
     final = step_folder(folder, step)
 
     def begin() -> Path:
@@ -97,6 +100,8 @@ def save_checkpoint(
             has_optimizer=True,
             world_size=dist.get_world_size(),
             extra_state=check_json(extra_state, step=step),
+            layout=_layout(),
+            metrics=check_json(metrics or {}, step=step),
         )
         clean_up(folder)
         temporary = manifest.begin_folder(final)
@@ -107,7 +112,7 @@ def save_checkpoint(
 
     temporary = run_on_first(begin)
     save_megatron(temporary / MEGATRON_FOLDER, policy)
-    run_on_first(lambda: publish(temporary, final, keep_last))
+    run_on_first(lambda: publish(temporary, final, retention))
     logger.info("saved checkpoint %s", final)
     return final
 
@@ -150,6 +155,12 @@ def load_checkpoint(folder: Path, policy: CheckpointablePolicy) -> tuple[int, di
         )
     logger.info("loaded checkpoint %s", path)
     return state.step, state.extra_state
+
+
+def _layout() -> dict[str, int]:
+    """Return the parallel sizes of this run by their short names."""
+    current = topology.current()
+    return {"tp": current.tp_size, "pp": current.pp_size, "dp": current.dp_size}
 
 
 def _write_hf_files(folder: Path, policy: CheckpointablePolicy) -> None:

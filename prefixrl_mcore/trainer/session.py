@@ -1,14 +1,16 @@
 """Everything that is alive while one rank trains, and the verbs that the loop is made of."""
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefixrl_mcore.accounting.flops import FlopsMeter
+from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint, save_checkpoint
-from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
 from prefixrl_mcore.data.packing import Aggregation, PackedBatch, pack
 from prefixrl_mcore.data.source import MixtureSource
 from prefixrl_mcore.eval.in_training import evaluate_in_training
@@ -71,6 +73,9 @@ class Session:
 
     stack: ExitStack
     """Closes engine, verifier, metrics and progress."""
+
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step → metrics of the newest evaluation, on rank 0; empty on the other ranks."""
 
     first_step: int = 0
     """First RL step to run; above 0 after a resume."""
@@ -199,6 +204,7 @@ class Session:
         values = evaluate_in_training(
             self._evaluator, self.evaluation_sets, self.config.evaluation, label=f"eval/{step}"
         )
+        self.evaluations = {step: {k: v for k, v in values.items() if math.isfinite(v)}}
         values |= self.meter.metrics()
         self.metrics.write("eval", step, values)
         self.progress.update(train_accuracy=values["eval/train/accuracy"])
@@ -212,7 +218,8 @@ class Session:
                 step,
                 self.policy,
                 self.state(step),
-                keep_last=self.config.checkpoint.keep_last,
+                retention_of(self.config.checkpoint),
+                metrics=self.evaluations.get(step),
             )
 
     def has_checkpoint(self) -> bool:
@@ -248,3 +255,13 @@ class Session:
 def _num_completion_tokens(groups: Sequence[Group]) -> int:
     """Return the tokens sampled in a step."""
     return sum(len(s.rollout.completion.token_ids) for group in groups for s in group.rollouts)
+
+
+def retention_of(config: CheckpointConfig) -> Retention:
+    """Return the rules of ``[checkpoint]``."""
+    best = config.keep_best
+    return Retention(
+        keep_last=config.keep_last,
+        keep_every_steps=config.keep_every_steps,
+        keep_best=None if best is None else KeepBest(**best.model_dump()),
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prefixrl_mcore.checkpoint.retention import Retention
 from prefixrl_mcore.checkpoint.save_load import (
     clean_up,
     latest_checkpoint,
@@ -87,7 +88,7 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
 def _save_epoch(session: Session, folder: Path, epoch: int, validation_loss: float) -> None:
     """Save the best epoch so far, in place of the one before."""
     state = {"validation_loss": validation_loss, "flops": session.meter.state()}
-    save_checkpoint(folder, epoch, session.policy, state, keep_last=1)
+    save_checkpoint(folder, epoch, session.policy, state, Retention(keep_last=1))
 
 
 def split_traces(

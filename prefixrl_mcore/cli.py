@@ -1,7 +1,8 @@
 """The console script ``prefixrl``: parse and dispatch, nothing else.
 
 Exit codes: 0 done; 2 bad input or config, nothing was overwritten; 1 anything that failed
-underway; 128 + n stopped by signal n after saving.
+underway; 128 + n stopped by signal n after saving; 75 stopped before a wall-clock limit after
+saving (start again with --resume).
 """
 
 import argparse
@@ -94,6 +95,15 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         action="store_true",
         help="continue exactly from the last complete checkpoint of the run folder",
     )
+    again = _add_config_command(
+        commands,
+        "replay",
+        _replay,
+        "Run the update again whose loss or gradient was not finite, from the run's dump.",
+        "Needs neither engine nor data; another layout may be given by flags. Exit code 0 if the "
+        "update is non-finite again, 1 if it was finite this time.",
+    )
+    again.add_argument("--step", type=int, required=True, help="step that the error names")
     evaluate = _add_config_command(
         commands,
         "eval",
@@ -277,18 +287,35 @@ def _prefixes(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     config = _load(arguments, rest)
-    if config.policy.parallel.world_size > 1 and "RANK" not in os.environ:
-        from prefixrl_mcore.launch.local import launch_ranks
-        from prefixrl_mcore.observability.run_folder import RunFolder
-
-        return launch_ranks(
-            config.policy.parallel.world_size,
-            arguments.argv,
-            log_folder=RunFolder(config.run_folder).logs,
-        )
+    if _needs_ranks(config):
+        return _start_ranks(config, arguments.argv)
     from prefixrl_mcore.trainer.run import run_training
 
     return run_training(config, resume=arguments.resume)
+
+
+def _replay(arguments: argparse.Namespace, rest: list[str]) -> int:
+    config = _load(arguments, rest)
+    if _needs_ranks(config):
+        return _start_ranks(config, arguments.argv)
+    from prefixrl_mcore.trainer.dumps import run_replay
+
+    return run_replay(config, arguments.step)
+
+
+def _needs_ranks(config: RunConfig) -> bool:
+    """Return whether several ranks are wanted and nobody has started them."""
+    return config.policy.parallel.world_size > 1 and "RANK" not in os.environ
+
+
+def _start_ranks(config: RunConfig, argv: list[str]) -> int:
+    """Run this command once more on every rank."""
+    from prefixrl_mcore.launch.local import launch_ranks
+    from prefixrl_mcore.observability.run_folder import RunFolder
+
+    return launch_ranks(
+        config.policy.parallel.world_size, argv, log_folder=RunFolder(config.run_folder).logs
+    )
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -35,6 +35,10 @@ class CheckpointError(ValueError):
     """A checkpoint or model folder that cannot be used; says which file, got, expected, remedy."""
 
 
+class SaveError(OSError):
+    """The storage refused a save; what was there before is as it was, and a retry may succeed."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ManifestEntry:
     """One file of a sealed folder."""

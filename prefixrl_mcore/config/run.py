@@ -12,6 +12,9 @@ from prefixrl_mcore.config.rollout import RewardConfig, RolloutConfig
 
 Method = Literal["prefixrl", "rl", "sft_then_rl"]
 
+TIME_LIMIT_EXIT_CODE = 75
+"""``EX_TEMPFAIL``: stopped by a wall-clock limit, everything saved, start again with --resume."""
+
 
 class SftConfig(Config):
     """Supervised warm-up of the ``sft_then_rl`` baseline on the collected traces."""
@@ -44,6 +47,18 @@ class TrainerConfig(Config):
 
     max_flops: float | None = Field(default=None, gt=0.0)
     """Stop when the charged FLOPs (collection included) reach this; None has no such limit."""
+
+    max_seconds: float | None = Field(default=None, gt=0.0)
+    """Save and stop before this much wall time has passed since the trainer started; None has no
+    such limit. The exit code is then 75, and --resume goes on."""
+
+    end_unix_seconds: float | None = Field(default=None, gt=0.0)
+    """Save and stop before this time, as ``max_seconds``: the end of a batch job (``date +%s``;
+    Slurm gives it to the job as ``SLURM_JOB_END_TIME``). None has no such limit."""
+
+    stop_margin_seconds: float = Field(default=60.0, ge=0.0)
+    """Time that is left at a wall-clock limit, beside a step as long as the longest so far: for
+    the last save and the way out."""
 
     rollouts_every_steps: int = Field(default=1, ge=1)
     """Steps between two written rollout tables."""
@@ -82,6 +97,10 @@ class CheckpointConfig(Config):
 
     keep_best: KeepBestConfig | None = None
     """Also keep the best checkpoints by a metric; None has no such rule."""
+
+    in_background: bool = False
+    """Write checkpoints beside the training steps, from a copy of weights and optimizer state in
+    host memory; the step waits only for the copy. Off, the step waits for the whole save."""
 
     @model_validator(mode="after")
     def _keep_every_steps_meets_checkpoints(self) -> "CheckpointConfig":

@@ -59,6 +59,7 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
     if session.metrics is not None:
         session.metrics.drop_sft_beyond(first_epoch)
     kept_epoch = first_epoch
+    stop.begin_steps()
     for epoch in range(first_epoch, run.sft.max_epochs):
         _train_epoch(session, training, epoch)
         loss = _validation_loss(session, validation_batch)

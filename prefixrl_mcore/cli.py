@@ -1,7 +1,8 @@
 """The console script ``prefixrl``: parse and dispatch, nothing else.
 
 Exit codes: 0 done; 2 bad input or config, nothing was overwritten; 1 anything that failed
-underway; 128 + n stopped by signal n after saving.
+underway; 128 + n stopped by signal n after saving; 75 stopped before a wall-clock limit after
+saving (start again with --resume).
 """
 
 import argparse
@@ -94,6 +95,15 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         action="store_true",
         help="continue exactly from the last complete checkpoint of the run folder",
     )
+    again = _add_config_command(
+        commands,
+        "replay",
+        _replay,
+        "Run the update again whose loss or gradient was not finite, from the run's dump.",
+        "Needs neither engine nor data; another layout may be given by flags. Exit code 0 if the "
+        "update is non-finite again, 1 if it was finite this time.",
+    )
+    again.add_argument("--step", type=int, required=True, help="step that the error names")
     evaluate = _add_config_command(
         commands,
         "eval",
@@ -134,6 +144,10 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     from_hf.add_argument("out", type=Path, help="checkpoint folder to be made")
     from_hf.set_defaults(run=_convert_from_hf)
 
+    _add_checkpoint_commands(
+        commands.add_parser("checkpoint", help="list, show and verify the checkpoints of a run")
+    )
+
     report = commands.add_parser("report", help="one HTML page that compares one or more runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, help="default: report.html in the first run folder")
@@ -151,6 +165,19 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     demo.add_argument("--fresh", action="store_true", help="delete the folder's results first")
     demo.add_argument("--engine", choices=("sglang", "transformers"), help="rollout engine")
     demo.set_defaults(run=_demo)
+
+
+def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
+    """Add ``checkpoint ls | show | verify``; none of them needs torch."""
+    actions = checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for name, run, text in (
+        ("ls", _checkpoint_ls, "one line per checkpoint: size, layout, age, complete or why not"),
+        ("show", _checkpoint_show, "all that a checkpoint says of itself"),
+        ("verify", _checkpoint_verify, "compare every file with its checksum; exit code 1 if bad"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("path", type=Path, help="run folder, its checkpoints, or one of them")
+        action.set_defaults(run=run)
 
 
 def _add_traces_commands(traces: argparse.ArgumentParser) -> None:
@@ -261,18 +288,35 @@ def _prefixes(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     config = _load(arguments, rest)
-    if config.policy.parallel.world_size > 1 and "RANK" not in os.environ:
-        from prefixrl_mcore.launch.local import launch_ranks
-        from prefixrl_mcore.observability.run_folder import RunFolder
-
-        return launch_ranks(
-            config.policy.parallel.world_size,
-            arguments.argv,
-            log_folder=RunFolder(config.run_folder).logs,
-        )
+    if _needs_ranks(config):
+        return _start_ranks(config, arguments.argv)
     from prefixrl_mcore.trainer.run import run_training
 
     return run_training(config, resume=arguments.resume)
+
+
+def _replay(arguments: argparse.Namespace, rest: list[str]) -> int:
+    config = _load(arguments, rest)
+    if _needs_ranks(config):
+        return _start_ranks(config, arguments.argv)
+    from prefixrl_mcore.trainer.dumps import run_replay
+
+    return run_replay(config, arguments.step)
+
+
+def _needs_ranks(config: RunConfig) -> bool:
+    """Return whether several ranks are wanted and nobody has started them."""
+    return config.policy.parallel.world_size > 1 and "RANK" not in os.environ
+
+
+def _start_ranks(config: RunConfig, argv: list[str]) -> int:
+    """Run this command once more on every rank."""
+    from prefixrl_mcore.launch.local import launch_ranks
+    from prefixrl_mcore.observability.run_folder import RunFolder
+
+    return launch_ranks(
+        config.policy.parallel.world_size, argv, log_folder=RunFolder(config.run_folder).logs
+    )
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -301,6 +345,26 @@ def _convert_from_hf(arguments: argparse.Namespace, _rest: list[str]) -> int:
 
     convert_from_hf(arguments.model, arguments.out)
     return 0
+
+
+def _checkpoint_ls(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.checkpoint_commands import list_checkpoints
+
+    list_checkpoints(arguments.path)
+    return 0
+
+
+def _checkpoint_show(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.checkpoint_commands import show_checkpoint
+
+    show_checkpoint(arguments.path)
+    return 0
+
+
+def _checkpoint_verify(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.checkpoint_commands import verify_checkpoints
+
+    return 0 if verify_checkpoints(arguments.path) else 1
 
 
 def _report(arguments: argparse.Namespace, _rest: list[str]) -> int:

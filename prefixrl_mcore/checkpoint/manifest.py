@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +33,10 @@ _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<kind>writing|replaced|deleting)-[
 
 class CheckpointError(ValueError):
     """A checkpoint or model folder that cannot be used; says which file, got, expected, remedy."""
+
+
+class SaveError(OSError):
+    """The storage refused a save; what was there before is as it was, and a retry may succeed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,15 +95,28 @@ def begin_folder(final: Path) -> Path:
     return temporary
 
 
-def seal_folder(temporary: Path, final: Path, *, with_manifest: bool = True) -> None:
+def seal_folder(
+    temporary: Path,
+    final: Path,
+    *,
+    with_manifest: bool = True,
+    digests: Mapping[str, str] | None = None,
+) -> None:
     """Make ``temporary`` durable, write its manifest, and rename it to ``final``.
 
     A folder that already has the name ``final`` is replaced; see ``clean_temporaries`` for a
     kill between the two renames that this takes.
+
+    Args:
+        temporary: folder that ``begin_folder`` made.
+        final: its final name.
+        with_manifest: list the files with sizes and checksums.
+        digests: hexadecimal SHA-256 of files that were hashed when they were written, by path
+            relative to the folder; the others are hashed here.
     """
     _sync_tree(temporary)
     if with_manifest:
-        _write_manifest(temporary)
+        _write_manifest(temporary, digests or {})
     replaced = None
     if final.exists():
         replaced = _temporary_path(final, "replaced")
@@ -115,7 +132,7 @@ def remove_folder(folder: Path) -> None:
     _remove_tree(folder, folder)
 
 
-def clean_temporaries(parent: Path, *, name: str | None = None) -> None:
+def clean_temporaries(parent: Path, *, name: str | None = None) -> tuple[int, int]:
     """Undo what killed writers left in ``parent``; only one writer may use ``parent`` at a time.
 
     Half-written and half-deleted folders are removed. A replaced folder gets its name back when
@@ -124,9 +141,13 @@ def clean_temporaries(parent: Path, *, name: str | None = None) -> None:
     Args:
         parent: folder to clean; nothing happens if it does not exist.
         name: only temporaries of this final name; None cleans those of every name.
+
+    Returns:
+        Folders removed, and folders that got their name back.
     """
+    num_removed = num_restored = 0
     if not parent.is_dir():
-        return
+        return num_removed, num_restored
     for path in sorted(parent.iterdir()):
         match = _TEMPORARY.match(path.name)
         if match is None or name not in (None, match["name"]) or not path.is_dir():
@@ -135,8 +156,16 @@ def clean_temporaries(parent: Path, *, name: str | None = None) -> None:
         if match["kind"] == "replaced" and not final.exists():
             path.rename(final)
             _sync(parent)
+            num_restored += 1
         else:
             _remove_tree(path, final)
+            num_removed += 1
+    return num_removed, num_restored
+
+
+def list_temporaries(parent: Path) -> list[Path]:
+    """Return what ``clean_temporaries`` would look at, without touching it."""
+    return sorted(p for p in parent.iterdir() if p.is_dir() and _TEMPORARY.match(p.name))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -170,7 +199,9 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def verify(folder: Path, *, checksums: bool = True) -> Manifest:
+def verify(
+    folder: Path, *, checksums: bool = True, on_bytes: Callable[[int], object] | None = None
+) -> Manifest:
     """Check every file of a sealed folder and return the manifest.
 
     Files that the manifest does not list are left alone: nothing reads them.
@@ -179,6 +210,7 @@ def verify(folder: Path, *, checksums: bool = True) -> Manifest:
         folder: a folder that ``write_folder`` made.
         checksums: compare contents too; False compares only names and sizes, which finds
             missing and truncated files at the price of one ``stat`` each.
+        on_bytes: called with the size of each block that was hashed, from several threads.
 
     Raises:
         CheckpointError: naming the first bad file, what it has and what it should have.
@@ -189,7 +221,7 @@ def verify(folder: Path, *, checksums: bool = True) -> Manifest:
     if checksums:
         paths = [folder / name for name in manifest.files]
         for path, entry, digest in zip(
-            paths, manifest.files.values(), _hash_files(paths), strict=True
+            paths, manifest.files.values(), _hash_files(paths, on_bytes), strict=True
         ):
             if digest != entry.sha256:
                 raise CheckpointError(
@@ -214,11 +246,17 @@ def _check_size(path: Path, entry: ManifestEntry) -> None:
         )
 
 
-def _write_manifest(folder: Path) -> None:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+def _write_manifest(folder: Path, known: Mapping[str, str]) -> None:
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    absent = sorted(known.keys() - set(names))
+    if absent:
+        raise CheckpointError(f"{folder}: {absent} were written but are not there any more")
+    unknown = [name for name in names if name not in known]
+    hashed = zip(unknown, _hash_files([folder / name for name in unknown]), strict=True)
+    digests = {**known, **dict(hashed)}
     files: dict[str, Any] = {
-        path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, _hash_files(paths), strict=True)
+        name: {"size_bytes": (folder / name).stat().st_size, "sha256": digests[name]}
+        for name in names
     }
     value = {
         "format_version": _FORMAT_VERSION,
@@ -232,17 +270,20 @@ def _write_manifest(folder: Path) -> None:
     _sync(folder)
 
 
-def _hash_files(paths: list[Path]) -> list[str]:
+def _hash_files(paths: list[Path], on_bytes: Callable[[int], object] | None = None) -> list[str]:
     num_threads = min(_MAX_HASH_THREADS, os.cpu_count() or 1, max(len(paths), 1))
     with ThreadPoolExecutor(num_threads) as threads:  # hashlib releases the GIL
-        return list(threads.map(_hash_file, paths))
+        return list(threads.map(lambda path: hash_file(path, on_bytes), paths))
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
+    """Return the hexadecimal SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
     return digest.hexdigest()
 
 

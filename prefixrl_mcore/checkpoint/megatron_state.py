@@ -4,14 +4,13 @@ Uses Megatron's distributed checkpointing (format ``torch_dist``). Tensors are s
 into the pieces that each rank held, so that ranks of another layout can read what they need.
 """
 
-import queue
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,12 +19,11 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from torch import nn
 
+from prefixrl_mcore.checkpoint.checkpointable import Trainable
 from prefixrl_mcore.checkpoint.convert.live import unwrap
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.staged import StagedState, stage
 from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistReader
 from prefixrl_mcore.policy.cpu_runtime import megatron_on_cpu
 
@@ -35,39 +33,21 @@ _EXTRA_STATE = "_extra_state"
 _MAX_KEYS_IN_ERROR = 5
 
 
-class Trainable(Protocol):
-    """The Megatron objects of a policy."""
-
-    @property
-    def model_chunks(self) -> Sequence[nn.Module]:
-        """This rank's model chunks, wrapped or not."""
-        ...
-
-    @property
-    def optimizer(self) -> Any:  # noqa: ANN401  (Megatron's optimizers share no typed base)
-        """Megatron's optimizer."""
-        ...
-
-    @property
-    def scheduler(self) -> Any:  # noqa: ANN401  (untyped upstream)
-        """Megatron's schedule of learning rate and weight decay."""
-        ...
-
-
 @megatron_on_cpu()
-def save_megatron(folder: Path, policy: Trainable) -> None:
-    """Write the policy's state into an empty folder; all ranks must call this."""
+def stage_megatron(folder: Path, policy: Trainable, *, turn: int, is_copied: bool) -> StagedState:
+    """Plan a save of the policy's state into an empty folder; all ranks must call this.
+
+    Args:
+        folder: on storage that all ranks see.
+        policy: what to save.
+        turn: chooses the tensor that is read back after the save.
+        is_copied: the policy may change as soon as this returns; otherwise when it is written.
+    """
     _complete_optimizer_state(policy.optimizer)
     state = _sharded_state(policy, is_loading=False, has_optimizer=True)
     state[_RNG_KEY] = _sharded_rng(get_rng_state())
-    with _results_in_process(), _known_warnings_ignored():
-        dist_checkpointing.save(
-            state,
-            str(folder),
-            torch_strategy.TorchDistSaveShardedStrategy(),
-            content_metadata=dict(SHARDING_METADATA),
-            async_strategy="mcore",
-        )
+    with _known_warnings_ignored():
+        return stage(folder, state, turn=turn, is_copied=is_copied)
 
 
 @megatron_on_cpu()
@@ -318,22 +298,6 @@ def _shorten(keys: list[str]) -> str:
     return str(keys[:_MAX_KEYS_IN_ERROR]).removesuffix("]") + (
         ", ...]" if len(keys) > _MAX_KEYS_IN_ERROR else "]"
     )
-
-
-@contextmanager
-def _results_in_process() -> Iterator[None]:
-    """Let Megatron's writer return its results through a plain queue.
-
-    Megatron starts a manager process for that queue, which imports the whole program again and
-    takes seconds. Only its asynchronous writer needs one: a synchronous save writes in this
-    process. It also announces, at each synchronous save, that its asynchronous one is deprecated.
-    """
-    filesystem_async._results_queue = cast(Any, queue.SimpleQueue())
-    torch_strategy._logged_mcore_async_deprecation = True
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = None
 
 
 @contextmanager

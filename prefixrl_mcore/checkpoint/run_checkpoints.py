@@ -8,7 +8,11 @@ A checkpoint is one folder, complete or absent (``manifest.py``)::
         trainer.json    step, policy version, and whatever the trainer wants to remember
         hf/             config.json, tokenizer and template files of the initial model, as bytes
         manifest.json   sizes and checksums of all of the above
-    RUN/checkpoints/latest      name of the newest complete checkpoint
+    RUN/checkpoints/latest      name of the checkpoint to go on from
+
+``latest`` is written after the checkpoint that it names. A kill between the two leaves a pointer
+that is older than the newest checkpoint; such a pointer is overruled, and repaired by the next
+start. A pointer written later than the newest checkpoint (by somebody who wants to go back) holds.
 
 Nothing here needs torch or Megatron.
 """
@@ -17,12 +21,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.retention import Candidate, Retention, deletable
 from prefixrl_mcore.observability.atomic import write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -55,6 +60,26 @@ class TrainerState:
     extra_state: dict[str, Any]
     """Whatever the trainer wants to remember."""
 
+    layout: dict[str, int] = field(default_factory=dict)
+    """Parallel sizes by short name (``tp``, ``pp``, ``dp``, ...); empty if no ranks saved it."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Evaluation of these weights, for ``Retention.keep_best``; empty if there was none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CleanedUp:
+    """What ``clean_up`` found of dead saves."""
+
+    num_removed: int
+    """Half-written, half-deleted or replaced folders and files that were removed."""
+
+    num_restored: int
+    """Checkpoints that got their name back after a replacement that was killed half-way."""
+
+    repaired_pointer: bool
+    """``latest`` named an older checkpoint than the newest complete one, or none."""
+
 
 def step_folder(folder: Path, step: int) -> Path:
     """Return the path of the checkpoint of ``step``."""
@@ -63,32 +88,75 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in ``folder``, oldest first by time of writing."""
+    if not folder.is_dir():
+        return []
+    times = {
+        path: _creation_time(path) for path in folder.iterdir() if _STEP_FOLDER.match(path.name)
+    }
+    complete = [(time, path) for path, time in times.items() if time is not None]
+    return [path for _, path in sorted(complete)]
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint that ``latest`` names if it is complete, else the newest complete one.
+    """Return the checkpoint to go on from: the one that ``latest`` names, or the newest.
 
-    Complete means that the manifest is there and every file has its size. None if there is none.
-    Only reads, so that it can be called beside a running trainer; the process that owns the folder
-    calls ``clean_up`` first, which also brings back a checkpoint whose replacement was killed
-    between two renames.
+    The pointer holds if what it names is complete and it was not written before the newest
+    complete checkpoint was. Complete means that the manifest is there and every file has its
+    size. None if there is no complete checkpoint. Only reads, so that it can be called beside a
+    running trainer; the process that owns the folder calls ``clean_up`` first.
     """
+    complete = complete_checkpoints(folder)
+    if not complete:
+        return None
+    newest = complete[-1]
     pointer = folder / LATEST_NAME
-    if pointer.is_file():
-        named = folder / pointer.read_text(encoding="utf-8").strip()
-        if _creation_time(named) is not None:
-            return named
-        logger.warning("%s names %s, which is not complete; trying others", pointer, named)
-    complete = _complete_checkpoints(folder)
-    return complete[-1] if complete else None
+    if not pointer.is_file():
+        return newest
+    named = folder / pointer.read_text(encoding="utf-8").strip()
+    if named == newest:
+        return named
+    if named not in complete:
+        logger.warning("%s names %s, which is not complete; taking %s", pointer, named, newest)
+        return newest
+    # Both times are of the folder's file system, so that no other clock matters.
+    if pointer.stat().st_mtime_ns <= (newest / manifest.MANIFEST_NAME).stat().st_mtime_ns:
+        logger.warning(
+            "%s names %s, but %s was completed after it was written (a save was killed); taking "
+            "the newer one",
+            pointer,
+            named.name,
+            newest.name,
+        )
+        return newest
+    return named
 
 
-def clean_up(folder: Path) -> None:
-    """Remove or undo what killed saves left half-written, half-renamed or half-deleted.
+def clean_up(folder: Path) -> CleanedUp:
+    """Remove or undo what killed saves left, repair ``latest``, and say what was found.
 
     Only the trainer that writes to the folder may call this, on one rank, with no save under way.
     """
-    manifest.clean_temporaries(folder)
+    num_removed, num_restored = manifest.clean_temporaries(folder)
     for path in folder.glob(f".{LATEST_NAME}.tmp-*"):
         path.unlink()
+        num_removed += 1
+    pointer, latest = folder / LATEST_NAME, latest_checkpoint(folder)
+    named = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    is_wrong = latest is not None and named != latest.name
+    if latest is not None and is_wrong:
+        write_text_atomic(pointer, latest.name + "\n")
+    found = CleanedUp(num_removed=num_removed, num_restored=num_restored, repaired_pointer=is_wrong)
+    if num_removed or num_restored or is_wrong:
+        logger.warning(
+            "%s: removed %d leftovers of dead saves, restored %d checkpoints, latest %s",
+            folder,
+            num_removed,
+            num_restored,
+            "repaired" if is_wrong else "was right",
+        )
+    return found
 
 
 def resolve_checkpoint(folder: Path) -> Path:
@@ -110,16 +178,51 @@ def resolve_checkpoint(folder: Path) -> Path:
     return latest
 
 
-def publish(temporary: Path, final: Path, keep_last: int | None) -> None:
-    """Seal a checkpoint, let ``latest`` name it, and delete what exceeds ``keep_last``."""
-    manifest.seal_folder(temporary, final)
+def publish(
+    temporary: Path,
+    final: Path,
+    retention: Retention,
+    *,
+    digests: Mapping[str, str] | None = None,
+) -> None:
+    """Seal a checkpoint, let ``latest`` name it, and delete what no rule of ``retention`` keeps.
+
+    Args:
+        temporary: the written folder.
+        final: its name.
+        retention: which older checkpoints are kept; neither the new one nor an incomplete one is
+            ever deleted.
+        digests: SHA-256 of files that are hashed already, by path relative to the folder.
+    """
+    manifest.seal_folder(temporary, final, digests=digests)
     write_text_atomic(final.parent / LATEST_NAME, final.name + "\n")
-    if keep_last is None:
+    apply_retention(final.parent, retention, protected=frozenset({final.name}))
+
+
+def apply_retention(folder: Path, retention: Retention, *, protected: frozenset[str]) -> None:
+    """Delete the complete checkpoints that no rule keeps."""
+    if retention.keep_last is None:
         return
-    for path in _complete_checkpoints(final.parent)[:-keep_last]:
-        if path != final:
-            manifest.remove_folder(path)
-            logger.info("deleted checkpoint %s (checkpoint.keep_last = %d)", path, keep_last)
+    candidates = [
+        _candidate(path, with_metrics=retention.keep_best is not None)
+        for path in complete_checkpoints(folder)
+    ]
+    for name in deletable(candidates, retention, protected=protected):
+        manifest.remove_folder(folder / name)
+        logger.info("deleted checkpoint %s (no rule of [checkpoint] keeps it)", folder / name)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step in the name of a checkpoint's folder; None for another name."""
+    match = _STEP_FOLDER.match(checkpoint.name)
+    return None if match is None else int(match[1])
+
+
+def _candidate(checkpoint: Path, *, with_metrics: bool) -> Candidate:
+    step = step_of(checkpoint)
+    assert step is not None, "complete checkpoints are found by that name"
+    metrics = read_trainer_state(checkpoint).metrics if with_metrics else {}
+    return Candidate(name=checkpoint.name, step=step, metrics=metrics)
 
 
 def write_trainer_state(folder: Path, state: TrainerState) -> None:
@@ -175,17 +278,6 @@ def check_json(extra_state: Mapping[str, Any], *, step: int) -> dict[str, Any]:
             f"extra_state of checkpoint step {step} is not JSON: {error}; use plain values"
         ) from None
     return value
-
-
-def _complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in ``folder``, oldest first by time of writing."""
-    if not folder.is_dir():
-        return []
-    times = {
-        path: _creation_time(path) for path in folder.iterdir() if _STEP_FOLDER.match(path.name)
-    }
-    complete = [(time, path) for path, time in times.items() if time is not None]
-    return [path for _, path in sorted(complete)]
 
 
 def _creation_time(checkpoint: Path) -> float | None:

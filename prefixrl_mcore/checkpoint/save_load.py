@@ -1,37 +1,31 @@
-"""Saving and loading the whole training state of a policy; all ranks must take part.
+"""Loading the whole training state of a policy; all ranks must take part.
 
-``run_checkpoints.py`` describes the folder; ``megatron_state.py`` writes the tensors.
+``run_checkpoints.py`` describes the folder, ``saver.py`` writes it, ``megatron_state.py`` knows the
+tensors.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
 from prefixrl_mcore.checkpoint import manifest
-from prefixrl_mcore.checkpoint.convert.hf_folder import (
-    CONFIG_NAME,
-    copy_assets,
-    read_hf_config,
-)
+from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy
+from prefixrl_mcore.checkpoint.convert.hf_folder import read_hf_config
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
-from prefixrl_mcore.checkpoint.megatron_state import Trainable, load_megatron, save_megatron
+from prefixrl_mcore.checkpoint.megatron_state import load_megatron
 from prefixrl_mcore.checkpoint.run_checkpoints import (
     HF_FOLDER,
     MEGATRON_FOLDER,
     TrainerState,
-    check_json,
     clean_up,
     latest_checkpoint,
-    publish,
     read_trainer_state,
     resolve_checkpoint,
-    step_folder,
-    write_trainer_state,
 )
+from prefixrl_mcore.checkpoint.saver import save_checkpoint
 from prefixrl_mcore.policy.topology import run_on_first
 
 __all__ = ["clean_up", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -44,72 +38,6 @@ _SAME_MODEL_KEYS = (
     *("tie_word_embeddings", "rms_norm_eps"),
 )
 """Entries of ``config.json`` that must agree between a checkpoint and the policy."""
-
-
-class CheckpointablePolicy(Trainable, Protocol):
-    """What saving and loading need of a policy."""
-
-    hf_config: dict[str, Any]
-    """Content of the model's ``config.json``."""
-
-    model_path: Path | None
-    """Hugging Face folder whose tokenizer and config files belong to the model; None if there is
-    none, and a checkpoint then gets only ``hf_config``."""
-
-    policy_version: int
-    """Optimizer steps applied to the weights."""
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    policy: CheckpointablePolicy,
-    extra_state: Mapping[str, Any],
-    keep_last: int | None = None,
-) -> Path:
-    """Write ``folder/step-<step>`` and return its path; synchronous, complete on return.
-
-    A kill at any moment leaves the checkpoints that were there before; what it left half-written
-    is removed by the next save. An existing checkpoint of the same step is replaced. After the
-    new one is complete, ``latest`` names it, and the oldest beyond ``keep_last`` are deleted.
-
-    All ranks must call this, with the same step; rank 0's ``extra_state`` is the one saved.
-
-    Args:
-        folder: the run's ``checkpoints`` folder, on storage that all ranks see; made if needed.
-        step: step of the trainer, at least 0.
-        policy: what to save.
-        extra_state: any JSON object of the trainer (data cursor, FLOPs, ...).
-        keep_last: checkpoints to keep, this one included; None keeps all.
-
-    Raises:
-        CheckpointError: if ``folder`` cannot be written.
-        ValueError: if ``extra_state`` is not JSON, or ``step`` or ``keep_last`` is out of range.
-    """
-    if keep_last is not None and keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1 or None, got {keep_last}")
-    final = step_folder(folder, step)
-
-    def begin() -> Path:
-        state = TrainerState(
-            step=step,
-            policy_version=policy.policy_version,
-            has_optimizer=True,
-            world_size=dist.get_world_size(),
-            extra_state=check_json(extra_state, step=step),
-        )
-        clean_up(folder)
-        temporary = manifest.begin_folder(final)
-        (temporary / MEGATRON_FOLDER).mkdir()
-        write_trainer_state(temporary, state)
-        _write_hf_files(temporary / HF_FOLDER, policy)
-        return temporary
-
-    temporary = run_on_first(begin)
-    save_megatron(temporary / MEGATRON_FOLDER, policy)
-    run_on_first(lambda: publish(temporary, final, keep_last))
-    logger.info("saved checkpoint %s", final)
-    return final
 
 
 def load_checkpoint(folder: Path, policy: CheckpointablePolicy) -> tuple[int, dict[str, Any]]:
@@ -150,15 +78,6 @@ def load_checkpoint(folder: Path, policy: CheckpointablePolicy) -> tuple[int, di
         )
     logger.info("loaded checkpoint %s", path)
     return state.step, state.extra_state
-
-
-def _write_hf_files(folder: Path, policy: CheckpointablePolicy) -> None:
-    """Write what a conversion to Hugging Face will need besides the weights."""
-    if policy.model_path is not None:
-        copy_assets(policy.model_path, folder)
-        return
-    folder.mkdir()
-    (folder / CONFIG_NAME).write_text(json.dumps(policy.hf_config, indent=2), encoding="utf-8")
 
 
 def _check(folder: Path, policy: CheckpointablePolicy) -> tuple[Path, TrainerState]:

@@ -126,6 +126,22 @@ class TorchDistReader:
             )
         return result
 
+    def read_piece(self, name: str, offsets: tuple[int, ...]) -> Tensor:
+        """Return the stored piece of a tensor that begins at ``offsets``.
+
+        Raises:
+            CheckpointError: if there is no such piece or its file is damaged.
+        """
+        entry = self._metadata.state_dict_metadata.get(name)
+        chunks = entry.chunks if isinstance(entry, dcp.TensorStorageMetadata) else []
+        for chunk in chunks:
+            if tuple(chunk.offsets) == offsets:
+                return self._read_chunk(name, chunk)
+        raise CheckpointError(
+            f"{self._folder}: holds no piece of {name} at {offsets}, expected one of "
+            f"{len(chunks)}; use another checkpoint"
+        )
+
     def _read_chunk_part(
         self, name: str, chunk: dcp.ChunkStorageMetadata, indices: tuple[int, ...]
     ) -> Tensor | None:

@@ -103,8 +103,15 @@ class OptimizerConfig(Config):
     min_lr: float = Field(default=0.0, ge=0.0)
     """Learning rate at the end of a decaying schedule; unused by ``constant``."""
 
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of the learning rate after warm-up."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """Shape of the learning rate after warm-up. ``wsd`` (warm-up, stable, decay) stays at the peak
+    and falls to ``min_lr`` in the last ``decay_fraction`` of the run."""
+
+    decay_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Share of the run's steps in which ``wsd`` falls; unused by the other schedules."""
+
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """How ``wsd`` falls; unused by the other schedules."""
 
     num_warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up from zero."""

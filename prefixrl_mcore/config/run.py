@@ -12,6 +12,9 @@ from prefixrl_mcore.config.rollout import RewardConfig, RolloutConfig
 
 Method = Literal["prefixrl", "rl", "sft_then_rl"]
 
+TIME_LIMIT_EXIT_CODE = 75
+"""``EX_TEMPFAIL``: stopped by a wall-clock limit, everything saved, start again with --resume."""
+
 
 class SftConfig(Config):
     """Supervised warm-up of the ``sft_then_rl`` baseline on the collected traces."""
@@ -45,18 +48,79 @@ class TrainerConfig(Config):
     max_flops: float | None = Field(default=None, gt=0.0)
     """Stop when the charged FLOPs (collection included) reach this; None has no such limit."""
 
+    max_seconds: float | None = Field(default=None, gt=0.0)
+    """Save and stop before this much wall time has passed since the trainer started; None has no
+    such limit. The exit code is then 75, and --resume goes on."""
+
+    end_unix_seconds: float | None = Field(default=None, gt=0.0)
+    """Save and stop before this time, as ``max_seconds``: the end of a batch job (``date +%s``;
+    Slurm gives it to the job as ``SLURM_JOB_END_TIME``). None has no such limit."""
+
+    stop_margin_seconds: float = Field(default=60.0, ge=0.0)
+    """Time that is left at a wall-clock limit, beside a step as long as the longest so far: for
+    the last save and the way out."""
+
     rollouts_every_steps: int = Field(default=1, ge=1)
     """Steps between two written rollout tables."""
 
 
+EVALUATED_QUANTITIES = ("accuracy", "all_negative_fraction", "completion_tokens_mean")
+"""What ``eval/<set>/...`` tells of every set of problems in each evaluation inside training."""
+
+
+class KeepBestConfig(Config):
+    """Keep the best checkpoints by one metric of the evaluation inside training."""
+
+    metric: str = Field()
+    """``eval/<set>/<quantity>``; the sets are ``train`` and the names of ``data.held_out``, the
+    quantities ``accuracy``, ``all_negative_fraction`` and ``completion_tokens_mean``."""
+
+    mode: Literal["max", "min"] = "max"
+    """Which end is good."""
+
+    num: int = Field(default=1, ge=1)
+    """Checkpoints kept; of equal ones the older."""
+
+
 class CheckpointConfig(Config):
-    """When the trainer saves."""
+    """When the trainer saves, and what is kept."""
 
     every_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
 
     keep_last: int | None = Field(default=2, ge=1)
-    """Checkpoints kept; None keeps all."""
+    """Newest checkpoints kept; None keeps all."""
+
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Also keep, for good, the checkpoints of steps that are multiples of this; None has no such
+    rule."""
+
+    keep_best: KeepBestConfig | None = None
+    """Also keep the best checkpoints by a metric; None has no such rule."""
+
+    in_background: bool = False
+    """Write checkpoints beside the training steps, from a copy of weights and optimizer state in
+    host memory; the step waits only for the copy. Off, the step waits for the whole save."""
+
+    @model_validator(mode="after")
+    def _keep_every_steps_meets_checkpoints(self) -> "CheckpointConfig":
+        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                "checkpoint.keep_every_steps must be a multiple of checkpoint.every_steps, got "
+                f"{self.keep_every_steps} and {self.every_steps}: the steps between are not saved"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rules_have_something_to_keep(self) -> "CheckpointConfig":
+        rules = {"keep_every_steps": self.keep_every_steps, "keep_best": self.keep_best}
+        used = [f"checkpoint.{name}" for name, value in rules.items() if value is not None]
+        if self.keep_last is None and used:
+            raise ValueError(
+                f"checkpoint.keep_last = None keeps every checkpoint, so {' and '.join(used)} "
+                "would do nothing; set keep_last to a number or remove the rule"
+            )
+        return self
 
 
 class EvaluationConfig(Config):
@@ -183,6 +247,30 @@ class RunConfig(Config):
                     'model.logits_dtype = "float32" (rollout.engine = '
                     f"{self.rollout.engine!r}; None may use either engine)"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _best_checkpoints_have_their_metric(self) -> "RunConfig":
+        best = self.checkpoint.keep_best
+        if best is None:
+            return self
+        known = [
+            f"eval/{name}/{quantity}"
+            for name in ("train", *self.data.held_out)
+            for quantity in EVALUATED_QUANTITIES
+        ]
+        if best.metric not in known:
+            raise ValueError(
+                f"checkpoint.keep_best.metric is {best.metric!r}, which no evaluation of this run "
+                f"makes; expected one of {', '.join(known)}"
+            )
+        if self.checkpoint.every_steps % self.evaluation.every_steps:
+            raise ValueError(
+                "checkpoint.every_steps must be a multiple of evaluation.every_steps with "
+                f"checkpoint.keep_best, got {self.checkpoint.every_steps} and "
+                f"{self.evaluation.every_steps}: checkpoints between evaluations have no "
+                f"{best.metric}"
+            )
         return self
 
     @model_validator(mode="after")

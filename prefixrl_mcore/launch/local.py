@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
+
 logger = logging.getLogger(__name__)
 
 _PROGRAM = (sys.executable, "-m", "prefixrl_mcore.cli")
@@ -165,7 +167,7 @@ def _wait(
 
 def _first_failed(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> int | None:
     """Return the lowest rank that ended neither well nor because it was asked to stop."""
-    good = {None, 0, *(128 + number for number in received)}
+    good = {None, 0, TIME_LIMIT_EXIT_CODE, *(128 + number for number in received)}
     return next((index for index, rank in enumerate(ranks) if rank.poll() not in good), None)
 
 

@@ -64,6 +64,12 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write_rollouts(step, rows)
 
+    @property
+    def wandb_id(self) -> str | None:
+        """Id of the W&B run that these metrics go to; None without W&B."""
+        ids = [sink.run_id for sink in self._sinks if isinstance(sink, _WandbSink)]
+        return ids[0] if ids else None
+
     def close(self) -> None:
         """Flush and close everything."""
         self._file.flush()
@@ -130,7 +136,9 @@ class _WandbSink:
             name=folder.path.name,
             config=json.loads(folder.config_file.read_text()),
         )
-        write_json_atomic(id_file, {"id": self._run.id})
+        self.run_id: str = self._run.id
+        """Id under which the service knows this run."""
+        write_json_atomic(id_file, {"id": self.run_id})
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

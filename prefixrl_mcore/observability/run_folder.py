@@ -1,5 +1,6 @@
 """The run folder: one place for everything that a run writes, tied to one config."""
 
+import hashlib
 import json
 import logging
 import platform
@@ -57,6 +58,7 @@ class RunFolder:
         self.rollouts = path / "rollouts"
         self.eval = path / "eval"
         self.checkpoints = path / "checkpoints"
+        self.dumps = path / "dumps"
         self.logs = path / "logs"
 
     def check(self, config: RunConfig) -> None:
@@ -125,6 +127,13 @@ class RunFolder:
                 + "\nUse another --run-folder, or restore these values. Nothing was changed."
             )
         return changed
+
+
+def settings_hash(config: RunConfig) -> str:
+    """Return a SHA-256 of the settings that a continued run may not change."""
+    settings = flatten(json.loads(config.model_dump_json()))
+    fixed = {key: value for key, value in settings.items() if not key.startswith(MAY_CHANGE)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def flatten(tree: dict[str, Any], parent: str = "") -> dict[str, Any]:

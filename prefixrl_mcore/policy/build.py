@@ -118,7 +118,8 @@ def build_scheduler(
 
     Warm-up of ``w`` steps gives ``lr * k / (w + 1)`` at the k-th step (k from 1), so that the
     first step is not lost to a rate of zero. After it, ``constant`` stays, ``cosine`` and
-    ``linear`` fall towards ``min_lr``, which would be reached at step ``num_steps + 1``.
+    ``linear`` fall towards ``min_lr``, which would be reached at step ``num_steps + 1``. ``wsd``
+    stays at the peak and falls as they do, within the last ``decay_fraction`` of the steps.
 
     Args:
         optimizer: its parameter groups get learning rate and weight decay.
@@ -127,9 +128,17 @@ def build_scheduler(
         num_steps: optimizer steps of the run.
 
     Raises:
-        ValueError: if the warm-up leaves no step, or ``min_lr`` exceeds the peak.
+        ValueError: if the warm-up leaves no step, the decay does not fit behind it, or ``min_lr``
+            exceeds the peak.
     """
     warmup = config.num_warmup_steps
+    decay = max(1, round(config.decay_fraction * num_steps))
+    if config.schedule == "wsd" and warmup + decay > num_steps:
+        raise ValueError(
+            "policy.optimizer: the warm-up and the decay of wsd must fit into the run, got "
+            f"num_warmup_steps {warmup} + decay_fraction {config.decay_fraction} of {num_steps} "
+            f"steps = {decay}; lower one of them"
+        )
     if config.schedule != "constant" and warmup >= num_steps:
         raise ValueError(
             f"policy.optimizer.num_warmup_steps must be below the number of steps, got {warmup} "
@@ -146,7 +155,9 @@ def build_scheduler(
         min_lr=min(config.min_lr, lr),
         lr_warmup_steps=warmup,
         lr_decay_steps=max(num_steps, warmup + 1),
-        lr_decay_style=config.schedule,
+        lr_decay_style="WSD" if config.schedule == "wsd" else config.schedule,
+        wsd_decay_steps=decay,
+        lr_wsd_decay_style=config.decay_shape,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=max(num_steps, 1),

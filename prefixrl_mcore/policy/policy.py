@@ -35,6 +35,7 @@ from prefixrl_mcore.policy.forward_backward import (
 )
 from prefixrl_mcore.policy.head import HeadSettings
 from prefixrl_mcore.policy.model_config import ModelShape, read_hf_config, read_model_shape
+from prefixrl_mcore.policy.nonfinite import Culprit, NonFiniteError, find_culprits
 from prefixrl_mcore.records import UpdateResult
 
 logger = logging.getLogger(__name__)
@@ -155,8 +156,9 @@ class MegatronPolicy:
 
         Raises:
             ValueError: if the batch was packed for another layout.
-            FloatingPointError: if loss or gradient is not finite; raised on every rank, before
-                the optimizer has changed anything.
+            NonFiniteError: (a ``FloatingPointError``) if loss or gradient is not finite; raised on
+                every rank, before the optimizer has changed anything, with the sequences, ranks
+                and microbatches that made it.
         """
         self._check_batch(batch)
         loss = loss or self._loss
@@ -172,8 +174,12 @@ class MegatronPolicy:
             )
         self._zero_gradients()
         totals = self._run_loss(batch, loss, forward_only=is_skipped)
-        _check_finite("loss", totals.loss, self.policy_version)
-        gradient_norm = 0.0 if is_skipped else self._apply_gradients()
+        self._check_finite("loss", totals.loss, batch, loss)
+        gradient_norm = 0.0
+        if not is_skipped:
+            gradient_norm = self._gradient_norm()
+            self._check_finite("gradient norm", gradient_norm, batch, loss)
+            self._apply_gradients()
         return UpdateResult(
             loss=totals.loss / batch.num_trained_tokens,
             gradient_norm=gradient_norm,
@@ -313,11 +319,13 @@ class MegatronPolicy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def _apply_gradients(self) -> float:
-        """Clip, step optimizer and schedule, and return the norm before clipping."""
+    def _gradient_norm(self) -> float:
+        """Return the global norm of the gradients that the last backward pass left."""
         self.optimizer.prepare_grads()
-        gradient_norm = float(self.optimizer.get_grad_norm())
-        _check_finite("gradient norm", gradient_norm, self.policy_version)
+        return float(self.optimizer.get_grad_norm())
+
+    def _apply_gradients(self) -> None:
+        """Clip, and step optimizer and schedule."""
         step_outcome = self.optimizer.step()
         if not step_outcome or not step_outcome[0]:
             raise FloatingPointError(
@@ -325,7 +333,39 @@ class MegatronPolicy:
             )
         self.scheduler.step(1)
         self.policy_version += 1
-        return gradient_norm
+
+    def _check_finite(self, what: str, value: float, batch: PackedBatch, loss: LossConfig) -> None:
+        """Refuse to go on with a NaN or an infinity, and find out what made it."""
+        if math.isfinite(value):
+            return
+        culprits: tuple[Culprit, ...] = ()
+        if topology.any_rank(not self._has_finite_weights()):
+            reason = "the weights themselves are not finite"
+        else:
+            culprits = find_culprits(batch, lambda part: self._is_finite(part, loss))
+            reason = "made by " + "; ".join(str(culprit) for culprit in culprits)
+        self._zero_gradients()
+        raise NonFiniteError(
+            f"policy version {self.policy_version}: {what} is {value}, {reason}; no step was "
+            "taken. Look at these rollouts and their logprob gap; lower policy.optimizer.lr if it "
+            "happens again",
+            culprits,
+        )
+
+    def _is_finite(self, batch: PackedBatch, loss: LossConfig) -> bool:
+        """Return whether loss and gradient of ``batch`` are finite; all ranks must call this."""
+        self._zero_gradients()
+        is_finite = math.isfinite(self._run_loss(batch, loss, forward_only=False).loss)
+        is_finite = is_finite and math.isfinite(self._gradient_norm())
+        return not topology.any_rank(not is_finite)
+
+    def _has_finite_weights(self) -> bool:
+        """Return whether every weight of this rank is finite."""
+        return all(
+            bool(torch.isfinite(parameter).all())
+            for chunk in self.model_chunks
+            for parameter in chunk.parameters()
+        )
 
 
 def _has_gradient(batch: PackedBatch, loss: LossConfig) -> bool:
@@ -339,12 +379,3 @@ def _mean_metrics(totals: Totals, num_trained_tokens: int) -> dict[str, float]:
     """Return means over trained tokens, and maxima."""
     means = {name: value / num_trained_tokens for name, value in totals.metric_sums.items()}
     return means | totals.metric_maxima
-
-
-def _check_finite(what: str, value: float, policy_version: int) -> None:
-    """Refuse to go on with a NaN or an infinity."""
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"policy version {policy_version}: {what} is {value}; no step was taken. Look at the "
-            "batch's rollouts and logprob gap; lower policy.optimizer.lr if it happens again"
-        )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
 from prefixrl_mcore.checkpoint.save_load import clean_up, latest_checkpoint, load_checkpoint
+from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.prefixes import read_prefixes
@@ -17,14 +18,14 @@ from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
 from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
 from prefixrl_mcore.observability.progress import Progress
-from prefixrl_mcore.observability.run_folder import RunFolder
+from prefixrl_mcore.observability.run_folder import MAY_CHANGE, RunFolder, settings_hash
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer.loop import train
-from prefixrl_mcore.trainer.session import Session
+from prefixrl_mcore.trainer.session import Session, retention_of
 from prefixrl_mcore.trainer.sft import run_sft
-from prefixrl_mcore.trainer.signals import StopSignal
+from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +36,14 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
     Raises:
         ConfigError: if the folder holds another run, or one that ``resume`` was not given for.
     """
-    start = time.perf_counter()
+    start, started = time.perf_counter(), time.time()
     folder = RunFolder(config.run_folder)
     _check_start(folder, config, resume=resume)
     with ExitStack() as stack:
         topology = initialize(config.policy.parallel, seed=config.seed)
         stack.callback(shut_down)
         run_on_first(lambda: folder.check(config))
-        stop = StopSignal()
+        stop = StopSignal(TimeLimit(config.trainer, started=started))
         session = build_session(config, folder, topology, stack)
         checkpoint = None
         if resume:
@@ -55,13 +56,13 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
         if checkpoint is None:
             if config.method == "sft_then_rl":
                 run_sft(session, _read_sft_traces(config), stop)
-            if not stop.is_set():
+            if not stop.is_signalled() and stop.exit_code == 0:
                 session.evaluate(0)
-        if not stop.is_set():
+        if not stop.is_signalled() and stop.exit_code == 0:
             train(session, stop)
         if topology.is_first:
             folder.add_stage_seconds("train", time.perf_counter() - start)
-        return 0 if stop.received is None else 128 + stop.received
+        return stop.exit_code
 
 
 def _check_start(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
@@ -155,6 +156,11 @@ def build_session(
             num_parameters=count_parameters(config.model.path),
             collect_flops=_collect_flops(config, renderer),
         ),
+        saver=CheckpointSaver(
+            folder.checkpoints,
+            retention_of(config.checkpoint),
+            in_background=config.checkpoint.in_background,
+        ),
         evaluation_sets=sets,
         evaluator=evaluator,
         metrics=None,
@@ -219,6 +225,18 @@ def restore(session: Session, checkpoint: Path) -> None:
         CheckpointError: if it is incomplete, corrupt, or of another model.
     """
     step, state = load_checkpoint(checkpoint, session.policy)
+    if "config_hash" not in state:
+        raise ConfigError(
+            f"{checkpoint}: was not saved by this version of prefixrl train; resume it with the "
+            "version that saved it"
+        )
+    ours = settings_hash(session.config)
+    if state["config_hash"] != ours:
+        raise ConfigError(
+            f"{checkpoint}: was saved under settings of hash {state['config_hash']}, the config "
+            f"has {ours}; resume with the run's own config (config.json in its folder). What may "
+            f"change: {', '.join(MAY_CHANGE)}"
+        )
     if state["method"] != session.config.method:
         raise ConfigError(
             f"{checkpoint}: is of method {state['method']!r}, the config says "
@@ -227,6 +245,7 @@ def restore(session: Session, checkpoint: Path) -> None:
     session.source.load_state(state["source"])
     session.meter.load_state(state["flops"])
     session.first_step = step
+    session.owes_evaluation = session.is_evaluation_due(step) and not state["is_evaluated"]
     num_steps = session.config.trainer.num_steps
     logger.info("resumed from %s: %d of %d steps done", checkpoint, step, num_steps)
     if session.evaluator is not None and not session.evaluator.engine.is_seeded:

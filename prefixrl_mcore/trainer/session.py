@@ -1,27 +1,34 @@
 """Everything that is alive while one rank trains, and the verbs that the loop is made of."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.accounting.flops import FlopsMeter
-from prefixrl_mcore.checkpoint.save_load import latest_checkpoint, save_checkpoint
-from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.checkpoint.manifest import SaveError
+from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
+from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint
+from prefixrl_mcore.checkpoint.saver import CheckpointSaver, save_checkpoint
+from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
 from prefixrl_mcore.data.packing import Aggregation, PackedBatch, pack
 from prefixrl_mcore.data.source import MixtureSource
 from prefixrl_mcore.eval.in_training import evaluate_in_training
 from prefixrl_mcore.eval.runner import Evaluator
 from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
 from prefixrl_mcore.observability.progress import Progress
-from prefixrl_mcore.observability.run_folder import RunFolder
+from prefixrl_mcore.observability.run_folder import RunFolder, settings_hash
+from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.topology import Topology, run_on_first
 from prefixrl_mcore.records import Group, PrefixedProblem, Problem, TrainingSequence, UpdateResult
 from prefixrl_mcore.rollout.engine import SamplingParams
 from prefixrl_mcore.rollout.sampling import sample_groups
 from prefixrl_mcore.rollout.scoring import score_groups
+from prefixrl_mcore.trainer.dumps import write_dump
 from prefixrl_mcore.trainer.groups import group_metrics, training_sequences, with_advantages
 from prefixrl_mcore.trainer.rollout_log import rollout_rows, write_rollouts
 
@@ -54,6 +61,9 @@ class Session:
     meter: FlopsMeter
     """Charged FLOPs and tokens so far; in the same state on every rank."""
 
+    saver: CheckpointSaver
+    """Writes the run's checkpoints."""
+
     evaluation_sets: dict[str, list[Problem]]
     """Name → problems evaluated without a prefix; ``train`` first."""
 
@@ -72,8 +82,17 @@ class Session:
     stack: ExitStack
     """Closes engine, verifier, metrics and progress."""
 
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step → metrics of the newest evaluation, on rank 0; empty on the other ranks."""
+
     first_step: int = 0
     """First RL step to run; above 0 after a resume."""
+
+    owes_evaluation: bool = False
+    """The run that saved was told to stop before it evaluated ``first_step``."""
+
+    num_failed_saves: int = 0
+    """Saves that the storage refused since this start."""
 
     def sync_weights(self) -> None:
         """Bring the engine to the policy's version; all ranks call this (collective export)."""
@@ -145,11 +164,29 @@ class Session:
             max_completion_tokens=run.rollout.max_completion_tokens,
         )
 
-    def update(self, batch: PackedBatch) -> UpdateResult:
-        """Apply one optimizer step; all ranks call this."""
+    def update(self, step: int, batch: PackedBatch) -> UpdateResult:
+        """Apply one optimizer step; all ranks call this.
+
+        Raises:
+            NonFiniteError: if loss or gradient is not finite; nothing was changed, and what
+                ``prefixrl replay`` needs lies in ``RUN/dumps``.
+        """
         self.progress.update(waiting_for="policy update")
-        with self.timer.phase("update"):
-            return self.policy.update(batch)
+        try:
+            with self.timer.phase("update"):
+                return self.policy.update(batch)
+        except NonFiniteError as error:
+            path = self._dump(step, batch, error)
+            raise NonFiniteError(f"step {step}: {error}. Dump: {path}", error.culprits) from error
+
+    def _dump(self, step: int, batch: PackedBatch, error: NonFiniteError) -> Path:
+        """Keep batch and policy of an update that was not finite; all ranks call this."""
+        with self._refusal_counted():  # the older state is worth more than the dump
+            self.saver.finish(wait=True)
+        path = run_on_first(lambda: write_dump(self.folder.dumps, step, batch, error))
+        with self._refusal_counted():
+            save_checkpoint(self.folder.dumps, step, self.policy, self.state(step))
+        return path
 
     def log_step(
         self, step: int, groups: Sequence[Group], batch: PackedBatch, update: UpdateResult
@@ -172,6 +209,7 @@ class Session:
             / (len(batch.streams) * self.config.stream_tokens),
             **update.metrics,
             **self.meter.metrics(),
+            "checkpoint/num_failed_saves": float(self.num_failed_saves),
             **self.timer.take(),
         }
         self.metrics.write("train", step, values)
@@ -200,21 +238,54 @@ class Session:
         values = evaluate_in_training(
             self._evaluator, self.evaluation_sets, self.config.evaluation, label=f"eval/{step}"
         )
+        self.evaluations = {step: {k: v for k, v in values.items() if math.isfinite(v)}}
         values |= self.meter.metrics()
         self.metrics.write("eval", step, values)
         self.progress.update(train_accuracy=values["eval/train/accuracy"])
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint of ``step`` finished RL steps; all ranks call this."""
-        self.progress.update(waiting_for="checkpoint")
+    def checkpoint(self, step: int, *, is_last: bool) -> None:
+        """Complete a save under way, and begin one if it is due; all ranks call this every step.
+
+        A save that the storage refuses is logged and counted, and the next one that is due tries
+        again: the run goes on with its older checkpoints.
+
+        Raises:
+            SaveError: if the storage refuses the last save.
+        """
+        is_due = is_last or step % self.config.checkpoint.every_steps == 0
+        if not is_due and not self.saver.is_under_way:
+            return
         with self.timer.phase("save"):
-            save_checkpoint(
-                self.folder.checkpoints,
-                step,
-                self.policy,
-                self.state(step),
-                keep_last=self.config.checkpoint.keep_last,
-            )
+            with self._refusal_counted():
+                self.saver.finish(wait=is_due)
+            if not is_due:
+                return
+            self.progress.update(waiting_for="checkpoint")
+            with nullcontext() if is_last else self._refusal_counted():
+                self.saver.start(
+                    step, self.policy, self.state(step), metrics=self.evaluations.get(step)
+                )
+                if is_last or not self.config.checkpoint.in_background:
+                    self.saver.finish(wait=True)
+
+    @contextmanager
+    def _refusal_counted(self) -> Iterator[None]:
+        """Go on after a save that the storage refused."""
+        try:
+            yield
+        except SaveError as error:
+            self.num_failed_saves += 1
+            if self.topology.is_first:
+                logger.error(
+                    "%s. The older checkpoints are as they were; the next save is due in at most "
+                    "%d steps. Make room, or the run may lose its work",
+                    error,
+                    self.config.checkpoint.every_steps,
+                )
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """Return whether policy version ``step`` is one that is evaluated in training."""
+        return step % self.config.evaluation.every_steps == 0
 
     def has_checkpoint(self) -> bool:
         """Return whether the run has a complete checkpoint; all ranks call this."""
@@ -227,6 +298,9 @@ class Session:
             "method": self.config.method,
             "source": self.source.state(),
             "flops": self.meter.state(),
+            "config_hash": settings_hash(self.config),
+            "is_evaluated": step in self.evaluations,
+            "wandb_id": None if self.metrics is None else self.metrics.wandb_id,
         }
 
     def is_over_budget(self) -> bool:
@@ -249,3 +323,13 @@ class Session:
 def _num_completion_tokens(groups: Sequence[Group]) -> int:
     """Return the tokens sampled in a step."""
     return sum(len(s.rollout.completion.token_ids) for group in groups for s in group.rollouts)
+
+
+def retention_of(config: CheckpointConfig) -> Retention:
+    """Return the rules of ``[checkpoint]``."""
+    best = config.keep_best
+    return Retention(
+        keep_last=config.keep_last,
+        keep_every_steps=config.keep_every_steps,
+        keep_best=None if best is None else KeepBest(**best.model_dump()),
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prefixrl_mcore.checkpoint.retention import Retention
 from prefixrl_mcore.checkpoint.save_load import (
     clean_up,
     latest_checkpoint,
@@ -58,6 +59,7 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
     if session.metrics is not None:
         session.metrics.drop_sft_beyond(first_epoch)
     kept_epoch = first_epoch
+    stop.begin_steps()
     for epoch in range(first_epoch, run.sft.max_epochs):
         _train_epoch(session, training, epoch)
         loss = _validation_loss(session, validation_batch)
@@ -87,7 +89,7 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
 def _save_epoch(session: Session, folder: Path, epoch: int, validation_loss: float) -> None:
     """Save the best epoch so far, in place of the one before."""
     state = {"validation_loss": validation_loss, "flops": session.meter.state()}
-    save_checkpoint(folder, epoch, session.policy, state, keep_last=1)
+    save_checkpoint(folder, epoch, session.policy, state, Retention(keep_last=1))
 
 
 def split_traces(

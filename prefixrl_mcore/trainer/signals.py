@@ -1,9 +1,12 @@
-"""Stopping between steps: a signal asks, all ranks agree, the step in progress is finished."""
+"""Stopping between steps: a signal or the clock asks, all ranks agree, the step is finished."""
 
 import logging
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
 
+from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, TrainerConfig
 from prefixrl_mcore.policy.topology import any_rank
 
 logger = logging.getLogger(__name__)
@@ -11,23 +14,82 @@ logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class StopSignal:
-    """Remembers the first stop signal; a second SIGINT stops at once."""
+class TimeLimit:
+    """Says when another step might not end before the wall-clock limit."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        config: TrainerConfig,
+        *,
+        started: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Remember the nearer of the two limits.
+
+        Args:
+            config: the limits and the margin.
+            started: when the trainer started, unix seconds.
+            clock: current time, unix seconds.
+        """
+        limits = [] if config.max_seconds is None else [started + config.max_seconds]
+        limits += [] if config.end_unix_seconds is None else [config.end_unix_seconds]
+        self._end = min(limits, default=None)
+        self._margin_seconds = config.stop_margin_seconds
+        self._clock = clock
+        self._last_asked: float | None = None
+        self._longest_seconds = 0.0
+
+    def begin(self) -> None:
+        """Take this moment for the beginning of the first step."""
+        self._last_asked = self._clock()
+
+    def is_near(self) -> bool:
+        """Return whether to stop now; asked once per step, it learns how long steps take."""
+        now = self._clock()
+        if self._last_asked is not None:
+            self._longest_seconds = max(self._longest_seconds, now - self._last_asked)
+        self._last_asked = now
+        if self._end is None:
+            return False
+        return now + self._longest_seconds + self._margin_seconds >= self._end
+
+
+class StopSignal:
+    """Remembers the first stop signal, and watches the clock; a second SIGINT stops at once."""
+
+    def __init__(self, limit: TimeLimit) -> None:
         """Install the handlers of this process."""
         self._received: int | None = None
+        self._limit = limit
+        self._is_out_of_time = False
         for number in _SIGNALS:
             signal.signal(number, self._remember)
 
     @property
-    def received(self) -> int | None:
-        """Number of the signal that this rank got, or None."""
-        return self._received
+    def exit_code(self) -> int:
+        """0, or why the run stopped early: 128 + signal number, or ``TIME_LIMIT_EXIT_CODE``."""
+        if self._received is not None:
+            return 128 + self._received
+        return TIME_LIMIT_EXIT_CODE if self._is_out_of_time else 0
+
+    def begin_steps(self) -> None:
+        """Start to measure steps; what came before counts for no step."""
+        self._limit.begin()
+
+    def is_signalled(self) -> bool:
+        """Return whether any rank got a signal; all ranks must call this.
+
+        Before the first step the clock does not count: a run that is started takes one step, so
+        that it gets on however often it is started again.
+        """
+        return any_rank(self._received is not None)
 
     def is_set(self) -> bool:
-        """Return whether any rank was asked to stop; all ranks must call this."""
-        return any_rank(self._received is not None)
+        """Return whether any rank was asked to stop; all ranks must call this, once per step."""
+        if not self._is_out_of_time and any_rank(self._limit.is_near()):
+            self._is_out_of_time = True
+            logger.warning("the wall-clock limit is near: saving and stopping")
+        return self.is_signalled() or self._is_out_of_time
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         """Keep the signal for the end of the step."""

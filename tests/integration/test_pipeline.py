@@ -6,7 +6,6 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,24 +17,7 @@ from prefixrl_mcore.accounting.flops import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.data.traces import TraceStore
-from tests.support.tiny_run import ROOT, TinyTask
-
-
-def _metrics(run: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def _without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop what depends on the machine's speed."""
-    return [
-        {
-            key: value
-            for key, value in line.items()
-            if not key.startswith("time") and not key.endswith("_per_second")
-        }
-        for line in lines
-    ]
+from tests.support.tiny_run import ROOT, TinyTask, metrics_of, without_clock
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +39,7 @@ def test_collection_charges_every_try(tiny_task: TinyTask) -> None:
 
 
 def test_three_of_four_training_items_have_a_prefix(trained: Path) -> None:
-    groups = _metrics(trained, "train")
+    groups = metrics_of(trained, "train")
     prefixed = sum(line["rollout/num_prefix_groups"] for line in groups)
     plain = sum(line["rollout/num_no_prefix_groups"] for line in groups)
     assert prefixed + plain == 16
@@ -65,20 +47,20 @@ def test_three_of_four_training_items_have_a_prefix(trained: Path) -> None:
 
 
 def test_each_step_and_evaluation_stands_once(trained: Path) -> None:
-    assert [line["step"] for line in _metrics(trained, "train")] == [0, 1, 2, 3]
-    assert [line["step"] for line in _metrics(trained, "eval")] == [0, 2, 4]
+    assert [line["step"] for line in metrics_of(trained, "train")] == [0, 1, 2, 3]
+    assert [line["step"] for line in metrics_of(trained, "eval")] == [0, 2, 4]
 
 
 def test_flops_rise_from_the_cost_of_collection(tiny_task: TinyTask, trained: Path) -> None:
     collected = TraceStore.open(tiny_task.folder / "traces").total_flops()
-    evaluations = _metrics(trained, "eval")
+    evaluations = metrics_of(trained, "eval")
     assert evaluations[0]["flops/total"] == evaluations[0]["flops/collect"] == collected
     totals = [line["flops/total"] for line in evaluations]
     assert totals == sorted(set(totals))
 
 
 def test_engine_and_policy_agree_on_logprobs(trained: Path) -> None:
-    gaps = [line["loss/logprob_gap_max_nats"] for line in _metrics(trained, "train")]
+    gaps = [line["loss/logprob_gap_max_nats"] for line in metrics_of(trained, "train")]
     assert max(gaps) < 1e-4
 
 
@@ -87,7 +69,7 @@ def test_rollouts_are_written_with_their_version(trained: Path) -> None:
     assert len(table) == 16
     assert {row["step"] for row in table} == {2}
     versions = {row["policy_version"] for row in table}
-    assert versions == {int(_metrics(trained, "train")[1]["policy/version"])}
+    assert versions == {int(metrics_of(trained, "train")[1]["policy/version"])}
     for row in table:
         assert len(row["rollout_logprobs"]) == len(row["completion_token_ids"])
 
@@ -108,7 +90,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     assert tiny_task.run("train", run, "--trainer.num-steps", "2") == 0
     assert tiny_task.run("train --resume", run) == 0
     for kind in ("train", "eval"):
-        assert _without_clock(_metrics(run, kind)) == _without_clock(_metrics(trained, kind))
+        assert without_clock(metrics_of(run, kind)) == without_clock(metrics_of(trained, kind))
 
 
 def _snapshot(run: Path) -> dict[str, bytes]:
@@ -124,7 +106,7 @@ def test_a_spent_budget_takes_no_further_step_however_often_it_is_resumed(
     flags = ("--trainer.max-flops", "1e9")
     assert tiny_task.run("train", run, *flags) == 0
     before = _snapshot(run)
-    assert len(_metrics(run, "train")) <= 1
+    assert len(metrics_of(run, "train")) <= 1
     assert tiny_task.run("train --resume", run, *flags) == 0
     assert _snapshot(run) == before
 
@@ -168,7 +150,7 @@ def test_a_run_killed_before_its_first_checkpoint_has_each_line_once(
     (run / "metrics.jsonl").write_text("".join(lines[:2]))  # eval 0, train 0
     assert tiny_task.run("train --resume", run) == 0
     for kind in ("train", "eval"):
-        assert _without_clock(_metrics(run, kind)) == _without_clock(_metrics(trained, kind))
+        assert without_clock(metrics_of(run, kind)) == without_clock(metrics_of(trained, kind))
 
 
 def test_traces_of_other_weights_are_not_mixed(
@@ -197,7 +179,7 @@ def test_a_run_killed_at_any_moment_continues(
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert tiny_task.run("train --resume", run) == 0
-    assert _without_clock(_metrics(run, "train")) == _without_clock(_metrics(trained, "train"))
+    assert without_clock(metrics_of(run, "train")) == without_clock(metrics_of(trained, "train"))
 
 
 @pytest.mark.slow
@@ -205,14 +187,14 @@ def test_sigterm_finishes_the_step_saves_and_says_so(tiny_task: TinyTask, tmp_pa
     run = tmp_path / "stopped"
     process = tiny_task.start("train", run, "--trainer.num-steps", "1000")
     deadline = time.monotonic() + 300
-    while not (run / "metrics.jsonl").exists() or not _metrics(run, "train"):
+    while not (run / "metrics.jsonl").exists() or not metrics_of(run, "train"):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
-    steps = len(_metrics(run, "train"))
+    steps = len(metrics_of(run, "train"))
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.name == f"step-{steps:06d}"
@@ -225,14 +207,14 @@ def test_the_baselines_are_the_same_program(
     run = tmp_path / method
     flags = ("--method", method, "--sft.lr", "1e-4", "--trainer.num-steps", "2")
     assert tiny_task.run("train", run, *flags) == 0
-    first = _metrics(run, "eval")[0]
-    assert all(line["rollout/num_prefix_groups"] == 0 for line in _metrics(run, "train"))
+    first = metrics_of(run, "eval")[0]
+    assert all(line["rollout/num_prefix_groups"] == 0 for line in metrics_of(run, "train"))
     if method == "rl":
         assert first["flops/total"] == 0
     else:
         assert first["flops/sft"] > 0
         assert first["flops/total"] == first["flops/collect"] + first["flops/sft"]
-        epochs = _metrics(run, "sft")
+        epochs = metrics_of(run, "sft")
         assert [line["step"] for line in epochs] == list(range(1, len(epochs) + 1))
 
 
@@ -245,7 +227,7 @@ def test_training_with_a_real_sglang_server(tiny_task: TinyTask, tmp_path: Path)
     run = tmp_path / "sglang"
     flags = ("--rollout.engine", "sglang", "--rollout.sglang.python", str(python))
     assert tiny_task.run("train", run, *flags) == 0
-    lines = _metrics(run, "train")
+    lines = metrics_of(run, "train")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert max(line["loss/logprob_gap_max_nats"] for line in lines) < 1e-4
     assert sum(line["policy/was_skipped"] for line in lines) < 4

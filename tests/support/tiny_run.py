@@ -1,10 +1,12 @@
 """A whole run at the smallest scale: a two-part quiz that a briefly trained policy half knows."""
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.config.load import load_config
@@ -70,6 +72,26 @@ class TinyTask:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
             start_new_session=True,
         )
+
+
+def metrics_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the lines of one kind of a run's metrics; none if there is no file yet."""
+    if not (run / "metrics.jsonl").exists():
+        return []
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what depends on the machine's speed."""
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith("time") and not key.endswith("_per_second")
+        }
+        for line in lines
+    ]
 
 
 def build_tiny_task(folder: Path) -> TinyTask:

@@ -17,6 +17,7 @@ from prefixrl_mcore.checkpoint.manifest import (
     verify,
     write_folder,
 )
+from prefixrl_mcore.checkpoint.retention import KEEP_ALL
 from prefixrl_mcore.checkpoint.run_checkpoints import (
     clean_up,
     latest_checkpoint,
@@ -154,6 +155,7 @@ SAVES_AND_DIES = """
 import os, signal, sys
 from pathlib import Path
 from prefixrl_mcore.checkpoint import manifest, run_checkpoints
+from prefixrl_mcore.checkpoint.retention import Retention
 
 def save(folder, step, text, keep_last, num_left):
     left = int(num_left)
@@ -169,7 +171,8 @@ def save(folder, step, text, keep_last, num_left):
     final = run_checkpoints.step_folder(Path(folder), int(step))
     temporary = manifest.begin_folder(final)
     (temporary / "data").write_text(text)
-    run_checkpoints.publish(temporary, final, None if keep_last == "all" else int(keep_last))
+    kept = None if keep_last == "all" else int(keep_last)
+    run_checkpoints.publish(temporary, final, Retention(keep_last=kept))
 
 for line in sys.stdin:
     child = os.fork()
@@ -216,7 +219,7 @@ def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(
         folder = tmp_path / str(num_left)
         temporary = begin_folder(step_folder(folder, 1))
         (temporary / "data").write_text("old")
-        publish(temporary, step_folder(folder, 1), None)
+        publish(temporary, step_folder(folder, 1), KEEP_ALL)
 
         has_finished = save_and_die(folder, step, "new", keep_last, num_left)
 

@@ -190,3 +190,54 @@ def test_configs_load_without_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        pytest.param(
+            "every_steps = 20\nkeep_every_steps = 30",
+            r"keep_every_steps must be a multiple of checkpoint\.every_steps, got 30 and 20",
+            id="steps that are never saved",
+        ),
+        pytest.param(
+            'keep_best = { metric = "eval/dev/accuracy" }',
+            r"'eval/dev/accuracy', which no evaluation .* eval/train/accuracy, .*eval/aime/",
+            id="unknown set",
+        ),
+        pytest.param(
+            'keep_best = { metric = "eval/train/reward" }',
+            "which no evaluation of this run makes",
+            id="unknown quantity",
+        ),
+        pytest.param(
+            'every_steps = 15\nkeep_best = { metric = "eval/train/accuracy" }',
+            r"every_steps must be a multiple of evaluation\.every_steps.* 15 and 10",
+            id="checkpoints without an evaluation",
+        ),
+    ],
+)
+def test_retention_that_cannot_work_is_refused(tmp_path: Path, lines: str, message: str) -> None:
+    text = MINIMAL + f'held_out = {{ aime = "a.jsonl" }}\n[checkpoint]\n{lines}\n'
+    with pytest.raises(ConfigError, match=message):
+        _load(tmp_path, text)
+
+
+def test_the_best_by_a_held_out_metric_can_be_kept(tmp_path: Path) -> None:
+    text = MINIMAL + (
+        'held_out = { aime = "a.jsonl" }\n[checkpoint]\nkeep_every_steps = 100\n'
+        'keep_best = { metric = "eval/aime/accuracy", num = 2 }\n'
+    )
+    best = _load(tmp_path, text).checkpoint.keep_best
+    assert best is not None
+    assert (best.metric, best.mode, best.num) == ("eval/aime/accuracy", "max", 2)
+
+
+def test_rules_beside_keeping_everything_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = MINIMAL + "[checkpoint]\nkeep_every_steps = 50\n"
+    with pytest.raises(SystemExit) as stopped:
+        _load(tmp_path, text, "--checkpoint.keep-last", "None")
+    assert stopped.value.code == 2
+    assert "keep_last = None keeps every checkpoint" in capsys.readouterr().err

@@ -146,6 +146,44 @@ def test_learning_rates_of_a_run_with_two_warmup_steps(
     assert rates == pytest.approx([1e-3 * rate for rate in expected])
 
 
+@pytest.mark.parametrize(
+    ("shape", "shares"),
+    [
+        # Of the way from min_lr back to the peak, 1/3 and 2/3 through a decay of three steps.
+        pytest.param("linear", [2 / 3, 1 / 3], id="linear"),
+        pytest.param("cosine", [0.75, 0.25], id="cosine"),
+        pytest.param("exponential", [0.5874010520, 0.2599210499], id="exponential"),
+        pytest.param("minus_sqrt", [0.4226497308, 0.1835034191], id="minus_sqrt"),
+    ],
+)
+def test_learning_rates_of_warmup_stable_decay(
+    tied_folder: Path, shape: str, shares: list[float]
+) -> None:
+    optimizer = OptimizerConfig.model_validate(
+        {
+            "lr": 1e-3,
+            "min_lr": 1e-4,
+            "schedule": "wsd",
+            "num_warmup_steps": 2,
+            "decay_fraction": 0.5,
+            "decay_shape": shape,
+        }
+    )
+    policy = build_policy(tied_folder, optimizer=optimizer, num_steps=6)
+    batch = make_batch(make_sequences(2))
+    rates = [policy.update(batch).learning_rate for _ in range(6)]
+    # Warm-up at steps 1 and 2, the peak at 3 and 4, the decay from there to step 7, not taken.
+    expected = [1 / 3, 2 / 3, 1.0, 1.0, *(0.1 + 0.9 * share for share in shares)]
+    assert rates == pytest.approx([1e-3 * rate for rate in expected])
+    assert policy.learning_rate == pytest.approx(1e-4)
+
+
+def test_a_decay_that_does_not_fit_behind_the_warmup_is_refused(tied_folder: Path) -> None:
+    optimizer = OptimizerConfig(schedule="wsd", num_warmup_steps=8, decay_fraction=0.3)
+    with pytest.raises(ValueError, match=r"8 \+ decay_fraction 0\.3 of 10 steps = 3"):
+        build_policy(tied_folder, optimizer=optimizer, num_steps=10)
+
+
 def test_weight_decay_acts_at_the_first_step_and_on_matrices_only(tied_folder: Path) -> None:
     def first_step(weight_decay: float) -> dict[str, torch.Tensor]:
         policy = build_policy(

@@ -1,0 +1,227 @@
+"""Saving the checkpoints of a run, one at a time, at once or beside the training steps.
+
+A save has three parts. ``start`` plans and, for a save in the background, copies; ``write`` runs on
+each rank alone, in a thread if in the background; ``finish`` is collective again: index, read-back,
+manifest, ``latest``, retention. The training step waits for the first and the last part only. The
+folder has its final name after the last part and not before, so that a kill anywhere leaves the
+checkpoints that were there.
+"""
+
+import logging
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from prefixrl_mcore.checkpoint import manifest
+from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy, write_hf_files
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
+from prefixrl_mcore.checkpoint.megatron_state import stage_megatron
+from prefixrl_mcore.checkpoint.retention import KEEP_ALL, Retention
+from prefixrl_mcore.checkpoint.run_checkpoints import (
+    HF_FOLDER,
+    MEGATRON_FOLDER,
+    TrainerState,
+    check_json,
+    clean_up,
+    publish,
+    step_folder,
+    write_trainer_state,
+)
+from prefixrl_mcore.checkpoint.staged import StagedState, agree_on_errors
+from prefixrl_mcore.policy import topology
+from prefixrl_mcore.policy.topology import any_rank, run_on_first
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Pending:
+    """A save between ``start`` and ``finish``."""
+
+    final: Path
+    """Name that the checkpoint will have."""
+
+    temporary: Path
+    """Where it is written."""
+
+    staged: StagedState
+    """This rank's share."""
+
+    thread: threading.Thread | None = None
+    """The writer in the background; None writes in ``finish``."""
+
+    digests: dict[str, str] | None = None
+    """SHA-256 of this rank's files, by name; None until they are written."""
+
+    error: BaseException | None = None
+    """What stopped the writer of this rank."""
+
+    def write(self) -> None:
+        """Write this rank's files; errors are kept for ``finish``, where all ranks meet."""
+        try:
+            self.digests = self.staged.write()
+        except Exception as error:  # outermost frame of the writer: told to every rank in finish
+            self.error = error
+
+
+class CheckpointSaver:
+    """Writes checkpoints into one folder; at most one save is under way."""
+
+    def __init__(
+        self, folder: Path, retention: Retention = KEEP_ALL, *, in_background: bool = False
+    ) -> None:
+        """Remember where and how; nothing is written yet.
+
+        Args:
+            folder: the run's ``checkpoints`` folder, on storage that all ranks see; made if needed.
+            retention: which checkpoints are kept; the newest always is.
+            in_background: write beside the training steps, from a copy in host memory.
+        """
+        self._folder = folder
+        self._retention = retention
+        self._in_background = in_background
+        self._pending: _Pending | None = None
+
+    def start(
+        self,
+        step: int,
+        policy: CheckpointablePolicy,
+        extra_state: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin to save; all ranks must call this, with the same step, and none under way.
+
+        The policy may change as soon as this returns if the saver works in the background;
+        otherwise not before ``finish``. What killed saves left in the folder is removed first.
+
+        Args:
+            step: step of the trainer, at least 0; an existing checkpoint of it will be replaced.
+            policy: what to save.
+            extra_state: any JSON object of the trainer; rank 0's is saved.
+            metrics: evaluation of these weights, for ``retention.keep_best``; rank 0's is saved.
+
+        Raises:
+            SaveError: if the storage refuses; on every rank.
+            CheckpointError: if the folder cannot be written at all.
+            ValueError: if ``extra_state`` or ``metrics`` is not JSON, or ``step`` is negative.
+        """
+        assert self._pending is None, "one save at a time: call finish(wait=True) first"
+        final = step_folder(self._folder, step)
+
+        def begin() -> Path:
+            state = TrainerState(
+                step=step,
+                policy_version=policy.policy_version,
+                has_optimizer=True,
+                world_size=dist.get_world_size(),
+                extra_state=check_json(extra_state, step=step),
+                layout=_layout(),
+                metrics=check_json(metrics or {}, step=step),
+            )
+            clean_up(self._folder)
+            temporary = manifest.begin_folder(final)
+            (temporary / MEGATRON_FOLDER).mkdir()
+            write_trainer_state(temporary, state)
+            write_hf_files(temporary / HF_FOLDER, policy)
+            return temporary
+
+        try:
+            temporary = run_on_first(begin)
+        except OSError as error:  # on every rank
+            raise SaveError(f"checkpoint {final}: {error}") from error
+        staged = stage_megatron(
+            temporary / MEGATRON_FOLDER, policy, turn=step, is_copied=self._in_background
+        )
+        self._pending = _Pending(final=final, temporary=temporary, staged=staged)
+        if self._in_background:
+            # A daemon: it must not keep a failed trainer alive. What it leaves is cleaned up.
+            thread = threading.Thread(target=self._pending.write, name="checkpoint", daemon=True)
+            self._pending.thread = thread
+            thread.start()
+
+    def finish(self, *, wait: bool) -> Path | None:
+        """Complete the save under way and return its path; all ranks must call this.
+
+        Args:
+            wait: wait for the writers of all ranks; otherwise return None if one still writes.
+
+        Returns:
+            The complete checkpoint; None if there is no save under way, or not yet.
+
+        Raises:
+            SaveError: if the storage of a rank refused; on every rank. The checkpoints that were
+                there are as they were, and a later save may succeed.
+            CheckpointError: if what was read back is not what was live; on every rank.
+        """
+        pending = self._pending
+        if pending is None:
+            return None
+        if pending.thread is None:
+            pending.write()
+        elif not wait and any_rank(pending.thread.is_alive()):
+            return None
+        else:
+            pending.thread.join()
+        self._pending = None
+        try:
+            agree_on_errors(pending.error, f"checkpoint {pending.final}")
+            self._seal(pending)
+        except (
+            SaveError,
+            CheckpointError,
+        ):  # all ranks are here, and only then
+            run_on_first(lambda: shutil.rmtree(pending.temporary, ignore_errors=True))
+            raise
+        logger.info("saved checkpoint %s", pending.final)
+        return pending.final
+
+    @property
+    def is_under_way(self) -> bool:
+        """Return whether a save was started and not finished; equal on all ranks."""
+        return self._pending is not None
+
+    def _seal(self, pending: _Pending) -> None:
+        """Write the index, read back, and give the checkpoint its name."""
+        digests: list[dict[str, str]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(digests, pending.digests)
+        named = {f"{MEGATRON_FOLDER}/{n}": d for rank in digests for n, d in rank.items()}
+        try:
+            pending.staged.finish()
+            run_on_first(
+                lambda: publish(pending.temporary, pending.final, self._retention, digests=named)
+            )
+        except OSError as error:  # on every rank
+            raise SaveError(f"checkpoint {pending.final}: {error}") from error
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    policy: CheckpointablePolicy,
+    extra_state: Mapping[str, Any],
+    retention: Retention = KEEP_ALL,
+    *,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Write ``folder/step-<step>`` and return its path; synchronous, complete on return.
+
+    A kill at any moment leaves the checkpoints that were there before; what it left half-written
+    is removed by the next save. An existing checkpoint of the same step is replaced. All ranks
+    must call this; see ``CheckpointSaver`` for arguments and errors.
+    """
+    saver = CheckpointSaver(folder, retention)
+    saver.start(step, policy, extra_state, metrics)
+    path = saver.finish(wait=True)
+    assert path is not None, "a save was under way"
+    return path
+
+
+def _layout() -> dict[str, int]:
+    """Return the parallel sizes of this run by their short names."""
+    current = topology.current()
+    return {"tp": current.tp_size, "pp": current.pp_size, "dp": current.dp_size}

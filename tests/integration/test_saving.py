@@ -1,0 +1,134 @@
+"""Saving during a run, as a user meets it: in the background, on a clock, on a full disk."""
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint, read_trainer_state
+from prefixrl_mcore.cli import main
+from tests.support.tiny_run import TinyTask, metrics_of, without_clock
+
+NUM_STEPS = ("--trainer.num-steps", "4", "--checkpoint.every-steps", "1")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_task: TinyTask, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert tiny_task.run("train", run, *NUM_STEPS) == 0
+    return run
+
+
+def assert_same_metrics(run: Path, expected: Path) -> None:
+    for kind in ("train", "eval"):
+        assert without_clock(metrics_of(run, kind)) == without_clock(metrics_of(expected, kind))
+
+
+def test_a_run_that_saves_in_the_background_is_the_same_run(
+    tiny_task: TinyTask, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "background"
+    flags = (*NUM_STEPS, "--checkpoint.in-background")
+    assert tiny_task.run("train", run, *flags, "--trainer.num-steps", "2") == 0
+    assert tiny_task.run("train --resume", run, *flags) == 0
+    assert_same_metrics(run, undisturbed)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    latest = latest_checkpoint(run / "checkpoints")
+    assert latest is not None
+    assert latest.name == "step-000004"
+    assert len(list((run / "checkpoints").iterdir())) == 3  # keep_last = 2, and the pointer
+
+
+def test_a_run_stops_before_its_time_is_over_and_goes_on_exactly(
+    tiny_task: TinyTask, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "timed"
+    # Shorter than any start takes; each start takes one step all the same.
+    flags = (*NUM_STEPS, "--trainer.max-seconds", "1", "--trainer.stop-margin-seconds", "0")
+    codes = [tiny_task.run("train", run, *flags)]
+    while codes[-1] == 75:
+        codes.append(tiny_task.run("train --resume", run, *flags))
+    assert codes == [75, 75, 75, 0]
+    assert_same_metrics(run, undisturbed)
+
+
+def test_what_a_checkpoint_remembers(undisturbed: Path) -> None:
+    latest = latest_checkpoint(undisturbed / "checkpoints")
+    assert latest is not None
+    state = read_trainer_state(latest)
+    assert state.extra_state.keys() == {
+        *("step", "method", "source", "flops", "config_hash", "is_evaluated", "wandb_id")
+    }
+    assert state.extra_state["is_evaluated"] is True
+    evaluation = metrics_of(undisturbed, "eval")[-1]
+    assert state.metrics["eval/train/accuracy"] == evaluation["eval/train/accuracy"]
+    assert state.layout == {"tp": 1, "pp": 1, "dp": 1}
+
+
+def test_a_checkpoint_of_other_settings_is_refused(
+    tiny_task: TinyTask,
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run folder's config was edited by hand; the checkpoint still knows better."""
+    run = tmp_path / "edited"
+    subprocess.run(["cp", "-a", str(undisturbed), str(run)], check=True)
+    config = run / "config.json"
+    text, count = re.subn(r'"seed": 0,', '"seed": 5,', config.read_text(), count=1)
+    assert count == 1
+    config.write_text(text)
+    assert tiny_task.run("train --resume", run, "--seed", "5") == 2
+    assert "was saved under settings of hash" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A run's folder of checkpoints on a file system of its own; needs the right to mount."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_background", ["no-in-background", "in-background"])
+def test_a_run_outlives_a_full_disk(
+    tiny_task: TinyTask, small_disk: Path, in_background: str
+) -> None:
+    run = small_disk.parent
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(63 * 2**20))
+    flags = ("--trainer.num-steps", "1000", f"--checkpoint.{in_background}")
+    process = tiny_task.start("train", run, *flags)
+
+    def failed_saves() -> float:
+        return max((m["checkpoint/num_failed_saves"] for m in metrics_of(run, "train")), default=0)
+
+    wait_for(lambda: failed_saves() >= 2, process)
+    assert not (small_disk / "latest").exists()
+    ballast.unlink()
+    wait_for((small_disk / "latest").exists, process)
+    process.terminate()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    errors = output.count("No space left on device")
+    assert errors == failed_saves(), output  # one clear line for each
+    latest = latest_checkpoint(small_disk)
+    assert latest is not None
+    assert latest.name == f"step-{len(metrics_of(run, 'train')):06d}"

@@ -142,7 +142,7 @@ def build_tiny_llama(
 ) -> LlamaForCausalLM:
     """Return a float32 Llama 3 on the CPU with random weights.
 
-    Its scaled rotary embedding was made for 64 positions, so that the frequencies of its small heads
+    Its rotary embedding was made for 64 positions, so that the frequencies of its small heads
     are unscaled, in between and scaled.
     """
     config = LlamaConfig(

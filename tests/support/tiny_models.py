@@ -142,8 +142,8 @@ def build_tiny_llama(
 ) -> LlamaForCausalLM:
     """Return a float32 Llama 3 on the CPU with random weights.
 
-    Its scaled rotary embedding was made for 16 positions, so that sequences of a few dozen tokens
-    meet scaled, unscaled and in-between frequencies.
+    Its rotary embedding was made for 64 positions, so that the frequencies of its small heads
+    are unscaled, in between and scaled.
     """
     config = LlamaConfig(
         **_shared_settings(num_layers, vocab_size, tie_word_embeddings),
@@ -154,7 +154,7 @@ def build_tiny_llama(
             "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
+            "original_max_position_embeddings": 64,
         },
     )
     return randomize(LlamaForCausalLM(config), seed)

@@ -224,4 +224,9 @@ def save_checkpoint(
 def _layout() -> dict[str, int]:
     """Return the parallel sizes of this run by their short names."""
     current = topology.current()
-    return {"tp": current.tp_size, "pp": current.pp_size, "dp": current.dp_size}
+    return {
+        "tp": current.tp_size,
+        "pp": current.pp_size,
+        "cp": current.cp_size,
+        "dp": current.dp_size,
+    }

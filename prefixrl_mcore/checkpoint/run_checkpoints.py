@@ -195,8 +195,12 @@ def publish(
         digests: SHA-256 of files that are hashed already, by path relative to the folder.
     """
     manifest.seal_folder(temporary, final, digests=digests)
-    write_text_atomic(final.parent / LATEST_NAME, final.name + "\n")
-    apply_retention(final.parent, retention, protected=frozenset({final.name}))
+    try:
+        write_text_atomic(final.parent / LATEST_NAME, final.name + "\n")
+        apply_retention(final.parent, retention, protected=frozenset({final.name}))
+    except (OSError, CheckpointError) as error:
+        # The checkpoint is there and complete, and is found without the pointer.
+        logger.error("%s is saved, but what follows a save failed: %s", final, error)
 
 
 def apply_retention(folder: Path, retention: Retention, *, protected: frozenset[str]) -> None:

@@ -25,7 +25,7 @@ from prefixrl_mcore.checkpoint.run_checkpoints import (
     read_trainer_state,
     resolve_checkpoint,
 )
-from prefixrl_mcore.checkpoint.saver import save_checkpoint
+from prefixrl_mcore.checkpoint.saver import parallel_layout, save_checkpoint
 from prefixrl_mcore.policy.topology import run_on_first
 
 __all__ = ["clean_up", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -35,9 +35,15 @@ logger = logging.getLogger(__name__)
 _SAME_MODEL_KEYS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"),
-    *("tie_word_embeddings", "rms_norm_eps"),
+    *("tie_word_embeddings", "rms_norm_eps", "attention_bias"),
+    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
 )
 """Entries of ``config.json`` that must agree between a checkpoint and the policy."""
+
+_ROPE_SCALING_KEYS = (
+    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+)
+"""Entries of its rope scaling that must agree."""
 
 
 def load_checkpoint(folder: Path, policy: CheckpointablePolicy) -> tuple[int, dict[str, Any]]:
@@ -96,13 +102,32 @@ def _check(folder: Path, policy: CheckpointablePolicy) -> tuple[Path, TrainerSta
             f"{path}: belongs to another model than {policy.model_path or 'the policy'}: "
             f"{'; '.join(differing)}; load a checkpoint of the same model, or correct model.path"
         )
-    return path, read_trainer_state(path)
+    state = read_trainer_state(path)
+    _check_experts(path, state)
+    return path, state
+
+
+def _check_experts(path: Path, state: TrainerState) -> None:
+    """Refuse optimizer state that is kept in other parts than this layout keeps it.
+
+    With expert parallelism Megatron has an optimizer for the experts and one for the rest.
+    """
+    saved, live = state.layout.get("ep", 1), parallel_layout()["ep"]
+    if state.has_optimizer and (saved > 1) != (live > 1):
+        raise CheckpointError(
+            f"{path}: was saved with expert_model_parallel_size = {saved}, the policy has {live}; "
+            "optimizer state does not move between 1 and more than 1. Load it with an expert size "
+            f"{'above 1' if saved > 1 else 'of 1'}, or take its weights alone: prefixrl convert "
+            "to-hf"
+        )
 
 
 def _identity(hf_config: Mapping[str, Any]) -> dict[str, object]:
     """Return what two configs of the same model agree on, whichever transformers wrote them."""
     rope = hf_config.get("rope_parameters") or {}  # since transformers 5
+    scaling = rope or hf_config.get("rope_scaling") or {}
     return {
-        **{key: hf_config.get(key) for key in _SAME_MODEL_KEYS},
+        **{key: hf_config.get(key) or None for key in _SAME_MODEL_KEYS},  # absent means off
         "rope_theta": rope.get("rope_theta", hf_config.get("rope_theta")),
+        **{key: scaling.get(key) for key in _ROPE_SCALING_KEYS},
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy, write_hf_files
@@ -120,7 +121,7 @@ class CheckpointSaver:
                 has_optimizer=True,
                 world_size=dist.get_world_size(),
                 extra_state=check_json(extra_state, step=step),
-                layout=_layout(),
+                layout=parallel_layout(),
                 metrics=check_json(metrics or {}, step=step),
             )
             clean_up(self._folder)
@@ -221,12 +222,13 @@ def save_checkpoint(
     return path
 
 
-def _layout() -> dict[str, int]:
+def parallel_layout() -> dict[str, int]:
     """Return the parallel sizes of this run by their short names."""
     current = topology.current()
     return {
         "tp": current.tp_size,
         "pp": current.pp_size,
         "cp": current.cp_size,
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
         "dp": current.dp_size,
     }

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import queue
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ class StagedState:
             return None
         try:
             stored = TorchDistReader(self._folder).read_piece(probe.name, probe.offsets)
-        except (CheckpointError, OSError) as error:
-            return str(error)
+        except Exception as error:  # agreed on by all ranks: raised here, it would hang the others
+            return f"{type(error).__name__}: {error}"
         if stored.shape == probe.value.shape and stored.dtype == probe.value.dtype:
             differing = int((_bits(stored) != _bits(probe.value)).sum())
             what = f"{differing} of {_bits(stored).numel()} bytes differ"
@@ -206,7 +207,8 @@ def _choose_probe(state: Mapping[str, Any], turn: int) -> Probe | None:
     candidates = [item for item in held if is_main_replica(item.replica_id)] or held
     if not candidates:
         return None
-    chosen = candidates[turn % len(candidates)]
+    # Drawn, because the steps of saves have common divisors with the number of pieces.
+    chosen = candidates[random.Random(turn).randrange(len(candidates))]
     assert chosen.data is not None, "chosen among those with data"
     offsets = tuple(chosen.global_offset)
     value = chosen.data.detach().to("cpu", copy=True)

@@ -338,6 +338,12 @@ class MegatronPolicy:
         """Refuse to go on with a NaN or an infinity, and find out what made it."""
         if math.isfinite(value):
             return
+        logger.error(
+            "policy version %d: %s is %s; looking for the rollouts that made it",
+            self.policy_version,
+            what,
+            value,
+        )
         culprits: tuple[Culprit, ...] = ()
         if topology.any_rank(not self._has_finite_weights()):
             reason = "the weights themselves are not finite"

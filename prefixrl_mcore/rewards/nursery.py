@@ -88,8 +88,10 @@ def _import_judge(name: str) -> Judge:
 
 def _wait_for_request(control: socket.socket, parent_pid: int) -> bool:
     """Return True when there is something to read, False when the parent is gone."""
+    poller = select.poll()  # select() takes no descriptor above 1023, and trainers have many
+    poller.register(control, select.POLLIN)
     while os.getppid() == parent_pid:
-        if select.select([control], [], [], _ORPHAN_POLL_SECONDS)[0]:
+        if poller.poll(_ORPHAN_POLL_SECONDS * 1000):
             return True
     return False
 

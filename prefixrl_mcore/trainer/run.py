@@ -56,9 +56,9 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
         if checkpoint is None:
             if config.method == "sft_then_rl":
                 run_sft(session, _read_sft_traces(config), stop)
-            if not stop.is_signalled() and stop.exit_code == 0:
+            if not stop.is_stopping():
                 session.evaluate(0)
-        if not stop.is_signalled() and stop.exit_code == 0:
+        if not stop.is_stopping():
             train(session, stop)
         if topology.is_first:
             folder.add_stage_seconds("train", time.perf_counter() - start)

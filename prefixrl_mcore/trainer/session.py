@@ -176,8 +176,11 @@ class Session:
             with self.timer.phase("update"):
                 return self.policy.update(batch)
         except NonFiniteError as error:
-            path = self._dump(step, batch, error)
-            raise NonFiniteError(f"step {step}: {error}. Dump: {path}", error.culprits) from error
+            try:
+                dump = str(self._dump(step, batch, error))
+            except OSError as refusal:  # on every rank; it must not hide what happened
+                dump = f"none, the storage refused it ({refusal})"
+            raise NonFiniteError(f"step {step}: {error}. Dump: {dump}", error.culprits) from error
 
     def _dump(self, step: int, batch: PackedBatch, error: NonFiniteError) -> Path:
         """Keep batch and policy of an update that was not finite; all ranks call this."""

@@ -84,12 +84,19 @@ class StopSignal:
         """
         return any_rank(self._received is not None)
 
+    def is_stopping(self) -> bool:
+        """Return whether the ranks have agreed to stop, or any got a signal; all must call this.
+
+        Unlike ``exit_code``, which a signal can change on one rank alone, it is the same on all.
+        """
+        return self.is_signalled() or self._is_out_of_time
+
     def is_set(self) -> bool:
         """Return whether any rank was asked to stop; all ranks must call this, once per step."""
         if not self._is_out_of_time and any_rank(self._limit.is_near()):
             self._is_out_of_time = True
             logger.warning("the wall-clock limit is near: saving and stopping")
-        return self.is_signalled() or self._is_out_of_time
+        return self.is_stopping()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         """Keep the signal for the end of the step."""

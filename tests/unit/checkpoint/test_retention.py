@@ -18,6 +18,7 @@ from prefixrl_mcore.checkpoint.retention import (
 from prefixrl_mcore.checkpoint.run_checkpoints import (
     TrainerState,
     clean_up,
+    complete_checkpoints,
     latest_checkpoint,
     publish,
     step_folder,
@@ -163,3 +164,12 @@ def test_leftovers_are_counted(tmp_path: Path) -> None:
     found = clean_up(tmp_path)
     assert (found.num_removed, found.num_restored, found.repaired_pointer) == (3, 1, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000010"]
+
+
+def test_a_checkpoint_whose_pointer_cannot_be_written_is_saved_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "latest").mkdir()  # no file can take its place
+    write(tmp_path, 1, KEEP_ALL)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000001"]
+    assert "what follows a save failed" in caplog.text

@@ -101,7 +101,7 @@ def test_a_checkpoint_carries_config_and_tokenizer_as_bytes(source: Path, tmp_pa
     assert not list((path / "hf").glob("*.safetensors"))
     state = read_trainer_state(path)
     assert (state.step, state.policy_version, state.world_size) == (3, 0, 1)
-    assert state.layout == {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
+    assert state.layout == {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1}
     assert state.extra_state == EXTRA_STATE
 
 
@@ -183,6 +183,41 @@ def test_another_model_is_refused_by_the_fields_that_differ(source: Path, tmp_pa
     with pytest.raises(CheckpointError, match="intermediate_size got 128, expected 64") as error:
         load_checkpoint(path, build_policy(wider))
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        pytest.param("num_experts_per_tok", 3, id="top-k"),
+        pytest.param("norm_topk_prob", True, id="renormalised"),
+        pytest.param("rope_scaling", {"rope_type": "llama3", "factor": 4.0}, id="rope-scaling"),
+    ],
+)
+def test_settings_that_change_no_shape_are_compared_too(
+    source: Path, tmp_path: Path, field: str, value: object
+) -> None:
+    path = save_checkpoint(tmp_path, 1, build_policy(source), EXTRA_STATE)
+    other = build_policy(source)
+    other.hf_config = {key: v for key, v in other.hf_config.items() if key != "rope_parameters"}
+    other.hf_config |= {"rope_theta": build_tiny_qwen3().config.rope_parameters["rope_theta"]}
+    load_checkpoint(path, other)  # as another transformers would write the same
+    other.hf_config[field] = value
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        load_checkpoint(path, other)
+
+
+def test_optimizer_state_of_another_number_of_parts_is_refused_before_anything_changes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = build_policy(source, optimizer=schedule())
+    path = save_checkpoint(tmp_path, 1, policy, EXTRA_STATE)
+    policy.update(make_batch())
+    before = weights_of(policy)
+    # Stands for a policy on two expert-parallel ranks, which a single process cannot be.
+    monkeypatch.setattr("prefixrl_mcore.checkpoint.save_load.parallel_layout", lambda: {"ep": 2})
+    with pytest.raises(CheckpointError, match="expert_model_parallel_size = 1, the policy has 2"):
+        load_checkpoint(path, policy)
+    assert max_difference(weights_of(policy), before) == 0.0
 
 
 def test_another_kind_of_optimizer_is_refused(source: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The judging pool: limits, kills and replacements, with judges that misbehave on demand."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -332,3 +333,17 @@ def test_children_import_math_verify_but_not_torch() -> None:
     assert verdict == ["correct", "0.5"]
     assert "math_verify" in modules
     assert {"torch", "numpy", "pydantic", "transformers"}.isdisjoint(map(str, modules))
+
+
+def test_a_process_with_more_than_1024_open_files_can_have_a_pool() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    pool = make_pool(timeout_seconds=60.0)
+    try:
+        assert [outcome.value for outcome in pool.run([1])] == [1]
+    finally:
+        pool.close()
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -41,7 +41,10 @@ _SAME_MODEL_KEYS = (
 """Entries of ``config.json`` that must agree between a checkpoint and the policy."""
 
 _ROPE_SCALING_KEYS = (
-    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
 )
 """Entries of its rope scaling that must agree."""
 

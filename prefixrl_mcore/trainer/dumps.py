@@ -22,6 +22,7 @@ from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.topology import initialize, run_on_first, shut_down
+from prefixrl_mcore.trainer.run_policy import build_policy
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +98,7 @@ def run_replay(config: RunConfig, step: int) -> int:
     topology = initialize(config.policy.parallel, seed=config.seed)
     try:
         batch = run_on_first(lambda: read_dump(step_folder(folder, step).with_suffix(".json")))
-        policy = MegatronPolicy.build(
-            model_path=config.model.path,
-            policy=config.policy,
-            loss=config.loss,
-            stream_tokens=config.stream_tokens,
-            temperature=config.rollout.temperature,
-            num_steps=config.trainer.num_steps,
-            seed=config.seed,
-            logits_dtype=config.model.logits_dtype,
-        )
+        policy = build_policy(config)
         load_checkpoint(step_folder(folder, step), policy)
         error = replay(policy, batch)
     finally:

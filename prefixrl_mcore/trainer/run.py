@@ -19,10 +19,10 @@ from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, rea
 from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import MAY_CHANGE, RunFolder, settings_hash
-from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer.loop import train
+from prefixrl_mcore.trainer.run_policy import build_policy
 from prefixrl_mcore.trainer.session import Session, retention_of
 from prefixrl_mcore.trainer.sft import run_sft
 from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
@@ -125,16 +125,7 @@ def build_session(
     prefixed: list[PrefixedProblem] = []
     if config.method == "prefixrl":
         prefixed = _read_prefixed(config, renderer, sets["train"])
-    policy = MegatronPolicy.build(
-        model_path=config.model.path,
-        policy=config.policy,
-        loss=config.loss,
-        stream_tokens=config.stream_tokens,
-        temperature=config.rollout.temperature,
-        num_steps=config.trainer.num_steps,
-        seed=config.seed,
-        logits_dtype=config.model.logits_dtype,
-    )
+    policy = build_policy(config)
     evaluator = None
     if topology.is_first:
         evaluator = stack.enter_context(

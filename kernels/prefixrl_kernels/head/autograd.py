@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prefixrl_kernels.head import table
 from prefixrl_kernels.head.main_grad import main_grad_of, report_added
+from prefixrl_kernels.head.matmul import wide_dtype
 from prefixrl_kernels.head.passes import (
     Buffers,
     GradientSums,
@@ -177,7 +178,7 @@ def _forward_sums(ctx: Any, rows_RH: Tensor) -> GradientSums:  # noqa: ANN401  (
     if is_direct:
         target_VH = main_grad_of(ctx.weight)
     elif needs_weight:
-        target_VH = torch.empty_like(ctx.weight, dtype=_sum_dtype(ctx.weight))
+        target_VH = torch.empty_like(ctx.weight, dtype=wide_dtype(ctx.weight.dtype))
     else:
         target_VH = None
     return GradientSums(
@@ -235,7 +236,7 @@ def _backward_sums(
         target_VH = main_grad_of(ctx.weight)
     elif needs_weight:
         is_single = call.index.num_rows <= call.plan.chunk_rows
-        dtype = weight_VH.dtype if is_single else _sum_dtype(weight_VH)
+        dtype = weight_VH.dtype if is_single else wide_dtype(weight_VH.dtype)
         target_VH = torch.empty_like(weight_VH, dtype=dtype)
     sums = GradientSums(
         call,
@@ -288,8 +289,3 @@ def _deliver(ctx: Any, target_VH: Tensor | None) -> Tensor | None:  # noqa: ANN4
     if ctx.weight_grad == "main_grad":
         return report_added(ctx.weight)
     return target_VH.to(ctx.weight.dtype)
-
-
-def _sum_dtype(values: Tensor) -> torch.dtype:
-    """Return the dtype in which gradients are summed: float32, or float64 for float64."""
-    return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -8,6 +8,7 @@ from torch import Tensor
 from prefixrl_kernels.head.autograd import WEIGHT_GRADS
 from prefixrl_kernels.head.estimators import Estimator
 from prefixrl_kernels.head.main_grad import main_grad_of
+from prefixrl_kernels.head.matmul import wide_dtype
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs
 
@@ -96,7 +97,7 @@ def resolve_logits_dtype(
     name: str, logits_dtype: torch.dtype | None, operand_dtype: torch.dtype
 ) -> torch.dtype:
     """Return the dtype of the logits; None is float32, or float64 for float64 operands."""
-    full = torch.float64 if operand_dtype == torch.float64 else torch.float32
+    full = wide_dtype(operand_dtype)
     if logits_dtype in (None, full, operand_dtype):
         return logits_dtype or full
     raise ValueError(

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what sums over values of ``dtype`` are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def multiply_into(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, add: bool = False) -> None:
     """Set ``out = a @ b``, or ``out += a @ b``; ``out`` may be wider than the operands.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prefixrl_kernels.head import table
 from prefixrl_kernels.head.estimators import Estimator
-from prefixrl_kernels.head.matmul import multiply_into
+from prefixrl_kernels.head.matmul import multiply_into, wide_dtype
 from prefixrl_kernels.head.plan import HeadPlan, even_slices
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs, RowKernels
@@ -79,14 +79,12 @@ class HeadCall:
         the room. Otherwise it takes no more room than the result; the one factor it may still meet,
         the loss's upstream gradient in ``grad_in_forward``, is exact for powers of two.
         """
-        if dtype == torch.float64:
-            return dtype
         is_final = self.plan.mode != "save_dlogits" and self.tp_group is None
-        return dtype if is_final and not self.index.has_duplicates else torch.float32
+        return dtype if is_final and not self.index.has_duplicates else wide_dtype(dtype)
 
     def new_table(self, rows_RH: Tensor) -> Tensor:
         """Return an empty result table, [K, R]."""
-        dtype = torch.float64 if rows_RH.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(rows_RH.dtype)
         shape = (table.NUM_FIELDS, rows_RH.size(0))
         return torch.empty(shape, dtype=dtype, device=rows_RH.device)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefixrl_kernels.head import table
 from prefixrl_kernels.head.estimators import MAX_LOG_RATIO, SERIES_BELOW, Estimator
+from prefixrl_kernels.head.matmul import wide_dtype
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs
 from prefixrl_kernels.head.vocab import VocabShard
@@ -29,7 +30,7 @@ class TorchRows:
         self, logits_RV: Tensor, targets_R: Tensor, *, shard: VocabShard, temperature: float
     ) -> Tensor:
         """Return this shard's [4, R] partial statistics."""
-        dtype = _compute_dtype(logits_RV)
+        dtype = wide_dtype(logits_RV.dtype)
         partials_4R = torch.empty((4, logits_RV.size(0)), dtype=dtype, device=logits_RV.device)
         for rows in _row_slices(logits_RV):
             columns_RV = logits_RV[rows, : shard.num_true_columns].to(dtype)
@@ -248,11 +249,6 @@ def _kl_terms(
     if estimator.kl == "k3":
         return k3_R, torch.where(is_far_R, 1.0, -expm1_R)
     return torch.zeros_like(gaps_R), torch.zeros_like(gaps_R)
-
-
-def _compute_dtype(values: Tensor) -> torch.dtype:
-    """Return float64 for float64 and float32 for everything else."""
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def _row_slices(logits_RV: Tensor) -> Iterator[slice]:

@@ -17,8 +17,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_items_iter, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+)
 
 from prefixrl_mcore.checkpoint.checkpointable import Trainable
 from prefixrl_mcore.checkpoint.convert.live import unwrap
@@ -28,6 +32,8 @@ from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistRea
 from prefixrl_mcore.policy.cpu_runtime import megatron_on_cpu
 
 _RNG_KEY = "rng_state"
+_OPTIMIZER_KEY = "optimizer"
+_SLOTS_KEY = "optimizer_slots"
 _COMMON_KEY = "common_state"  # Megatron's name of what is not a tensor
 _EXTRA_STATE = "_extra_state"
 _MAX_KEYS_IN_ERROR = 5
@@ -74,6 +80,9 @@ def load_megatron(
     if has_optimizer:
         _complete_optimizer_state(policy.optimizer)
     state = _sharded_state(policy, is_loading=True, has_optimizer=has_optimizer)
+    optimizer_state = state.pop(_OPTIMIZER_KEY, {})
+    slots = _find_slots(optimizer_state)
+    state[_SLOTS_KEY] = {str(index): held[key] for index, (held, key) in enumerate(slots)}
     restores_rng = has_optimizer and saved_world_size == dist.get_world_size()
     if restores_rng:
         state[_RNG_KEY] = _sharded_rng(None)
@@ -86,7 +95,18 @@ def load_megatron(
                 f"{folder}: cannot be loaded into this policy: {error}; load a checkpoint of the "
                 "same model"
             ) from error
-    _apply(loaded, policy, has_optimizer=has_optimizer)
+    _apply_weights(loaded, policy)
+    if has_optimizer:
+        for index, (held, key) in enumerate(slots):
+            held[key] = loaded[_SLOTS_KEY][str(index)]
+        _load_optimizer(
+            policy.optimizer, optimizer_state, step=_saved_step(folder, loaded[_OPTIMIZER_KEY])
+        )
+        # The schedule's shape belongs to the config; a checkpoint knows only how far it went.
+        policy.scheduler.num_steps = 0
+        policy.scheduler.step(increment=loaded["scheduler"]["num_steps"])
+    else:
+        policy.optimizer.reload_model_params()
     if restores_rng:
         set_rng_state(loaded[_RNG_KEY])
     return restores_rng
@@ -127,14 +147,14 @@ def _sharded_state(policy: Trainable, *, is_loading: bool, has_optimizer: bool) 
     state: dict[str, Any] = dict(models)
     if has_optimizer:
         with _padding_between_buckets(policy.optimizer):
-            state["optimizer"] = policy.optimizer.sharded_state_dict(
+            state[_OPTIMIZER_KEY] = policy.optimizer.sharded_state_dict(
                 models, is_loading=is_loading, metadata=metadata
             )
         state["scheduler"] = policy.scheduler.state_dict()
     return state
 
 
-def _apply(loaded: dict[str, Any], policy: Trainable, *, has_optimizer: bool) -> None:
+def _apply_weights(loaded: dict[str, Any], policy: Trainable) -> None:
     for index, chunk in enumerate(policy.model_chunks):
         result = unwrap(chunk).load_state_dict(loaded[_model_key(index)], strict=False)
         absent = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
@@ -143,19 +163,49 @@ def _apply(loaded: dict[str, Any], policy: Trainable, *, has_optimizer: bool) ->
                 f"model chunk {index}: loaded state lacks {absent} and has unknown "
                 f"{result.unexpected_keys}; the sharded state dict does not describe the model"
             )
-    if not has_optimizer:
-        policy.optimizer.reload_model_params()
-        return
-    _load_optimizer(policy.optimizer, loaded["optimizer"])
-    _complete_optimizer_state(policy.optimizer)
-    # The schedule's shape belongs to the config; a checkpoint knows only how far it went.
-    policy.scheduler.num_steps = 0
-    policy.scheduler.step(increment=loaded["scheduler"]["num_steps"])
+
+
+def _find_slots(optimizer_state: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    """Return (container, key) of everything in the optimizer's state that is to be loaded.
+
+    Megatron loads by the path in the state, and the paths depend on the layout: as soon as experts
+    have process groups of their own there is an optimizer for them and one for the rest. The names
+    of the tensors do not depend on it, so the tensors are loaded under numbers and put back here.
+    """
+    return [
+        (held, key)
+        for held, key, value in nested_items_iter(optimizer_state)
+        if isinstance(value, (ShardedBase, LocalNonpersistentObject))
+    ]
+
+
+def _saved_step(folder: Path, saved: dict[Any, Any]) -> float:
+    """Return the number of updates that Adam had taken, from what is no tensor in its state.
+
+    Nothing else is taken from there: hyperparameters are the config's, and their grouping the
+    layout's.
+
+    Raises:
+        CheckpointError: if parts of the optimizer had taken different numbers.
+    """
+    steps = {
+        float(value)
+        for _, key, value in nested_items_iter(saved)
+        if key in ("step", "common_step") and value is not None
+    }
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"{folder}: parts of the optimizer have taken {sorted(steps)} updates, expected one "
+            "number; use another checkpoint"
+        )
+    return steps.pop() if steps else 0.0  # Megatron leaves a 0 out
 
 
 def _load_optimizer(  # untyped upstream
     optimizer: Any,  # noqa: ANN401
-    loaded: dict[Any, Any],
+    state: dict[Any, Any],
+    *,
+    step: float,
 ) -> None:
     """Load Megatron's optimizer, a sharded one in two parts.
 
@@ -163,12 +213,11 @@ def _load_optimizer(  # untyped upstream
     of each parameter, where its own format does not put it; so the steps are hidden from it.
     """
     parts = _parts(optimizer)
-    states = [loaded] if len(parts) == 1 else [loaded[index] for index in range(len(parts))]
-    for part, state in zip(parts, states, strict=True):
-        sharded = state.pop("param_state", None)
-        if _is_torch_adam(part.optimizer):
-            _restore_step_zero(state)
-        part.load_state_dict(state)
+    states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
+    for part, part_state in zip(parts, states, strict=True):
+        sharded = part_state.pop("param_state", None)
+        _set_step(part_state, step, is_in_state=sharded is None and _is_torch_adam(part.optimizer))
+        part.load_state_dict(part_state)
         if sharded is None:
             continue
         steps = {
@@ -177,8 +226,19 @@ def _load_optimizer(  # untyped upstream
             if "step" in values
         }
         part.load_parameter_state_from_fully_reshardable(sharded)
-        for parameter, step in steps.items():
-            part.optimizer.state[parameter]["step"] = step
+        for parameter, value in steps.items():
+            part.optimizer.state[parameter]["step"] = value
+    _complete_optimizer_state(optimizer)
+
+
+def _set_step(part_state: dict[Any, Any], step: float, *, is_in_state: bool) -> None:
+    """Write Adam's step where Megatron reads it: beside the moments, or in the groups."""
+    inner = part_state.get("optimizer", part_state)
+    if is_in_state:
+        inner["state"]["common_step"] = torch.tensor(step)
+        return
+    for group in inner["param_groups"]:
+        group["step"] = int(step)
 
 
 @contextmanager
@@ -216,13 +276,6 @@ def _gather_with_padding(part: Any, **arguments: bool) -> dict[Any, Any] | None:
                     begin += length
                 tensors[key] = padded
     return gathered
-
-
-def _restore_step_zero(state: dict[Any, Any]) -> None:
-    """Add Adam's step where Megatron left it out, which it does when the step is 0."""
-    values = state.get("optimizer", state).get("state")
-    if values:
-        values.setdefault("common_step", torch.tensor(0.0))
 
 
 def _is_torch_adam(inner: object) -> bool:

@@ -25,7 +25,7 @@ from prefixrl_mcore.checkpoint.run_checkpoints import (
     read_trainer_state,
     resolve_checkpoint,
 )
-from prefixrl_mcore.checkpoint.saver import parallel_layout, save_checkpoint
+from prefixrl_mcore.checkpoint.saver import save_checkpoint
 from prefixrl_mcore.policy.topology import run_on_first
 
 __all__ = ["clean_up", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -105,24 +105,7 @@ def _check(folder: Path, policy: CheckpointablePolicy) -> tuple[Path, TrainerSta
             f"{path}: belongs to another model than {policy.model_path or 'the policy'}: "
             f"{'; '.join(differing)}; load a checkpoint of the same model, or correct model.path"
         )
-    state = read_trainer_state(path)
-    _check_experts(path, state)
-    return path, state
-
-
-def _check_experts(path: Path, state: TrainerState) -> None:
-    """Refuse optimizer state that is kept in other parts than this layout keeps it.
-
-    With expert parallelism Megatron has an optimizer for the experts and one for the rest.
-    """
-    saved, live = state.layout.get("ep", 1), parallel_layout()["ep"]
-    if state.has_optimizer and (saved > 1) != (live > 1):
-        raise CheckpointError(
-            f"{path}: was saved with expert_model_parallel_size = {saved}, the policy has {live}; "
-            "optimizer state does not move between 1 and more than 1. Load it with an expert size "
-            f"{'above 1' if saved > 1 else 'of 1'}, or take its weights alone: prefixrl convert "
-            "to-hf"
-        )
+    return path, read_trainer_state(path)
 
 
 def _identity(hf_config: Mapping[str, Any]) -> dict[str, object]:

@@ -39,6 +39,9 @@ class CheckpointablePolicy(Trainable, Protocol):
     """Hugging Face folder whose tokenizer and config files belong to the model; None if there is
     none, and a checkpoint then gets only ``hf_config``."""
 
+    seed: int
+    """Seed of the run, from which random states are derived where none fit."""
+
     policy_version: int
     """Optimizer steps applied to the weights."""
 

@@ -53,13 +53,14 @@ def find_checkpoints(path: Path) -> list[Path]:
     if (path / manifest.MANIFEST_NAME).exists() or step_of(path) is not None:
         return [path]
     folder = path / RUN_CHECKPOINTS if (path / RUN_CHECKPOINTS).is_dir() else path
-    found = sorted((p for p in folder.iterdir() if step_of(p) is not None), key=lambda p: p.name)
+    steps = {path: step_of(path) for path in folder.iterdir()}
+    found = sorted((step, path) for path, step in steps.items() if step is not None)
     if not found:
         raise CheckpointError(
             f"{path}: holds no checkpoint, expected step-<number> folders here or in "
             f"{RUN_CHECKPOINTS}/; check the path"
         )
-    return found
+    return [path for _, path in found]
 
 
 def describe(checkpoint: Path) -> CheckpointEntry:

@@ -39,6 +39,10 @@ class SaveError(OSError):
     """The storage refused a save; what was there before is as it was, and a retry may succeed."""
 
 
+class ReadBackError(RuntimeError):
+    """What was read back is not what was saved; what was there before is as it was."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ManifestEntry:
     """One file of a sealed folder."""
@@ -250,7 +254,7 @@ def _write_manifest(folder: Path, known: Mapping[str, str]) -> None:
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     absent = sorted(known.keys() - set(names))
     if absent:
-        raise CheckpointError(f"{folder}: {absent} were written but are not there any more")
+        raise FileNotFoundError(f"{folder}: {absent} were written but are not there any more")
     unknown = [name for name in names if name not in known]
     hashed = zip(unknown, _hash_files([folder / name for name in unknown]), strict=True)
     digests = {**known, **dict(hashed)}

@@ -4,7 +4,6 @@ Uses Megatron's distributed checkpointing (format ``torch_dist``). Tensors are s
 into the pieces that each rank held, so that ranks of another layout can read what they need.
 """
 
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_items_iter, nested_values
 from megatron.core.dist_checkpointing.mapping import (
@@ -27,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from prefixrl_mcore.checkpoint.checkpointable import Trainable
 from prefixrl_mcore.checkpoint.convert.live import unwrap
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
 from prefixrl_mcore.checkpoint.staged import StagedState, stage
 from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistReader
 from prefixrl_mcore.policy.cpu_runtime import megatron_on_cpu
@@ -58,9 +57,9 @@ def stage_megatron(folder: Path, policy: Trainable, *, turn: int, is_copied: boo
 
 @megatron_on_cpu()
 def load_megatron(
-    folder: Path, policy: Trainable, *, has_optimizer: bool, saved_world_size: int
-) -> bool:
-    """Overwrite the policy's state from a folder that ``save_megatron`` wrote.
+    folder: Path, policy: Trainable, *, has_optimizer: bool, with_random_states: bool
+) -> None:
+    """Overwrite the policy's state from a folder that ``stage_megatron`` planned.
 
     All ranks must call this.
 
@@ -68,10 +67,7 @@ def load_megatron(
         folder: what was written.
         policy: of the same model; any parallel layout.
         has_optimizer: the folder holds optimizer and schedule.
-        saved_world_size: ranks that saved.
-
-    Returns:
-        Whether random states were restored: not when the number of ranks differs.
+        with_random_states: restore this rank's random generators; as many ranks as saved.
 
     Raises:
         CheckpointError: naming keys that are missing, unexpected or of another shape; the policy
@@ -83,8 +79,7 @@ def load_megatron(
     optimizer_state = state.pop(_OPTIMIZER_KEY, {})
     slots = _find_slots(optimizer_state)
     state[_SLOTS_KEY] = {str(index): held[key] for index, (held, key) in enumerate(slots)}
-    restores_rng = has_optimizer and saved_world_size == dist.get_world_size()
-    if restores_rng:
+    if with_random_states:
         state[_RNG_KEY] = _sharded_rng(None)
     with _known_warnings_ignored():
         _check_keys(folder, state)
@@ -107,30 +102,8 @@ def load_megatron(
         policy.scheduler.step(increment=loaded["scheduler"]["num_steps"])
     else:
         policy.optimizer.reload_model_params()
-    if restores_rng:
+    if with_random_states:
         set_rng_state(loaded[_RNG_KEY])
-    return restores_rng
-
-
-def get_rng_state() -> dict[str, Any]:
-    """Return the state of every random generator of this process, Megatron's included."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": _rng_tracker().get_states(),
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what ``get_rng_state`` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    _rng_tracker().set_states(state["megatron"])
 
 
 def _sharded_state(policy: Trainable, *, is_loading: bool, has_optimizer: bool) -> dict[str, Any]:
@@ -307,10 +280,6 @@ def _complete_optimizer_state(optimizer: Any) -> None:  # noqa: ANN401  (untyped
                 for name in ("exp_avg", "exp_avg_sq"):
                     if name not in state:
                         state[name] = torch.zeros_like(parameter.data)
-
-
-def _rng_tracker() -> tensor_parallel.random.CudaRNGStatesTracker:
-    return cast(Any, tensor_parallel.get_cuda_rng_tracker())
 
 
 def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:

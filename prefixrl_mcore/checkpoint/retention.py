@@ -64,7 +64,11 @@ class Candidate:
 
 
 def deletable(
-    candidates: Sequence[Candidate], retention: Retention, *, protected: frozenset[str]
+    candidates: Sequence[Candidate],
+    retention: Retention,
+    *,
+    protected: frozenset[str],
+    abandoned: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Return the names of the checkpoints that no rule keeps, oldest first.
 
@@ -72,14 +76,17 @@ def deletable(
         candidates: the complete checkpoints, in the order in which they were written.
         retention: the rules.
         protected: names that are kept whatever the rules say: the one that ``latest`` names.
+        abandoned: names that no rule counts or keeps: of a course that the run has left by going
+            back to an older checkpoint.
     """
     if retention.keep_last is None:
         return []
-    kept = {candidate.name for candidate in candidates[-retention.keep_last :]} | protected
+    counted = [candidate for candidate in candidates if candidate.name not in abandoned]
+    kept = {candidate.name for candidate in counted[-retention.keep_last :]} | protected
     if retention.keep_every_steps is not None:
-        kept |= {c.name for c in candidates if c.step % retention.keep_every_steps == 0}
+        kept |= {c.name for c in counted if c.step % retention.keep_every_steps == 0}
     if retention.keep_best is not None:
-        kept |= set(best_names(candidates, retention.keep_best))
+        kept |= set(best_names(counted, retention.keep_best))
     return [candidate.name for candidate in candidates if candidate.name not in kept]
 
 

@@ -61,7 +61,8 @@ class TrainerState:
     """Whatever the trainer wants to remember."""
 
     layout: dict[str, int] = field(default_factory=dict)
-    """Parallel sizes by short name (``tp``, ``pp``, ``dp``, ...); empty if no ranks saved it."""
+    """Parallel sizes by short name (``tp``, ``pp``, ``dp``, ...); empty if no ranks saved it.
+    Names that an earlier version did not record are absent."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     """Evaluation of these weights, for ``Retention.keep_best``; empty if there was none."""
@@ -184,6 +185,7 @@ def publish(
     retention: Retention,
     *,
     digests: Mapping[str, str] | None = None,
+    abandoned: frozenset[str] = frozenset(),
 ) -> None:
     """Seal a checkpoint, let ``latest`` name it, and delete what no rule of ``retention`` keeps.
 
@@ -193,17 +195,26 @@ def publish(
         retention: which older checkpoints are kept; neither the new one nor an incomplete one is
             ever deleted.
         digests: SHA-256 of files that are hashed already, by path relative to the folder.
+        abandoned: names of checkpoints that the run has gone back behind.
     """
     manifest.seal_folder(temporary, final, digests=digests)
     try:
         write_text_atomic(final.parent / LATEST_NAME, final.name + "\n")
-        apply_retention(final.parent, retention, protected=frozenset({final.name}))
+        apply_retention(
+            final.parent, retention, protected=frozenset({final.name}), abandoned=abandoned
+        )
     except (OSError, CheckpointError) as error:
         # The checkpoint is there and complete, and is found without the pointer.
         logger.error("%s is saved, but what follows a save failed: %s", final, error)
 
 
-def apply_retention(folder: Path, retention: Retention, *, protected: frozenset[str]) -> None:
+def apply_retention(
+    folder: Path,
+    retention: Retention,
+    *,
+    protected: frozenset[str],
+    abandoned: frozenset[str] = frozenset(),
+) -> None:
     """Delete the complete checkpoints that no rule keeps."""
     if retention.keep_last is None:
         return
@@ -211,9 +222,16 @@ def apply_retention(folder: Path, retention: Retention, *, protected: frozenset[
         _candidate(path, with_metrics=retention.keep_best is not None)
         for path in complete_checkpoints(folder)
     ]
-    for name in deletable(candidates, retention, protected=protected):
+    for name in deletable(candidates, retention, protected=protected, abandoned=abandoned):
         manifest.remove_folder(folder / name)
-        logger.info("deleted checkpoint %s (no rule of [checkpoint] keeps it)", folder / name)
+        reason = "the run went back behind it" if name in abandoned else "no rule keeps it"
+        logger.info("deleted checkpoint %s (%s)", folder / name, reason)
+
+
+def later_checkpoints(folder: Path, step: int) -> frozenset[str]:
+    """Return the names of the complete checkpoints of steps after ``step``."""
+    found = {path.name: step_of(path) for path in complete_checkpoints(folder)}
+    return frozenset(name for name, other in found.items() if other is not None and other > step)
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -267,6 +285,11 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
             f"{path}: cannot be read ({type(error).__name__}: {error}), expected the state that "
             "was saved with the checkpoint; use another checkpoint"
         ) from None
+
+
+def show_layout(layout: Mapping[str, int]) -> str:
+    """Return for example ``tp2 pp2 dp1``."""
+    return " ".join(f"{name}{size}" for name, size in layout.items())
 
 
 def check_json(extra_state: Mapping[str, Any], *, step: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy
 from prefixrl_mcore.checkpoint.convert.hf_folder import read_hf_config
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.megatron_state import load_megatron
+from prefixrl_mcore.checkpoint.random_states import derive_rng_state
 from prefixrl_mcore.checkpoint.run_checkpoints import (
     HF_FOLDER,
     MEGATRON_FOLDER,
@@ -24,8 +25,9 @@ from prefixrl_mcore.checkpoint.run_checkpoints import (
     latest_checkpoint,
     read_trainer_state,
     resolve_checkpoint,
+    show_layout,
 )
-from prefixrl_mcore.checkpoint.saver import save_checkpoint
+from prefixrl_mcore.checkpoint.saver import parallel_layout, save_checkpoint
 from prefixrl_mcore.policy.topology import run_on_first
 
 __all__ = ["clean_up", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -52,10 +54,10 @@ _ROPE_SCALING_KEYS = (
 def load_checkpoint(folder: Path, policy: CheckpointablePolicy) -> tuple[int, dict[str, Any]]:
     """Restore a policy from a checkpoint and return (step, extra_state).
 
-    The parallel layout may differ from the one that saved. Random states are restored when the
-    number of ranks is the same, otherwise they stay as they are, and that is logged. A checkpoint
-    made of a Hugging Face folder restores the weights only. The schedule's shape comes from the
-    policy's config; only its progress is restored.
+    The parallel layout may differ from the one that saved. Random states are restored under the
+    same layout; under another one they are derived anew from the policy's seed and the step, and
+    that is logged. A checkpoint made of a Hugging Face folder restores the weights only. The
+    schedule's shape comes from the policy's config; only its progress is restored.
 
     All ranks must call this.
 
@@ -69,21 +71,31 @@ def load_checkpoint(folder: Path, policy: CheckpointablePolicy) -> tuple[int, di
             another model; the message names the path.
     """
     path, state = run_on_first(lambda: _check(folder, policy))
-    restored_rng = load_megatron(
+    layout = parallel_layout()
+    is_same_layout = state.world_size == dist.get_world_size() and all(
+        layout[name] == size for name, size in state.layout.items()
+    )
+    load_megatron(
         path / MEGATRON_FOLDER,
         policy,
         has_optimizer=state.has_optimizer,
-        saved_world_size=state.world_size,
+        with_random_states=state.has_optimizer and is_same_layout,
     )
     policy.policy_version = state.policy_version
     if not state.has_optimizer:
         logger.info("%s holds weights only; optimizer and schedule begin anew", path)
-    elif not restored_rng:
+    elif not is_same_layout:
+        derive_rng_state(policy.seed, state.step)
         logger.warning(
-            "%s was saved by %d ranks and is loaded by %d: random states were not restored",
+            "%s was saved by %d ranks (%s), there are %d (%s): random states are derived anew from "
+            "seed %d and step %d",
             path,
             state.world_size,
+            show_layout(state.layout),
             dist.get_world_size(),
+            show_layout(layout),
+            policy.seed,
+            state.step,
         )
     logger.info("loaded checkpoint %s", path)
     return state.step, state.extra_state

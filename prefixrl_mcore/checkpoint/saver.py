@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy, write_hf_files
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
+from prefixrl_mcore.checkpoint.manifest import ReadBackError, SaveError
 from prefixrl_mcore.checkpoint.megatron_state import stage_megatron
 from prefixrl_mcore.checkpoint.retention import KEEP_ALL, Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import (
@@ -29,6 +29,7 @@ from prefixrl_mcore.checkpoint.run_checkpoints import (
     TrainerState,
     check_json,
     clean_up,
+    later_checkpoints,
     publish,
     step_folder,
     write_trainer_state,
@@ -87,6 +88,24 @@ class CheckpointSaver:
         self._retention = retention
         self._in_background = in_background
         self._pending: _Pending | None = None
+        self._abandoned = frozenset[str]()
+
+    def resume_from(self, step: int) -> None:
+        """Take the checkpoints of later steps for those of a course that the run has left.
+
+        They stay until the next save is complete, do not count in its retention, and go with it
+        (unless the retention keeps all).
+        """
+        if dist.get_rank() != 0:  # rank 0 deletes
+            return
+        self._abandoned = later_checkpoints(self._folder, step)
+        if self._abandoned:
+            logger.warning(
+                "resumed from step %d: the checkpoints %s are of a course that the run has left; "
+                "the next save deletes them unless checkpoint.keep_last keeps all",
+                step,
+                ", ".join(sorted(self._abandoned)),
+            )
 
     def start(
         self,
@@ -157,7 +176,7 @@ class CheckpointSaver:
         Raises:
             SaveError: if the storage of a rank refused; on every rank. The checkpoints that were
                 there are as they were, and a later save may succeed.
-            CheckpointError: if what was read back is not what was live; on every rank.
+            ReadBackError: if what was read back is not what was live; on every rank.
         """
         pending = self._pending
         if pending is None:
@@ -172,10 +191,7 @@ class CheckpointSaver:
         try:
             agree_on_errors(pending.error, f"checkpoint {pending.final}")
             self._seal(pending)
-        except (
-            SaveError,
-            CheckpointError,
-        ):  # all ranks are here, and only then
+        except (SaveError, ReadBackError):  # all ranks are here, and only then
             run_on_first(lambda: shutil.rmtree(pending.temporary, ignore_errors=True))
             raise
         logger.info("saved checkpoint %s", pending.final)
@@ -194,8 +210,15 @@ class CheckpointSaver:
         try:
             pending.staged.finish()
             run_on_first(
-                lambda: publish(pending.temporary, pending.final, self._retention, digests=named)
+                lambda: publish(
+                    pending.temporary,
+                    pending.final,
+                    self._retention,
+                    digests=named,
+                    abandoned=self._abandoned - {pending.final.name},
+                )
             )
+            self._abandoned -= {pending.final.name}
         except OSError as error:  # on every rank
             raise SaveError(f"checkpoint {pending.final}: {error}") from error
 
@@ -228,6 +251,7 @@ def parallel_layout() -> dict[str, int]:
     return {
         "tp": current.tp_size,
         "pp": current.pp_size,
+        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         "cp": current.cp_size,
         "ep": parallel_state.get_expert_model_parallel_world_size(),
         "dp": current.dp_size,

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
+from prefixrl_mcore.checkpoint.manifest import ReadBackError, SaveError
 from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistReader
 from prefixrl_mcore.policy.topology import run_on_first
 
@@ -114,7 +114,7 @@ class StagedState:
 
         Raises:
             OSError: if the storage refused the index; on every rank.
-            CheckpointError: if a piece that was read back is not what was live; on every rank.
+            ReadBackError: if a piece that was read back is not what was live; on every rank.
         """
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(self._results, gathered if dist.get_rank() == 0 else None)
@@ -123,7 +123,7 @@ class StagedState:
         dist.all_gather_object(problems, self._read_back())
         wrong = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
         if wrong:
-            raise CheckpointError(
+            raise ReadBackError(
                 f"{self._folder}: what was read back is not what was saved, so the checkpoint was "
                 f"thrown away: {'; '.join(wrong)}; look at storage and memory of these ranks"
             )

@@ -81,6 +81,8 @@ class MegatronPolicy:
         """Folder that the weights came from; its tokenizer goes into checkpoints."""
         self.shape: ModelShape = read_model_shape(hf_config)
         self.stream_tokens = stream_tokens
+        self.seed = seed
+        """Seed of random weights and random states."""
         self.policy_version = 0
         """Optimizer steps applied to the weights."""
         self._policy = policy

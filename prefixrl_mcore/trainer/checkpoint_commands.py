@@ -17,6 +17,7 @@ from prefixrl_mcore.checkpoint.inventory import (
     leftovers,
 )
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.run_checkpoints import show_layout
 
 _AGES = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
@@ -147,7 +148,7 @@ def _layout(entry: CheckpointEntry) -> str:
     """Return for example ``tp2 pp2 dp1``."""
     if entry.state is None or not entry.state.layout:
         return "?" if entry.state is None or entry.state.world_size else "none"
-    return " ".join(f"{name}{size}" for name, size in entry.state.layout.items())
+    return show_layout(entry.state.layout)
 
 
 def _size(size_bytes: int) -> str:

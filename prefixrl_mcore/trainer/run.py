@@ -236,6 +236,7 @@ def restore(session: Session, checkpoint: Path) -> None:
     session.source.load_state(state["source"])
     session.meter.load_state(state["flops"])
     session.first_step = step
+    session.saver.resume_from(step)
     session.owes_evaluation = session.is_evaluation_due(step) and not state["is_evaluated"]
     num_steps = session.config.trainer.num_steps
     logger.info("resumed from %s: %d of %d steps done", checkpoint, step, num_steps)

@@ -40,8 +40,9 @@ class TimeLimit:
         self._longest_seconds = 0.0
 
     def begin(self) -> None:
-        """Take this moment for the beginning of the first step."""
+        """Take this moment for the beginning of a phase's first step; forget earlier phases."""
         self._last_asked = self._clock()
+        self._longest_seconds = 0.0
 
     def is_near(self) -> bool:
         """Return whether to stop now; asked once per step, it learns how long steps take."""
@@ -73,7 +74,7 @@ class StopSignal:
         return TIME_LIMIT_EXIT_CODE if self._is_out_of_time else 0
 
     def begin_steps(self) -> None:
-        """Start to measure steps; what came before counts for no step."""
+        """Start to measure the steps of a phase; what came before counts for none of them."""
         self._limit.begin()
 
     def is_signalled(self) -> bool:

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, begin_folder
-from prefixrl_mcore.checkpoint.megatron_state import get_rng_state, set_rng_state
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, begin_folder, seal_folder
 from prefixrl_mcore.checkpoint.offline import convert_from_hf
+from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
 from prefixrl_mcore.checkpoint.retention import Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state
 from prefixrl_mcore.checkpoint.save_load import (
@@ -82,6 +83,47 @@ def test_random_states_come_back(source: Path, tmp_path: Path) -> None:
     set_rng_state(before)
 
 
+def draw() -> list[float]:
+    return [random.random(), np.random.random(), torch.rand(1).item()]
+
+
+def test_another_layout_derives_random_states_from_seed_and_step(
+    source: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy = build_policy(source)
+    before = get_rng_state()
+    paths = [save_checkpoint(tmp_path, step, policy, {}) for step in (1, 2)]
+    restored = draw()
+    for path in paths:  # as if one rank of two virtual stages had saved, which there cannot be
+        state = json.loads((path / "trainer.json").read_text())
+        state["layout"]["vpp"] = 2
+        (path / "trainer.json").write_text(json.dumps(state))
+        reseal(path)
+    draws: list[list[float]] = []
+    for path in (paths[0], paths[1], paths[0]):
+        torch.manual_seed(99)
+        load_checkpoint(path, policy)
+        draws.append(draw())
+    assert draws[0] == draws[2]
+    assert draws[0] != draws[1]
+    assert restored not in draws
+    assert "derived anew from seed 0 and step 1" in caplog.text
+    set_rng_state(before)
+
+
+def reseal(path: Path) -> None:
+    """Give a checkpoint that was changed a manifest of what it now holds."""
+    path.rename(path.with_name("changed"))
+    temporary = begin_folder(path)
+    for old in path.with_name("changed").iterdir():
+        if old.name != "manifest.json":
+            old.rename(temporary / old.name)
+    seal_folder(temporary, path)
+    shutil.rmtree(path.with_name("changed"))
+
+
 @pytest.mark.parametrize("num_updates", [0, 1])
 def test_saving_does_not_change_what_is_saved(
     source: Path, tmp_path: Path, num_updates: int
@@ -101,7 +143,7 @@ def test_a_checkpoint_carries_config_and_tokenizer_as_bytes(source: Path, tmp_pa
     assert not list((path / "hf").glob("*.safetensors"))
     state = read_trainer_state(path)
     assert (state.step, state.policy_version, state.world_size) == (3, 0, 1)
-    assert state.layout == {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1}
+    assert state.layout == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "dp": 1}
     assert state.extra_state == EXTRA_STATE
 
 

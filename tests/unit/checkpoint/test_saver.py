@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError, verify
-from prefixrl_mcore.checkpoint.retention import Retention
+from prefixrl_mcore.checkpoint.manifest import ReadBackError, SaveError, verify
+from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import clean_up, latest_checkpoint
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver, save_checkpoint
@@ -133,8 +133,9 @@ def test_a_save_that_wrote_old_tensors_is_found_and_not_sealed(
         if thread.name == "checkpoint":
             thread.join()
     overwrite_with_the_first_save(tmp_path)
-    with pytest.raises(CheckpointError, match=r"read back is not.*rank 0: .* bytes differ"):
+    with pytest.raises(ReadBackError, match=r"read back is not.*rank 0: .* bytes differ") as error:
         saver.finish(wait=True)
+    assert not isinstance(error.value, ValueError)  # which the command line takes for bad input
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
     save_checkpoint(tmp_path, 3, policy, {})  # and the next one is right again
 
@@ -144,6 +145,24 @@ def test_every_kind_of_tensor_can_be_read_back(source: Path, tmp_path: Path) -> 
     policy.update(make_batch())
     for step in range(24):  # the step chooses the tensor
         save_checkpoint(tmp_path, step, policy, {}, Retention(keep_last=1))
+
+
+def test_a_run_that_went_back_does_not_count_the_checkpoints_it_left(
+    source: Path, tmp_path: Path
+) -> None:
+    policy = build_policy(source)
+    best = KeepBest(metric="accuracy")
+    rule = Retention(keep_last=2, keep_every_steps=40, keep_best=best)
+    for step, accuracy in ((10, 0.1), (20, 0.2), (30, 0.9), (40, 0.3)):
+        save_checkpoint(tmp_path, step, policy, {}, metrics={"accuracy": accuracy})
+    saver = CheckpointSaver(tmp_path, rule)
+    saver.resume_from(20)
+    assert len(list(tmp_path.glob("step-*"))) == 4  # until there is something newer
+    save(saver, 35, policy)
+    names = ["step-000020", "step-000035"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == names
+    save(saver, 40, policy)  # this one is of the new course
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [*names, "step-000040"]
 
 
 @BOTH

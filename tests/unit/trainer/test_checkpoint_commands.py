@@ -1,6 +1,7 @@
 """``prefixrl checkpoint`` as a user runs it, on folders made without a model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,17 @@ def test_ls_says_why_a_folder_without_a_manifest_does_not_count(
     output = capsys.readouterr().out
     assert "no: manifest.json: is missing" in lines_of(output, "step-000020")
     assert "(latest)" in lines_of(output, "step-000010")
+
+
+def test_checkpoints_stand_by_step_however_many_digits_it_has(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder / "checkpoints"
+    for step in (999_999, 1_000_000):
+        shutil.copytree(folder / "step-000020", step_folder(folder, step))
+    assert main(["checkpoint", "ls", str(run_folder)]) == 0
+    found = re.findall(r"step-\d+", capsys.readouterr().out)
+    assert found == ["step-000010", "step-000020", "step-999999", "step-1000000"]
 
 
 def test_show_takes_the_latest_and_prints_its_state(

@@ -49,3 +49,14 @@ def test_the_nearer_limit_counts(max_seconds: float | None, end: float) -> None:
 def test_without_a_limit_nothing_stops() -> None:
     clock = Clock()
     assert asked_after(TimeLimit(TrainerConfig(), started=0.0, clock=clock), clock, 1e9) == [False]
+
+
+def test_a_phase_does_not_inherit_the_longest_step_of_the_one_before() -> None:
+    clock = Clock()
+    config = TrainerConfig(max_seconds=100.0, stop_margin_seconds=10.0)
+    limit = TimeLimit(config, started=1000.0, clock=clock)
+    assert asked_after(limit, clock, 1, 40) == [False, False]  # an epoch of 40 s, ended at 41
+    clock.now += 9  # an evaluation
+    limit.begin()
+    # Steps of 5 s: at 85, one more would end at 90 and leave the margin exactly.
+    assert asked_after(limit, clock, *[5] * 7) == [False] * 6 + [True]

@@ -104,6 +104,9 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         "update is non-finite again, 1 if it was finite this time.",
     )
     again.add_argument("--step", type=int, required=True, help="step that the error names")
+    again.add_argument(
+        "--sft", action="store_true", help="of the supervised phase, whose dumps are in dumps/sft"
+    )
     evaluate = _add_config_command(
         commands,
         "eval",
@@ -299,9 +302,9 @@ def _replay(arguments: argparse.Namespace, rest: list[str]) -> int:
     config = _load(arguments, rest)
     if _needs_ranks(config):
         return _start_ranks(config, arguments.argv)
-    from prefixrl_mcore.trainer.dumps import run_replay
+    from prefixrl_mcore.trainer.replay import run_replay
 
-    return run_replay(config, arguments.step)
+    return run_replay(config, arguments.step, is_sft=arguments.sft)
 
 
 def _needs_ranks(config: RunConfig) -> bool:

@@ -11,7 +11,6 @@ output layer besides the embedding. Of the experts of a mixture-of-experts layer
 that a token is routed to counts.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.records import Group
 
 
@@ -199,15 +199,9 @@ def count_parameters(model_folder: Path) -> int:
 
 def _read_config(model_folder: Path) -> dict[str, Any]:
     """Read ``config.json``."""
-    path = model_folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: does not exist; set model.path to a Hugging Face folder"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    config = read_json_object(
+        model_folder / "config.json", remedy="set model.path to a Hugging Face folder"
+    )
     return config.get("text_config", config)
 
 

@@ -7,13 +7,13 @@ because a silently ignored field (a rope scaling, a sliding window) trains a dif
 A model family is one entry of ``FAMILIES``. Nothing here imports torch.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.json_files import read_json_object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,16 +208,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file is missing or is not a JSON object.
     """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: does not exist; expected a Hugging Face model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    return read_json_object(folder / "config.json", remedy="name a Hugging Face model folder")
 
 
 def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefixrl_mcore.config.data import PrefixConfig
+from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.data.prefix_cuts import PrefixStats, answer_finder, check_room, cut_prefixes
 from prefixrl_mcore.data.traces import check_hash
 from prefixrl_mcore.observability.atomic import write_bytes_atomic, write_json_atomic
@@ -193,15 +194,12 @@ def _check_equal(folder: Path, found: Mapping[str, Any], expected: Mapping[str, 
 def _read_header(folder: Path) -> dict[str, Any]:
     """Read and check ``prefixes.json``."""
     path = folder / _HEADER
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ValueError(
             f"{folder}: holds no prefixes; run `prefixrl prefixes` first, or correct data.prefixes"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged header: {error}; restore it from a copy") from None
-    if not isinstance(header, dict) or header.get("format_version") != _FORMAT_VERSION:
+        )
+    header = read_json_object(path, remedy="restore this header from a copy")
+    if header.get("format_version") != _FORMAT_VERSION:
         raise ValueError(
             f"{path}: expected a header of format version {_FORMAT_VERSION}; use the version that "
             "wrote it, or cut the prefixes again"

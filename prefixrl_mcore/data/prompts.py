@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from prefixrl_mcore.config.data import PromptConfig
+from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.records import Problem, Prompt
 
 _DATE_STRING = "26 Jul 2024"
@@ -144,10 +145,8 @@ class PromptRenderer:
         path = self._folder / "generation_config.json"
         value: Any = None
         if path.is_file():
-            try:
-                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-                raise ValueError(f"{path}: not a JSON object: {error}") from None
+            settings = read_json_object(path, remedy="download the model's files again")
+            value = settings.get("eos_token_id")
         if value is None:
             value = self._tokenizer.eos_token_id
         stop = tuple(value) if isinstance(value, list) else (value,)

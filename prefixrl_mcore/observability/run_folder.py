@@ -1,6 +1,5 @@
 """The run folder: one place for everything that a run writes, tied to one config."""
 
-import hashlib
 import json
 import logging
 import platform
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.config.base import ConfigError, validate
+from prefixrl_mcore.config.continuation import MAY_CHANGE, flatten
+from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
 
@@ -27,21 +28,6 @@ _PACKAGES = (
     "math-verify",
     "pyarrow",
 )
-
-MAY_CHANGE = (
-    "trainer.",
-    "checkpoint.",
-    "evaluation.",
-    "metrics.",
-    "rollout.engine",
-    "rollout.sglang.",
-    "rollout.transformers.",
-    "reward.num_workers",
-    "policy.parallel.",
-    "policy.recompute",
-    "run_folder",
-)
-"""Settings that a continued run may change: they decide how long and where, not what."""
 
 
 class RunFolder:
@@ -98,12 +84,9 @@ class RunFolder:
         """
         if not self.config_file.exists():
             raise ConfigError(f"{self.path}: not a run folder (no config.json); check the path")
-        try:
-            values = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{self.config_file}: damaged: {error}; restore it, or use another --run-folder"
-            ) from None
+        values = read_json_object(
+            self.config_file, remedy="restore it, or use another --run-folder"
+        )
         return validate(RunConfig, values, where=str(self.config_file))
 
     def add_stage_seconds(self, stage: str, seconds: float) -> None:
@@ -127,25 +110,6 @@ class RunFolder:
                 + "\nUse another --run-folder, or restore these values. Nothing was changed."
             )
         return changed
-
-
-def settings_hash(config: RunConfig) -> str:
-    """Return a SHA-256 of the settings that a continued run may not change."""
-    settings = flatten(json.loads(config.model_dump_json()))
-    fixed = {key: value for key, value in settings.items() if not key.startswith(MAY_CHANGE)}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
-
-
-def flatten(tree: dict[str, Any], parent: str = "") -> dict[str, Any]:
-    """Return ``tree`` with dotted keys; lists are leaves."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{parent}{key}"
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{path}.")
-        else:
-            flat[path] = value
-    return flat
 
 
 def describe_environment() -> dict[str, Any]:

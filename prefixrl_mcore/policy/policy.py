@@ -35,7 +35,7 @@ from prefixrl_mcore.policy.forward_backward import (
 )
 from prefixrl_mcore.policy.head import HeadSettings
 from prefixrl_mcore.policy.model_config import ModelShape, read_hf_config, read_model_shape
-from prefixrl_mcore.policy.nonfinite import Culprit, NonFiniteError, find_culprits
+from prefixrl_mcore.policy.nonfinite import Findings, NonFiniteError, find_culprits
 from prefixrl_mcore.records import UpdateResult
 
 logger = logging.getLogger(__name__)
@@ -159,8 +159,8 @@ class MegatronPolicy:
         Raises:
             ValueError: if the batch was packed for another layout.
             NonFiniteError: (a ``FloatingPointError``) if loss or gradient is not finite; raised on
-                every rank, before the optimizer has changed anything, with the sequences, ranks
-                and microbatches that made it.
+                every rank, before the optimizer has changed anything. ``find_nonfinite`` tells
+                what made it.
         """
         self._check_batch(batch)
         loss = loss or self._loss
@@ -176,11 +176,11 @@ class MegatronPolicy:
             )
         self._zero_gradients()
         totals = self._run_loss(batch, loss, forward_only=is_skipped)
-        self._check_finite("loss", totals.loss, batch, loss)
+        self._check_finite("loss", totals.loss)
         gradient_norm = 0.0
         if not is_skipped:
             gradient_norm = self._gradient_norm()
-            self._check_finite("gradient norm", gradient_norm, batch, loss)
+            self._check_finite("gradient norm", gradient_norm)
             self._apply_gradients()
         return UpdateResult(
             loss=totals.loss / batch.num_trained_tokens,
@@ -191,6 +191,28 @@ class MegatronPolicy:
             was_skipped=is_skipped,
             metrics=_mean_metrics(totals, batch.num_trained_tokens),
         )
+
+    @cpu_runtime.megatron_on_cpu()
+    def find_nonfinite(self, batch: PackedBatch, *, loss: LossConfig | None = None) -> Findings:
+        """Return what made the update of a batch non-finite; changes nothing.
+
+        Takes up to 64 forward-backward passes over ever smaller parts of the batch.
+
+        Args:
+            batch: what ``update`` refused.
+            loss: estimator of that update; None is the policy's.
+        """
+        if topology.any_rank(not self._has_finite_weights()):
+            return Findings(has_finite_weights=False)
+        parallel = self._policy.parallel
+        is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+        findings = find_culprits(
+            batch,
+            lambda part: self._is_finite(part, loss or self._loss),
+            microbatch_multiple=parallel.pipeline_model_parallel_size if is_interleaved else 1,
+        )
+        self._zero_gradients()
+        return findings
 
     @cpu_runtime.megatron_on_cpu()
     def row_statistics(self, batch: PackedBatch) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -336,29 +358,12 @@ class MegatronPolicy:
         self.scheduler.step(1)
         self.policy_version += 1
 
-    def _check_finite(self, what: str, value: float, batch: PackedBatch, loss: LossConfig) -> None:
-        """Refuse to go on with a NaN or an infinity, and find out what made it."""
+    def _check_finite(self, what: str, value: float) -> None:
+        """Refuse to go on with a NaN or an infinity."""
         if math.isfinite(value):
             return
-        logger.error(
-            "policy version %d: %s is %s; looking for the rollouts that made it",
-            self.policy_version,
-            what,
-            value,
-        )
-        culprits: tuple[Culprit, ...] = ()
-        if topology.any_rank(not self._has_finite_weights()):
-            reason = "the weights themselves are not finite"
-        else:
-            culprits = find_culprits(batch, lambda part: self._is_finite(part, loss))
-            reason = "made by " + "; ".join(str(culprit) for culprit in culprits)
         self._zero_gradients()
-        raise NonFiniteError(
-            f"policy version {self.policy_version}: {what} is {value}, {reason}; no step was "
-            "taken. Look at these rollouts and their logprob gap; lower policy.optimizer.lr if it "
-            "happens again",
-            culprits,
-        )
+        raise NonFiniteError(f"policy version {self.policy_version}: {what} is {value}")
 
     def _is_finite(self, batch: PackedBatch, loss: LossConfig) -> bool:
         """Return whether loss and gradient of ``batch`` are finite; all ranks must call this."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.observability.run_folder import RunFolder, flatten
+from prefixrl_mcore.config.continuation import flatten
+from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.report.collection import CollectionRecord, read_collection
 
 _SET_ACCURACY = re.compile(r"eval/([^/]+)/accuracy")

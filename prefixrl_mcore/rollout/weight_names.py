@@ -4,19 +4,20 @@ An engine that is sent a wrong or a missing name may keep the old weight without
 check is made on this side.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
 
+from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.rollout.engine import EngineError
 
 _TIED_HEAD = "lm_head.weight"
 """The name that a head with the embedding's weights has; a stream may send it or leave it out."""
 
 _NAMES_SHOWN = 5
+_REMEDY = "name the folder of a Hugging Face model"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,7 +96,7 @@ def read_model_config(model_folder: Path) -> dict[str, object]:
     Raises:
         ValueError: if it is missing or not a JSON object.
     """
-    return _read_json_object(model_folder / "config.json")
+    return read_json_object(model_folder / "config.json", remedy=_REMEDY)
 
 
 def read_config_number(model_folder: Path, name: str, default: int | None = None) -> int:
@@ -124,26 +125,12 @@ def read_end_token_ids(model_folder: Path) -> frozenset[int]:
     for path in (model_folder / "config.json", model_folder / "generation_config.json"):
         if not path.is_file():
             continue
-        value = _read_json_object(path).get("eos_token_id")
+        value = read_json_object(path, remedy=_REMEDY).get("eos_token_id")
         if isinstance(value, int):
             found.add(value)
         elif isinstance(value, list):
             found.update(value)
     return frozenset(found)
-
-
-def _read_json_object(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: does not exist; expected the folder of a Hugging Face model"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
-    return content
 
 
 def _some(names: list[str]) -> str:

@@ -1,36 +1,100 @@
-"""Batches whose update was not finite, on disk, and their replay.
+"""Batches whose update was not finite, on disk.
 
 ``RUN/dumps/step-<N>.npz`` holds the packed batch of step N, ``step-<N>.json`` what is known of it,
-and the checkpoint ``step-<N>/`` the policy that met it.
+and the checkpoint ``step-<N>/`` the policy that met it. A supervised phase has ``dumps/sft/``.
+``replay.py`` runs them again.
 """
 
 import json
 import logging
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prefixrl_mcore.checkpoint.manifest import ReadBackError
 from prefixrl_mcore.checkpoint.run_checkpoints import step_folder
-from prefixrl_mcore.checkpoint.save_load import load_checkpoint
+from prefixrl_mcore.checkpoint.saver import save_checkpoint
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.data.packing import PackedBatch, Stream
 from prefixrl_mcore.observability.atomic import write_json_atomic
-from prefixrl_mcore.observability.run_folder import RunFolder
-from prefixrl_mcore.policy.nonfinite import NonFiniteError
+from prefixrl_mcore.policy.nonfinite import Findings, NonFiniteError
 from prefixrl_mcore.policy.policy import MegatronPolicy
-from prefixrl_mcore.policy.topology import initialize, run_on_first, shut_down
-from prefixrl_mcore.trainer.run_policy import build_policy
+from prefixrl_mcore.policy.topology import run_on_first
 
 logger = logging.getLogger(__name__)
 
+SFT_FOLDER = "sft"
+"""Dumps of the supervised phase inside a folder of dumps."""
 
-def write_dump(folder: Path, step: int, batch: PackedBatch, error: NonFiniteError) -> Path:
-    """Write a batch and the error that it made; return the path of the JSON file."""
-    path = step_folder(folder, step).with_suffix(".json")
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dump:
+    """What a dump says of an update."""
+
+    batch: PackedBatch
+    """Packed for the layout of the run."""
+
+    loss: LossConfig | None
+    """Estimator of this update; None is the policy's."""
+
+
+def dump_and_explain(
+    error: NonFiniteError,
+    policy: MegatronPolicy,
+    batch: PackedBatch,
+    *,
+    loss: LossConfig | None,
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+) -> NonFiniteError:
+    """Keep batch and policy, then look for what made the update non-finite; return the whole error.
+
+    All ranks must call this. The dump comes first: the search takes many passes, and a job may not
+    live to its end. Storage that refuses the dump does not hide the error.
+
+    Args:
+        error: what the update raised; it has changed nothing.
+        policy: the policy that met the batch.
+        batch: what it was given.
+        loss: estimator of this update; None is the policy's.
+        folder: where dumps go.
+        step: of the phase.
+        state: the trainer's, for the checkpoint.
+    """
+    path = dump_path(folder, step)
+    place = str(path)
+    try:
+        run_on_first(lambda: write_dump(path, step, batch, error, loss=loss))
+        save_checkpoint(folder, step, policy, state)
+    except (OSError, ReadBackError) as refusal:  # on every rank
+        place = f"incomplete, the storage refused it ({refusal})"
+    logger.error("step %d: %s. Dump: %s. Looking for the rollouts that made it", step, error, place)
+    findings = policy.find_nonfinite(batch, loss=loss)
+    try:
+        run_on_first(lambda: _add_findings(path, findings))
+    except OSError as refusal:  # on every rank
+        place = f"incomplete, the storage refused it ({refusal})"
+    return NonFiniteError(
+        f"step {step}: {error}, {findings}; no step was taken. Look at these rollouts and their "
+        f"logprob gap; lower policy.optimizer.lr if it happens again. Dump: {place}"
+    )
+
+
+def dump_path(folder: Path, step: int) -> Path:
+    """Return the JSON file of a dump; the arrays lie beside it, with the suffix ``.npz``."""
+    return step_folder(folder, step).with_suffix(".json")
+
+
+def write_dump(
+    path: Path, step: int, batch: PackedBatch, error: NonFiniteError, *, loss: LossConfig | None
+) -> None:
+    """Write a batch and the error that it made; the JSON file comes last."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     arrays = {
         f"{index}/{field.name}": getattr(stream, field.name)
         for index, stream in enumerate(batch.streams)
@@ -38,21 +102,24 @@ def write_dump(folder: Path, step: int, batch: PackedBatch, error: NonFiniteErro
     }
     np.savez_compressed(path.with_suffix(".npz"), **arrays)
     facts = {f.name: getattr(batch, f.name) for f in fields(PackedBatch) if f.name != "streams"}
-    culprits = [
-        {
-            "sequence_ids": culprit.sequence_ids,
-            "data_parallel_rank": culprit.data_parallel_rank,
-            "microbatch": culprit.microbatch,
-        }
-        for culprit in error.culprits
-    ]
-    value = {"step": step, "error": str(error), "culprits": culprits, "batch": facts}
-    write_json_atomic(path, {**value, "num_streams": len(batch.streams)})
-    return path
+    value = {
+        "step": step,
+        "error": str(error),
+        "loss": None if loss is None else loss.model_dump(mode="json"),
+        "batch": facts,
+        "num_streams": len(batch.streams),
+    }
+    write_json_atomic(path, value)
 
 
-def read_dump(path: Path) -> PackedBatch:
-    """Return the batch of a dump.
+def _add_findings(path: Path, findings: Findings) -> None:
+    if path.exists():
+        value = json.loads(path.read_text(encoding="utf-8"))
+        write_json_atomic(path, value | {"findings": asdict(findings)})
+
+
+def read_dump(path: Path) -> Dump:
+    """Return what a dump says of an update.
 
     Raises:
         ConfigError: if there is no such dump.
@@ -66,43 +133,5 @@ def read_dump(path: Path) -> PackedBatch:
             for index in range(value["num_streams"])
         )
     facts = value["batch"] | {"sequence_ids": tuple(value["batch"]["sequence_ids"])}
-    return PackedBatch(streams=streams, **facts)
-
-
-def replay(policy: MegatronPolicy, batch: PackedBatch) -> NonFiniteError | None:
-    """Run the update of a dumped batch again; return what it raised, None if it was finite.
-
-    All ranks must call this. The number of data-parallel ranks may differ from the dump's if it
-    divides the number of streams. A finite update changes the policy.
-    """
-    dp_size = policy.topology.dp_size
-    if len(batch.streams) % dp_size:
-        raise ConfigError(
-            f"the dump has {len(batch.streams)} streams, which {dp_size} data-parallel ranks "
-            "cannot share; set policy.parallel.data_parallel_size to a divisor, for example 1"
-        )
-    try:
-        policy.update(replace(batch, num_ranks=dp_size))
-    except NonFiniteError as error:
-        return error
-    return None
-
-
-def run_replay(config: RunConfig, step: int) -> int:
-    """Replay the dump of ``step`` in the run's folder; return 0 if it is non-finite again, else 1.
-
-    Raises:
-        ConfigError: if there is no dump of that step.
-    """
-    folder = RunFolder(config.run_folder).dumps
-    topology = initialize(config.policy.parallel, seed=config.seed)
-    try:
-        batch = run_on_first(lambda: read_dump(step_folder(folder, step).with_suffix(".json")))
-        policy = build_policy(config)
-        load_checkpoint(step_folder(folder, step), policy)
-        error = replay(policy, batch)
-    finally:
-        shut_down()
-    if topology.is_first:
-        logger.info("replay of step %d: %s", step, error or "the update was finite this time")
-    return 1 if error is None else 0
+    loss = None if value["loss"] is None else LossConfig.model_validate(value["loss"])
+    return Dump(batch=PackedBatch(streams=streams, **facts), loss=loss)

@@ -10,6 +10,7 @@ from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
 from prefixrl_mcore.checkpoint.save_load import clean_up, latest_checkpoint, load_checkpoint
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.continuation import check_saved_settings
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.prefixes import read_prefixes
 from prefixrl_mcore.data.prompts import PromptRenderer
@@ -18,7 +19,7 @@ from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
 from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
 from prefixrl_mcore.observability.progress import Progress
-from prefixrl_mcore.observability.run_folder import MAY_CHANGE, RunFolder, settings_hash
+from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer.loop import train
@@ -212,27 +213,11 @@ def restore(session: Session, checkpoint: Path) -> None:
     """Put the session into the state of a checkpoint; all ranks call this.
 
     Raises:
-        ConfigError: if the checkpoint is of another method.
+        ConfigError: if the checkpoint was saved under settings that may not change.
         CheckpointError: if it is incomplete, corrupt, or of another model.
     """
     step, state = load_checkpoint(checkpoint, session.policy)
-    if "config_hash" not in state:
-        raise ConfigError(
-            f"{checkpoint}: was not saved by this version of prefixrl train; resume it with the "
-            "version that saved it"
-        )
-    ours = settings_hash(session.config)
-    if state["config_hash"] != ours:
-        raise ConfigError(
-            f"{checkpoint}: was saved under settings of hash {state['config_hash']}, the config "
-            f"has {ours}; resume with the run's own config (config.json in its folder). What may "
-            f"change: {', '.join(MAY_CHANGE)}"
-        )
-    if state["method"] != session.config.method:
-        raise ConfigError(
-            f"{checkpoint}: is of method {state['method']!r}, the config says "
-            f"{session.config.method!r}; use the run's own config"
-        )
+    check_saved_settings(state, session.config, where=str(checkpoint))
     session.source.load_state(state["source"])
     session.meter.load_state(state["flops"])
     session.first_step = step

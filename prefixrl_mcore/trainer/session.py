@@ -12,7 +12,9 @@ from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint
-from prefixrl_mcore.checkpoint.saver import CheckpointSaver, save_checkpoint
+from prefixrl_mcore.checkpoint.saver import CheckpointSaver
+from prefixrl_mcore.config.continuation import describe_settings
+from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
 from prefixrl_mcore.data.packing import Aggregation, PackedBatch, pack
 from prefixrl_mcore.data.source import MixtureSource
@@ -20,7 +22,7 @@ from prefixrl_mcore.eval.in_training import evaluate_in_training
 from prefixrl_mcore.eval.runner import Evaluator
 from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
 from prefixrl_mcore.observability.progress import Progress
-from prefixrl_mcore.observability.run_folder import RunFolder, settings_hash
+from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.topology import Topology, run_on_first
@@ -28,7 +30,7 @@ from prefixrl_mcore.records import Group, PrefixedProblem, Problem, TrainingSequ
 from prefixrl_mcore.rollout.engine import SamplingParams
 from prefixrl_mcore.rollout.sampling import sample_groups
 from prefixrl_mcore.rollout.scoring import score_groups
-from prefixrl_mcore.trainer.dumps import write_dump
+from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
 from prefixrl_mcore.trainer.groups import group_metrics, training_sequences, with_advantages
 from prefixrl_mcore.trainer.rollout_log import rollout_rows, write_rollouts
 
@@ -172,24 +174,40 @@ class Session:
                 ``prefixrl replay`` needs lies in ``RUN/dumps``.
         """
         self.progress.update(waiting_for="policy update")
-        try:
-            with self.timer.phase("update"):
-                return self.policy.update(batch)
-        except NonFiniteError as error:
-            try:
-                dump = str(self._dump(step, batch, error))
-            except OSError as refusal:  # on every rank; it must not hide what happened
-                dump = f"none, the storage refused it ({refusal})"
-            raise NonFiniteError(f"step {step}: {error}. Dump: {dump}", error.culprits) from error
+        with self.timer.phase("update"):
+            return self._update(step, batch, loss=None, dumps=self.folder.dumps)
 
-    def _dump(self, step: int, batch: PackedBatch, error: NonFiniteError) -> Path:
-        """Keep batch and policy of an update that was not finite; all ranks call this."""
-        with self._refusal_counted():  # the older state is worth more than the dump
-            self.saver.finish(wait=True)
-        path = run_on_first(lambda: write_dump(self.folder.dumps, step, batch, error))
-        with self._refusal_counted():
-            save_checkpoint(self.folder.dumps, step, self.policy, self.state(step))
-        return path
+    def supervised_update(self, step: int, batch: PackedBatch, loss: LossConfig) -> UpdateResult:
+        """Apply one optimizer step of a supervised phase; all ranks call this.
+
+        Args:
+            step: counted from the beginning of the phase.
+            batch: packed traces.
+            loss: its estimator.
+
+        Raises:
+            NonFiniteError: as ``update``; the dump lies in ``RUN/dumps/sft``.
+        """
+        return self._update(step, batch, loss=loss, dumps=self.folder.dumps / SFT_FOLDER)
+
+    def _update(
+        self, step: int, batch: PackedBatch, *, loss: LossConfig | None, dumps: Path
+    ) -> UpdateResult:
+        """Do the work of an update, and dump one that is not finite."""
+        try:
+            return self.policy.update(batch, loss=loss)
+        except NonFiniteError as error:
+            with self.refusal_counted():  # the older state is worth more than the dump
+                self.saver.finish(wait=True)
+            raise dump_and_explain(
+                error,
+                self.policy,
+                batch,
+                loss=loss,
+                folder=dumps,
+                step=step,
+                state=self.state(step),
+            ) from error
 
     def log_step(
         self, step: int, groups: Sequence[Group], batch: PackedBatch, update: UpdateResult
@@ -259,12 +277,12 @@ class Session:
         if not is_due and not self.saver.is_under_way:
             return
         with self.timer.phase("save"):
-            with self._refusal_counted():
+            with self.refusal_counted():
                 self.saver.finish(wait=is_due)
             if not is_due:
                 return
             self.progress.update(waiting_for="checkpoint")
-            with nullcontext() if is_last else self._refusal_counted():
+            with nullcontext() if is_last else self.refusal_counted():
                 self.saver.start(
                     step, self.policy, self.state(step), metrics=self.evaluations.get(step)
                 )
@@ -272,18 +290,17 @@ class Session:
                     self.saver.finish(wait=True)
 
     @contextmanager
-    def _refusal_counted(self) -> Iterator[None]:
-        """Go on after a save that the storage refused."""
+    def refusal_counted(self) -> Iterator[None]:
+        """Go on after a save that the storage refused; the next one that is due tries again."""
         try:
             yield
         except SaveError as error:
             self.num_failed_saves += 1
             if self.topology.is_first:
                 logger.error(
-                    "%s. The older checkpoints are as they were; the next save is due in at most "
-                    "%d steps. Make room, or the run may lose its work",
+                    "%s. The older checkpoints are as they were; the next save that is due tries "
+                    "again. Make room, or the run may lose its work",
                     error,
-                    self.config.checkpoint.every_steps,
                 )
 
     def is_evaluation_due(self, step: int) -> bool:
@@ -301,7 +318,7 @@ class Session:
             "method": self.config.method,
             "source": self.source.state(),
             "flops": self.meter.state(),
-            "config_hash": settings_hash(self.config),
+            **describe_settings(self.config),
             "is_evaluated": step in self.evaluations,
             "wandb_id": None if self.metrics is None else self.metrics.wandb_id,
         }

@@ -7,6 +7,7 @@ accuracy on its training problems and none elsewhere; the validation loss stops 
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,15 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
     """Train on the traces and keep the epoch that ``sft.keep`` names.
 
     All ranks call this. The start and each epoch to be kept are saved under ``sft/``; a killed
-    phase continues after the last one. Epochs that did not help are charged all the same. Leaves
-    the policy with fresh optimizer state for RL.
+    phase continues after the last one. An epoch that the storage refuses is logged, counted and not
+    kept. Epochs that did not help are charged all the same. Leaves the policy with fresh optimizer
+    state for RL.
 
     Raises:
         ConfigError: if there are too few traces to hold some back.
+        SaveError: if the storage refuses the start or the last epoch.
+        NonFiniteError: if a loss or gradient is not finite; ``RUN/dumps/sft`` has what ``prefixrl
+            replay --sft`` needs.
     """
     run = session.config
     training, validation = split_traces(traces, run.sft.validation_fraction, seed=run.seed)
@@ -65,8 +70,11 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
         loss = _validation_loss(session, validation_batch)
         _log_epoch(session, epoch + 1, loss)
         if run.sft.keep == "last" or loss < best_loss:
-            best_loss, kept_epoch = loss, epoch + 1
-            _save_epoch(session, folder, kept_epoch, loss)
+            is_last = epoch + 1 == run.sft.max_epochs
+            # A refused epoch is not kept: the next one that is better than the kept one is saved.
+            with nullcontext() if is_last else session.refusal_counted():
+                _save_epoch(session, folder, epoch + 1, loss)
+                best_loss, kept_epoch = loss, epoch + 1
         elif epoch + 1 - kept_epoch >= run.sft.patience:
             break
         if stop.is_set():
@@ -115,10 +123,11 @@ def _train_epoch(session: Session, training: Sequence[Trace], epoch: int) -> Non
     """Pass once over the training traces in a random order of this epoch."""
     run = session.config
     order = np.random.default_rng([run.seed, 2, epoch]).permutation(len(training))
-    for start in range(0, len(training), run.sft.traces_per_step):
+    starts = range(0, len(training), run.sft.traces_per_step)
+    for step, start in enumerate(starts, start=epoch * len(starts)):
         chosen = [training[index] for index in order[start : start + run.sft.traces_per_step]]
         session.progress.update(waiting_for=f"sft epoch {epoch + 1}")
-        update = session.policy.update(_pack(session, chosen), loss=MAXIMUM_LIKELIHOOD)
+        update = session.supervised_update(step, _pack(session, chosen), MAXIMUM_LIKELIHOOD)
         session.meter.charge_sft(
             _num_tokens(chosen), num_computed_tokens=update.num_computed_tokens
         )

@@ -1,14 +1,17 @@
 """Saving during a run, as a user meets it: in the background, on a clock, on a full disk."""
 
+import errno
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint, read_trainer_state
 from prefixrl_mcore.cli import main
 from tests.support.tiny_run import TinyTask, metrics_of, without_clock
@@ -61,7 +64,8 @@ def test_what_a_checkpoint_remembers(undisturbed: Path) -> None:
     assert latest is not None
     state = read_trainer_state(latest)
     assert state.extra_state.keys() == {
-        *("step", "method", "source", "flops", "config_hash", "is_evaluated", "wandb_id")
+        *("step", "method", "source", "flops", "is_evaluated", "wandb_id"),
+        *("settings", "config_hash"),
     }
     assert state.extra_state["is_evaluated"] is True
     evaluation = metrics_of(undisturbed, "eval")[-1]
@@ -83,7 +87,53 @@ def test_a_checkpoint_of_other_settings_is_refused(
     assert count == 1
     config.write_text(text)
     assert tiny_task.run("train --resume", run, "--seed", "5") == 2
-    assert "was saved under settings of hash" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "step-000004: was saved under other settings" in error
+    assert "  seed: 0 there, 5 now\n" in error
+
+
+_refused: list[str] = []
+
+
+def _refuse(event: str, arguments: tuple[object, ...]) -> None:
+    """Refuse to open files below the folders that a test names (hooks cannot be removed)."""
+    if event == "open" and any(part in str(arguments[0]) for part in _refused):
+        raise OSError(errno.ENOSPC, "No space left on device", str(arguments[0]))
+
+
+sys.addaudithook(_refuse)
+
+
+def test_a_supervised_phase_goes_on_without_an_epoch_that_the_storage_refuses(
+    tiny_task: TinyTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "sft"
+    flags = ("--method", "sft_then_rl", "--trainer.num-steps", "1", "--sft.max-epochs", "2")
+    flags += ("--sft.keep", "last", "--sft.validation-fraction", "0.25")
+    _refused.append(f"{run}/sft/.step-000001.writing-")
+    try:
+        assert tiny_task.run("train", run, *flags) == 0
+    finally:
+        _refused.clear()
+    assert [line["step"] for line in metrics_of(run, "sft")] == [1, 2]
+    assert [line["checkpoint/num_failed_saves"] for line in metrics_of(run, "train")] == [1.0]
+    assert sum("No space left on device" in text for text in caplog.messages) == 1
+    kept = latest_checkpoint(run / "sft")
+    assert kept is not None
+    assert kept.name == "step-000002"
+
+
+def test_a_supervised_phase_fails_if_its_last_epoch_cannot_be_saved(
+    tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run = tmp_path / "sft"
+    flags = ("--method", "sft_then_rl", "--sft.max-epochs", "1", "--sft.keep", "last")
+    _refused.append(f"{run}/sft/.step-000001.writing-")
+    try:
+        with pytest.raises(SaveError, match="No space left on device"):
+            tiny_task.run("train", run, *flags, "--sft.validation-fraction", "0.25")
+    finally:
+        _refused.clear()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, write_folder
+from prefixrl_mcore.config.json_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +39,11 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it is missing or is not a JSON object.
     """
-    path = folder / CONFIG_NAME
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{path}: is missing, expected a Hugging Face model folder; check the path"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {error}; download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: got {type(value).__name__}, expected a JSON object")
-    return value
+    return read_json_object(
+        folder / CONFIG_NAME,
+        remedy="name a Hugging Face model folder, or download it again",
+        error_cls=CheckpointError,
+    )
 
 
 def asset_files(folder: Path) -> list[Path]:

@@ -83,7 +83,7 @@ def test_a_tied_head_in_the_file_must_equal_the_embedding(source: Path) -> None:
 
 @pytest.mark.parametrize(
     ("remove", "message"),
-    [("model.safetensors", "has neither"), ("config.json", r"config\.json: is missing")],
+    [("model.safetensors", "has neither"), ("config.json", r"config\.json: does not exist")],
 )
 def test_an_incomplete_folder_is_refused(remove: str, message: str, source: Path) -> None:
     (source / remove).unlink()

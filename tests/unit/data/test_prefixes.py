@@ -304,5 +304,5 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format version 1"):
         read_prefixes(tmp_path, PROBLEMS, **HASHES)
     (tmp_path / "prefixes.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged header"):
+    with pytest.raises(ValueError, match="restore this header"):
         read_prefixes(tmp_path, PROBLEMS, **HASHES)

@@ -88,7 +88,7 @@ def test_stop_tokens_come_from_the_generation_config(folder: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"end tokens in 0\.\.257, got \[999\]"):
         PromptRenderer(copy, TEXT)
     config.write_text("[1]")
-    with pytest.raises(ValueError, match="not a JSON object"):
+    with pytest.raises(ValueError, match="expected a JSON object"):
         PromptRenderer(copy, TEXT)
 
 

@@ -52,7 +52,7 @@ def test_a_check_writes_nothing(tmp_path: Path) -> None:
 def test_a_damaged_config_names_its_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.config_file.write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json: damaged"):
+    with pytest.raises(ConfigError, match=r"config\.json: not valid JSON"):
         folder.check(_config(tmp_path))
 
 

@@ -235,5 +235,5 @@ def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not valid JSON"):
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+    with pytest.raises(ValueError, match="got list, expected a JSON object"):
         read_hf_config(tmp_path)

@@ -29,6 +29,7 @@ def build_evaluator(
     temperature: float,
     logs_folder: Path,
     problems: Iterable[Problem],
+    renderer: PromptRenderer | None = None,
 ) -> Iterator[Evaluator]:
     """Yield an evaluator whose engine serves ``model_folder``; closes engine and verifier.
 
@@ -39,12 +40,13 @@ def build_evaluator(
         logs_folder: where the engine logs.
         problems: all problems that will be judged; their answers are checked before the engine
             is started.
+        renderer: prompts of the run's tokenizer; None loads it.
 
     Raises:
         ConfigError: if a reference answer cannot be verified.
     """
     with ExitStack() as stack:
-        renderer = PromptRenderer(config.model.path, config.data.prompt)
+        renderer = renderer or PromptRenderer(config.model.path, config.data.prompt)
         verifier = MathVerifier(config.reward)
         stack.callback(verifier.close)
         check_references(list(problems), verifier)

@@ -62,6 +62,9 @@ def build_model_chunks(
         use_distributed_optimizer=policy.optimizer.use_distributed_optimizer,
         overlap_grad_reduce=False,
     )
+    # The head reads the output weight as a tensor; the wait for a gathered one is in a pre-hook of
+    # its module, which is then not called.
+    assert not ddp_config.overlap_param_gather, "the head would read weights under way"
     wrapped = [
         DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)

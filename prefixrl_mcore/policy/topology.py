@@ -6,6 +6,7 @@ srun with our template), or join a process group that exists already (tests).
 """
 
 import datetime
+import gc
 import logging
 import os
 import pickle
@@ -98,6 +99,9 @@ def initialize(
     _check_world_size(parallel, _world_size(environment))
     device = _select_device(environment)
     if not dist.is_initialized():
+        # Megatron's data-parallel wrapper is part of reference cycles (its hooks), and holds the
+        # groups that were shut down, with about 70 open sockets and files.
+        gc.collect()
         _join(environment, device)
     if parallel_state.model_parallel_is_initialized():
         _check_same_layout(parallel)

@@ -56,7 +56,7 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
         _open_outputs(session, is_continued=checkpoint is not None)
         if checkpoint is None:
             if config.method == "sft_then_rl":
-                run_sft(session, _read_sft_traces(config), stop)
+                run_sft(session, _read_sft_traces(config, session.renderer), stop)
             if not stop.is_stopping():
                 session.evaluate(0)
         if not stop.is_stopping():
@@ -132,6 +132,7 @@ def build_session(
         evaluator = stack.enter_context(
             build_evaluator(
                 config,
+                renderer=renderer,
                 model_folder=config.model.path,
                 temperature=config.evaluation.temperature,
                 logs_folder=folder.logs / "train",
@@ -142,6 +143,7 @@ def build_session(
         config=config,
         folder=folder,
         topology=topology,
+        renderer=renderer,
         policy=policy,
         source=MixtureSource(union(prefixed, originals), seed=config.seed),
         meter=FlopsMeter(
@@ -194,13 +196,12 @@ def _collect_flops(config: RunConfig, renderer: PromptRenderer) -> float:
     return store.total_flops()
 
 
-def _read_sft_traces(config: RunConfig) -> list[Trace]:
+def _read_sft_traces(config: RunConfig, renderer: PromptRenderer) -> list[Trace]:
     """Return one trace per problem of the store.
 
     Raises:
         ConfigError: if there is no store.
     """
-    renderer = PromptRenderer(config.model.path, config.data.prompt)
     traces = read_traces(config, renderer)
     if not traces:
         raise ConfigError(

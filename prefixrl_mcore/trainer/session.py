@@ -17,6 +17,7 @@ from prefixrl_mcore.config.continuation import describe_settings
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
 from prefixrl_mcore.data.packing import Aggregation, PackedBatch, pack
+from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource
 from prefixrl_mcore.eval.in_training import evaluate_in_training
 from prefixrl_mcore.eval.runner import Evaluator
@@ -53,6 +54,9 @@ class Session:
 
     topology: Topology
     """This rank's place among the trainer's ranks."""
+
+    renderer: PromptRenderer
+    """Prompts and tokenizer, on every rank."""
 
     policy: MegatronPolicy
     """This rank's part of the policy."""
@@ -133,7 +137,7 @@ class Session:
             )
         self.progress.update(waiting_for="verifier")
         with self.timer.phase("verify"):
-            scored = score_groups(sampled, evaluator.verifier, evaluator.renderer)
+            scored = score_groups(sampled, evaluator.verifier, self.renderer)
         self._check_versions({s.rollout.completion.policy_version for g in scored for s in g})
         return with_advantages(scored, run.loss)
 
@@ -234,7 +238,7 @@ class Session:
             **self.timer.take(),
         }
         self.metrics.write("train", step, values)
-        rows = rollout_rows(step, groups, self._evaluator.renderer)
+        rows = rollout_rows(step, groups, self.renderer)
         if step % self.config.trainer.rollouts_every_steps == 0:
             write_rollouts(self.folder.rollouts, step, rows)
         self.metrics.write_rollouts(step, rows)

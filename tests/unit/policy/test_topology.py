@@ -1,9 +1,14 @@
 """Joining the process group and Megatron's groups, for a single process."""
 
+import gc
+import os
+from pathlib import Path
+
 import pytest
 
 from prefixrl_mcore.config.policy import ParallelConfig
 from prefixrl_mcore.policy import topology
+from tests.support.policies import build_policy
 
 
 def test_a_single_process_needs_no_environment() -> None:
@@ -14,6 +19,19 @@ def test_a_single_process_needs_no_environment() -> None:
     assert place.is_last_stage
     assert topology.current() == place
     assert topology.initialize(ParallelConfig(), seed=1, environment={}) == place
+
+
+def test_groups_that_were_shut_down_are_let_go_with_their_models(tied_folder: Path) -> None:
+    gc.disable()  # it would do so too, some day
+    try:
+        num_open: list[int] = []
+        for _ in range(4):
+            topology.shut_down()
+            build_policy(tied_folder)
+            num_open.append(len(os.listdir("/proc/self/fd")))
+    finally:
+        gc.enable()
+    assert max(num_open[1:]) <= num_open[1] + 20, num_open  # a group has about 70
 
 
 def test_a_layout_for_more_processes_is_refused() -> None:

@@ -60,6 +60,11 @@ class TrainerConfig(Config):
     """Time that is left at a wall-clock limit, beside a step as long as the longest so far: for
     the last save and the way out."""
 
+    peak_flops: float | None = Field(default=None, gt=0.0)
+    """FLOPs per second that one rank's device computes at most in ``policy.dtype``, dense: the
+    denominator of MFU. None takes the data sheet's figure of a known GPU; an unknown device, and
+    a CPU, then have no MFU."""
+
     rollouts_every_steps: int = Field(default=1, ge=1)
     """Steps between two written rollout tables."""
 

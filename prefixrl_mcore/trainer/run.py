@@ -16,7 +16,7 @@ from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource, original_problems, union
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
-from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
+from prefixrl_mcore.observability.metrics import MetricsWriter
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import MAY_CHANGE, RunFolder, settings_hash
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
@@ -26,6 +26,7 @@ from prefixrl_mcore.trainer.run_policy import build_policy
 from prefixrl_mcore.trainer.session import Session, retention_of
 from prefixrl_mcore.trainer.sft import run_sft
 from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
+from prefixrl_mcore.trainer.step_metrics import read_hardware
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,10 @@ def build_session(
         evaluator=evaluator,
         metrics=None,
         progress=Progress("train", total=config.trainer.num_steps, enabled=False),
-        timer=PhaseTimer(),
+        phases=policy.phases,
+        hardware=read_hardware(
+            topology, dtype=config.policy.dtype, configured_peak=config.trainer.peak_flops
+        ),
         stack=stack,
     )
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from prefixrl_mcore.config.base import Config
 from prefixrl_mcore.config.data import CollectConfig, DataConfig, PrefixConfig
+from prefixrl_mcore.config.operations import StallConfig
 from prefixrl_mcore.config.policy import BatchConfig, LossConfig, ModelConfig, PolicyConfig
 from prefixrl_mcore.config.rollout import RewardConfig, RolloutConfig
 
@@ -67,6 +68,9 @@ class TrainerConfig(Config):
 
     rollouts_every_steps: int = Field(default=1, ge=1)
     """Steps between two written rollout tables."""
+
+    stall: StallConfig = Field(default_factory=StallConfig)
+    """When a rank that makes no progress is reported."""
 
 
 EVALUATED_QUANTITIES = ("accuracy", "all_negative_fraction", "completion_tokens_mean")

@@ -16,6 +16,7 @@ from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource, original_problems, union
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
+from prefixrl_mcore.observability.heartbeat import Heartbeat
 from prefixrl_mcore.observability.metrics import MetricsWriter
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import MAY_CHANGE, RunFolder, settings_hash
@@ -51,6 +52,15 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
             every_steps = config.checkpoint.every_steps
             checkpoint = run_on_first(lambda: _recover(folder, every_steps))
         run_on_first(lambda: folder.claim(config))
+        stack.enter_context(
+            Heartbeat(
+                folder.heartbeats,
+                rank=topology.rank,
+                world_size=topology.world_size,
+                phases=session.phases,
+                config=config.trainer.stall,
+            )
+        )
         if checkpoint is not None:
             restore(session, checkpoint)
         _open_outputs(session, is_continued=checkpoint is not None)

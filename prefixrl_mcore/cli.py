@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 2 bad input or config, nothing was overwritten; 1 anything that failed
 underway; 128 + n stopped by signal n after saving; 75 stopped before a wall-clock limit after
-saving (start again with --resume).
+saving (start again with --resume); 76 stopped because a rank made no progress, not saved.
 """
 
 import argparse

@@ -225,6 +225,19 @@ class UpdateResult:
     """Tokens of the streams that the model ran over all ranks: context, completion and the padding
     that could not be cut off."""
 
+    model_flops: float = 0.0
+    """FLOPs of the model's matrix products over all ranks, nothing recomputed; a skipped step runs
+    the forward pass only (``accounting.model_flops``)."""
+
+    forward_backward_seconds: float = field(default=0.0, compare=False)
+    """Wall time of the passes over all microbatches, the gradients' reduction included."""
+
+    compute_seconds: float = field(default=0.0, compare=False)
+    """The part of it before this rank waits for the gradients of the others."""
+
+    optimizer_seconds: float = field(default=0.0, compare=False)
+    """Wall time of gradient norm, clipping, optimizer step and schedule."""
+
     was_skipped: bool = False
     """True when no token carried a gradient, so that the optimizer was not called."""
 

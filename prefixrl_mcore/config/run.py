@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from prefixrl_mcore.config.base import Config
 from prefixrl_mcore.config.data import CollectConfig, DataConfig, PrefixConfig
+from prefixrl_mcore.config.operations import StallConfig
 from prefixrl_mcore.config.policy import BatchConfig, LossConfig, ModelConfig, PolicyConfig
 from prefixrl_mcore.config.rollout import RewardConfig, RolloutConfig
 
@@ -60,8 +61,16 @@ class TrainerConfig(Config):
     """Time that is left at a wall-clock limit, beside a step as long as the longest so far: for
     the last save and the way out."""
 
+    peak_flops: float | None = Field(default=None, gt=0.0)
+    """FLOPs per second that one rank's device computes at most in ``policy.dtype``, dense: the
+    denominator of MFU. None takes the data sheet's figure of a known GPU; an unknown device, and
+    a CPU, then have no MFU."""
+
     rollouts_every_steps: int = Field(default=1, ge=1)
     """Steps between two written rollout tables."""
+
+    stall: StallConfig = Field(default_factory=StallConfig)
+    """When a rank that makes no progress is reported."""
 
 
 EVALUATED_QUANTITIES = ("accuracy", "all_negative_fraction", "completion_tokens_mean")

@@ -17,16 +17,6 @@ class _Unit:
     cost: float
 
 
-def sequence_cost(length: int, quadratic_tokens: int) -> float:
-    """Return the relative FLOPs of a sequence: linear part plus the quadratic attention part.
-
-    Args:
-        length: tokens of the sequence.
-        quadratic_tokens: length at which both parts are equal.
-    """
-    return length * (1.0 + length / quadratic_tokens)
-
-
 def assign_to_streams(
     *,
     lengths: Sequence[int],

@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixrl_mcore.data.assignment import assign_to_streams, order_for_ranks, sequence_cost
+from prefixrl_mcore.accounting.model_flops import ModelFlops, sequence_work
+from prefixrl_mcore.data.assignment import assign_to_streams, order_for_ranks
 from prefixrl_mcore.records import TrainingSequence
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -26,6 +27,9 @@ Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 PADDING_TOKEN_ID = 0
 """Token id of padding; any id of the vocabulary does, since padding attends only to itself and
 has no rows."""
+
+BY_TOKENS = ModelFlops(per_token=1.0, per_row=0.0, per_pair=0.0)
+"""Work that is the number of tokens: for batches that no model is known of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -100,7 +104,8 @@ class PackedBatch:
     """Streams without any row."""
 
     cost_balance: float
-    """Estimated FLOPs of the busiest rank divided by the mean over ranks; 1.0 is even."""
+    """FLOPs of the busiest data-parallel rank divided by the mean over them; 1.0 is even. Padding
+    is not counted."""
 
     def rank_streams(self, rank: int) -> tuple[Stream, ...]:
         """Return the streams of one data-parallel rank, in the order of its microbatches."""
@@ -118,7 +123,7 @@ def pack(
     sequence_multiple: int = 1,
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: int,
-    quadratic_tokens: int = 24576,
+    model_flops: ModelFlops = BY_TOKENS,
 ) -> PackedBatch:
     """Pack sequences into streams of ``stream_tokens``; the result depends on nothing else.
 
@@ -139,8 +144,8 @@ def pack(
         aggregation: ``token_mean`` (weight 1), ``sequence_mean`` (mean over sequences of each
             sequence's token mean) or ``constant`` (sum / (sequences x ``max_completion_tokens``)).
         max_completion_tokens: the constant of ``constant``; unused otherwise.
-        quadratic_tokens: sequence length at which attention costs as many FLOPs as the matrix
-            products, about 12 x hidden size; used for the balance only.
+        model_flops: what the model computes for a token, for a row and for a token that another
+            one sees; the work of streams and ranks is balanced by it. The default counts tokens.
 
     Raises:
         ValueError: if ``stream_tokens`` is no multiple of ``sequence_multiple``, there are no
@@ -157,7 +162,10 @@ def pack(
     )
     _check_sequences(sequences, stream_tokens)
     lengths = [len(s.context_token_ids) + len(s.completion_token_ids) for s in sequences]
-    costs = [sequence_cost(length, quadratic_tokens) for length in lengths]
+    costs = [
+        model_flops.forward(sequence_work(length, len(s.completion_token_ids)))
+        for length, s in zip(lengths, sequences, strict=True)
+    ]
     assigned = assign_to_streams(
         lengths=[_padded(length, sequence_multiple) for length in lengths],
         costs=costs,

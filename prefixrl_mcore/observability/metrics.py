@@ -10,8 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,34 +176,3 @@ class _TensorboardSink:
 
     def close(self) -> None:
         self._writer.close()
-
-
-class PhaseTimer:
-    """Adds up wall time by phase within a step: ``with timer.phase("rollout"): ...``."""
-
-    def __init__(self) -> None:
-        """Start with no phase."""
-        self._seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to ``name``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
-
-    def seconds(self, name: str) -> float:
-        """Return the seconds spent in ``name`` since the last ``take``."""
-        return self._seconds.get(name, 0.0)
-
-    def take(self) -> dict[str, float]:
-        """Return ``time/<phase>_seconds`` and ``time/step_seconds``, and start anew."""
-        now = time.perf_counter()
-        metrics = {f"time/{name}_seconds": value for name, value in self._seconds.items()}
-        metrics["time/step_seconds"] = now - self._start
-        self._seconds, self._start = {}, now
-        return metrics

@@ -45,6 +45,8 @@ class RunFolder:
         self.eval = path / "eval"
         self.checkpoints = path / "checkpoints"
         self.dumps = path / "dumps"
+        self.heartbeats = path / "heartbeats"
+        self.profile = path / "profile"
         self.logs = path / "logs"
 
     def check(self, config: RunConfig) -> None:

@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from prefixrl_kernels import RowIndex
 from torch import Tensor
 
+from prefixrl_mcore.accounting.model_flops import NO_WORK, Work
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.data.packing import Stream
 from prefixrl_mcore.loss.row_metrics import LossReport, metric_names, report_rows
@@ -142,6 +143,7 @@ def run_schedule[T](
     loss_function: Callable[[HeadOutput], tuple[Tensor, Tensor, T]],
     *,
     forward_only: bool,
+    on_microbatch: Callable[[], None] = lambda: None,
 ) -> list[T]:
     """Run Megatron's forward(-backward) schedule and return what the loss function reported.
 
@@ -155,12 +157,13 @@ def run_schedule[T](
         loss_function: called on the last stage with the output of the head; returns the local
             sum, the local token count and anything to report.
         forward_only: compute no gradient.
+        on_microbatch: called when a model chunk begins with a microbatch.
 
     Returns:
         One report per microbatch on the last pipeline stage, nothing on the others.
     """
     schedule = get_forward_backward_func()
-    iterators = [iter(microbatches) for _ in chunks]
+    iterators = [_announced(microbatches, on_microbatch) for _ in chunks]
     with torch.set_grad_enabled(not forward_only):
         return schedule(
             forward_step_func=partial(_forward_step, loss_function=loss_function),
@@ -239,6 +242,15 @@ def run_model(chunk: DistributedDataParallel, microbatch: Microbatch) -> HeadOut
         output_processor=compute_head,
         output_processor_context=microbatch.head,
     )
+
+
+def _announced(
+    microbatches: Sequence[Microbatch], on_microbatch: Callable[[], None]
+) -> Iterator[Microbatch]:
+    """Yield the microbatches, saying so each time."""
+    for microbatch in microbatches:
+        on_microbatch()
+        yield microbatch
 
 
 def _forward_step[T](
@@ -342,9 +354,15 @@ def _stream_length(microbatch: Microbatch) -> int:
     return microbatch.token_ids_BT.size(1) * (1 if context is None else context.size)
 
 
-def count_computed_tokens(streams: Sequence[Stream], settings: StreamSettings) -> int:
-    """Return the tokens of the streams that the model runs, kept padding included."""
-    return sum(_kept_sequences(stream, settings)[1] for stream in streams)
+def count_work(streams: Sequence[Stream], settings: StreamSettings) -> Work:
+    """Return what the model runs of the streams, kept padding included."""
+    total = NO_WORK
+    for stream in streams:
+        starts, num_tokens = _kept_sequences(stream, settings)
+        lengths = np.diff(starts)
+        num_pairs = int(np.sum(lengths * (lengths + 1) // 2))
+        total += Work(num_tokens=num_tokens, num_rows=stream.num_rows, num_pairs=num_pairs)
+    return total
 
 
 def _token_count(output: HeadOutput) -> Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,19 +15,22 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from prefixrl_mcore.accounting.model_flops import ModelFlops
 from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
 from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
 from prefixrl_mcore.config.layout import check_stream
 from prefixrl_mcore.config.policy import LogitsDtype, LossConfig, PolicyConfig
 from prefixrl_mcore.data.packing import PackedBatch
+from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.policy import cpu_runtime, topology
 from prefixrl_mcore.policy.build import build_model_chunks, build_optimizer, build_scheduler
+from prefixrl_mcore.policy.compute_clock import ComputeClock, wait_for_device
 from prefixrl_mcore.policy.forward_backward import (
     Microbatch,
     StreamSettings,
     Totals,
     build_microbatch,
-    count_computed_tokens,
+    count_work,
     gather_row_reports,
     policy_loss,
     reduce_totals,
@@ -85,6 +89,8 @@ class MegatronPolicy:
         """Seed of random weights and random states."""
         self.policy_version = 0
         """Optimizer steps applied to the weights."""
+        self.phases = Phases()
+        """Told of the phases of an update; a trainer puts its own here."""
         self._policy = policy
         self._loss = loss
         self._num_steps = num_steps
@@ -93,6 +99,8 @@ class MegatronPolicy:
         self.model_chunks: list[DistributedDataParallel] = build_model_chunks(
             self.shape, policy, self.topology
         )
+        self._compute_clock = ComputeClock(self.topology.device)
+        self._watch_reduction()
         self.optimizer: MegatronOptimizer
         self.scheduler: OptimizerParamScheduler
         self.reset_optimizer(policy.optimizer.lr)
@@ -147,6 +155,10 @@ class MegatronPolicy:
     def update(self, batch: PackedBatch, *, loss: LossConfig | None = None) -> UpdateResult:
         """Take one optimizer step on ``batch`` and return what it did.
 
+        A GPU is synchronised where a phase ends. That costs nothing else: the host reads the
+        gradient norm right after the passes, and the weights leave for the engine, or the metrics
+        are read, right after the step.
+
         Minimises ``sum_r weights_r * loss_r / num_trained_tokens`` over the global batch. When no
         row can carry a gradient (no trained token, or every advantage zero without an entropy
         bonus) nothing changes: not the weights, not the moments, not the schedule, not
@@ -175,19 +187,33 @@ class MegatronPolicy:
                 was_skipped=True,
             )
         self._zero_gradients()
-        totals = self._run_loss(batch, loss, forward_only=is_skipped)
+        start = time.perf_counter()
+        with self.phases.phase("forward_backward"):
+            totals = self._run_loss(batch, loss, forward_only=is_skipped)
+            wait_for_device(self.topology.device)
+        forward_backward_seconds = time.perf_counter() - start
         self._check_finite("loss", totals.loss)
-        gradient_norm = 0.0
+        gradient_norm, optimizer_seconds = 0.0, 0.0
         if not is_skipped:
-            gradient_norm = self._gradient_norm()
+            start = time.perf_counter()
+            with self.phases.phase("optimizer"):
+                gradient_norm = self._gradient_norm()
             self._check_finite("gradient norm", gradient_norm)
-            self._apply_gradients()
+            with self.phases.phase("optimizer"):
+                self._apply_gradients()
+                wait_for_device(self.topology.device)
+            optimizer_seconds = time.perf_counter() - start
+        work, flops = count_work(batch.streams, self.stream_settings), ModelFlops.of(self.shape)
         return UpdateResult(
             loss=totals.loss / batch.num_trained_tokens,
             gradient_norm=gradient_norm,
             learning_rate=learning_rate,
             num_trained_tokens=batch.num_trained_tokens,
-            num_computed_tokens=count_computed_tokens(batch.streams, self.stream_settings),
+            num_computed_tokens=work.num_tokens,
+            model_flops=flops.forward(work) if is_skipped else flops.forward_backward(work),
+            forward_backward_seconds=forward_backward_seconds,
+            compute_seconds=self._compute_clock.seconds(),
+            optimizer_seconds=optimizer_seconds,
             was_skipped=is_skipped,
             metrics=_mean_metrics(totals, batch.num_trained_tokens),
         )
@@ -327,14 +353,26 @@ class MegatronPolicy:
 
     def _run_loss(self, batch: PackedBatch, loss: LossConfig, *, forward_only: bool) -> Totals:
         """Run the loss over the batch; leaves gradients unless ``forward_only``."""
+        microbatches = self._microbatches(batch, loss)
+        self._compute_clock.start()
         reports = run_schedule(
             self.model_chunks,
-            self._microbatches(batch, loss),
+            microbatches,
             partial(policy_loss, has_rollout_logprobs=batch.has_rollout_logprobs),
             forward_only=forward_only,
+            on_microbatch=self.phases.beat,
         )
+        self._compute_clock.stop()  # here when there was no gradient to reduce
         return reduce_totals(
             reports, self.topology, has_rollout_logprobs=batch.has_rollout_logprobs
+        )
+
+    def _watch_reduction(self) -> None:
+        """Let the clock know when Megatron's schedule goes on to reduce gradients."""
+        config = self.model_chunks[0].config
+        assert config.finalize_model_grads_func is not None, "set by build_transformer_config"
+        config.finalize_model_grads_func = self._compute_clock.stopping_before(
+            config.finalize_model_grads_func
         )
 
     def _zero_gradients(self) -> None:

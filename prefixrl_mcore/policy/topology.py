@@ -10,9 +10,10 @@ import gc
 import logging
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -182,6 +183,19 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor([int(flag)], dtype=torch.int32)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
+
+
+def gather_floats(values: Sequence[float]) -> np.ndarray:
+    """Return [world size, num_values] float64: the values of every rank; all ranks call this.
+
+    ``values`` has equally many entries on every rank.
+    """
+    mine = torch.tensor(values, dtype=torch.float64)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine[None].numpy()
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return torch.stack(gathered).numpy()
 
 
 def _run_and_send[T](function: Callable[[], T]) -> T:

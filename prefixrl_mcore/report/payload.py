@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from prefixrl_mcore.observability.phases import TIMED
 from prefixrl_mcore.report.headline import set_names
 from prefixrl_mcore.report.reader import CurvePoint, EvaluationRecord, MetricLine, RunRecord
 from prefixrl_mcore.report.style import MARKERS, RunStyle
@@ -32,7 +33,6 @@ _TRAIN_KEYS = (
     "policy/gradient_norm",
     "policy/learning_rate",
 )
-_PHASES = ("sync", "rollout", "verify", "update", "save", "eval")
 _BIN_ACCURACY = re.compile(r"eval/bins/(\d+\.\d+)-(\d+\.\d+)/accuracy")
 
 
@@ -147,7 +147,7 @@ def _pass_at_k(evaluation: EvaluationRecord) -> dict[str, Any]:
 
 def _phase_seconds(lines: Sequence[MetricLine]) -> dict[str, Any]:
     """Return wall time per phase and step; what no phase claims is ``other``."""
-    phases = [p for p in _PHASES if any(f"time/{p}_seconds" in line.values for line in lines)]
+    phases = [p for p in TIMED if any(f"time/{p}_seconds" in line.values for line in lines)]
     columns: dict[str, list[float | None]] = {
         phase: [_rounded(line.get(f"time/{phase}_seconds") or 0.0) for line in lines]
         for phase in phases

@@ -17,7 +17,8 @@ from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource, original_problems, union
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
-from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
+from prefixrl_mcore.observability.heartbeat import Heartbeat
+from prefixrl_mcore.observability.metrics import MetricsWriter
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
@@ -27,6 +28,7 @@ from prefixrl_mcore.trainer.run_policy import build_policy
 from prefixrl_mcore.trainer.session import Session, retention_of
 from prefixrl_mcore.trainer.sft import run_sft
 from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
+from prefixrl_mcore.trainer.step_metrics import read_hardware
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,15 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
             every_steps = config.checkpoint.every_steps
             checkpoint = run_on_first(lambda: _recover(folder, every_steps))
         run_on_first(lambda: folder.claim(config))
+        stack.enter_context(
+            Heartbeat(
+                folder.heartbeats,
+                rank=topology.rank,
+                world_size=topology.world_size,
+                phases=session.phases,
+                config=config.trainer.stall,
+            )
+        )
         if checkpoint is not None:
             restore(session, checkpoint)
         _open_outputs(session, is_continued=checkpoint is not None)
@@ -159,7 +170,10 @@ def build_session(
         evaluator=evaluator,
         metrics=None,
         progress=Progress("train", total=config.trainer.num_steps, enabled=False),
-        timer=PhaseTimer(),
+        phases=policy.phases,
+        hardware=read_hardware(
+            topology, dtype=config.policy.dtype, configured_peak=config.trainer.peak_flops
+        ),
         stack=stack,
     )
 

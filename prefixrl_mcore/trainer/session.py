@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.accounting.flops import FlopsMeter
+from prefixrl_mcore.accounting.model_flops import ModelFlops
 from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint
@@ -21,7 +22,8 @@ from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource
 from prefixrl_mcore.eval.in_training import evaluate_in_training
 from prefixrl_mcore.eval.runner import Evaluator
-from prefixrl_mcore.observability.metrics import MetricsWriter, PhaseTimer
+from prefixrl_mcore.observability.metrics import MetricsWriter
+from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.nonfinite import NonFiniteError
@@ -34,6 +36,12 @@ from prefixrl_mcore.rollout.scoring import score_groups
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
 from prefixrl_mcore.trainer.groups import group_metrics, training_sequences, with_advantages
 from prefixrl_mcore.trainer.rollout_log import rollout_rows, write_rollouts
+from prefixrl_mcore.trainer.step_metrics import (
+    Hardware,
+    batch_metrics,
+    rank_metrics,
+    throughput_metrics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +90,11 @@ class Session:
     progress: Progress
     """Live display; does nothing on the other ranks."""
 
-    timer: PhaseTimer
-    """Wall time by phase of the current step."""
+    phases: Phases
+    """Wall time by phase of the current step, and where this rank is."""
+
+    hardware: Hardware
+    """What the ranks run on; for throughput and MFU."""
 
     stack: ExitStack
     """Closes engine, verifier, metrics and progress."""
@@ -102,7 +113,7 @@ class Session:
 
     def sync_weights(self) -> None:
         """Bring the engine to the policy's version; all ranks call this (collective export)."""
-        with self.timer.phase("sync"):
+        with self.phases.phase("sync"):
             version = self.policy.policy_version
             engine_version = run_on_first(lambda: self._evaluator.engine.policy_version)
             if engine_version == version:
@@ -118,7 +129,8 @@ class Session:
         self, prefixed_problems: Sequence[PrefixedProblem], step: int
     ) -> list[Group]:
         """Sample one group per prefixed problem and verify it; all ranks get the groups."""
-        return run_on_first(lambda: self._sample_and_score(prefixed_problems, step))
+        with self.phases.phase("rollout"):  # the other ranks wait in it
+            return run_on_first(lambda: self._sample_and_score(prefixed_problems, step))
 
     def _sample_and_score(
         self, prefixed_problems: Sequence[PrefixedProblem], step: int
@@ -126,17 +138,16 @@ class Session:
         """Do the work of ``sample_and_score`` on rank 0."""
         run, evaluator = self.config, self._evaluator
         self.progress.update(waiting_for="rollouts")
-        with self.timer.phase("rollout"):
-            sampled = sample_groups(
-                evaluator.engine,
-                prefixed_problems,
-                self.sampling_params,
-                group_size=run.batch.group_size,
-                label=str(step),
-                seed=run.seed,
-            )
+        sampled = sample_groups(
+            evaluator.engine,
+            prefixed_problems,
+            self.sampling_params,
+            group_size=run.batch.group_size,
+            label=str(step),
+            seed=run.seed,
+        )
         self.progress.update(waiting_for="verifier")
-        with self.timer.phase("verify"):
+        with self.phases.phase("verify"):
             scored = score_groups(sampled, evaluator.verifier, self.renderer)
         self._check_versions({s.rollout.completion.policy_version for g in scored for s in g})
         return with_advantages(scored, run.loss)
@@ -151,9 +162,10 @@ class Session:
 
     def pack(self, groups: Sequence[Group]) -> PackedBatch:
         """Pack the step's rollouts into streams; every rank packs the same."""
-        return self.pack_sequences(
-            training_sequences(groups), aggregation=self.config.loss.aggregation
-        )
+        with self.phases.phase("pack"):
+            return self.pack_sequences(
+                training_sequences(groups), aggregation=self.config.loss.aggregation
+            )
 
     def pack_sequences(
         self, sequences: Sequence[TrainingSequence], *, aggregation: Aggregation
@@ -168,6 +180,7 @@ class Session:
             sequence_multiple=run.policy.parallel.sequence_multiple,
             aggregation=aggregation,
             max_completion_tokens=run.rollout.max_completion_tokens,
+            model_flops=ModelFlops.of(self.policy.shape),
         )
 
     def update(self, step: int, batch: PackedBatch) -> UpdateResult:
@@ -178,8 +191,7 @@ class Session:
                 ``prefixrl replay`` needs lies in ``RUN/dumps``.
         """
         self.progress.update(waiting_for="policy update")
-        with self.timer.phase("update"):
-            return self._update(step, batch, loss=None, dumps=self.folder.dumps)
+        return self._update(step, batch, loss=None, dumps=self.folder.dumps)
 
     def supervised_update(self, step: int, batch: PackedBatch, loss: LossConfig) -> UpdateResult:
         """Apply one optimizer step of a supervised phase; all ranks call this.
@@ -218,24 +230,27 @@ class Session:
     ) -> None:
         """Charge the step's FLOPs on every rank; write metrics and rollouts on rank 0."""
         self.meter.charge_step(groups, num_computed_tokens=update.num_computed_tokens)
+        over_ranks = rank_metrics(self.topology, update)
         if self.metrics is None:
+            self.phases.take()
             return
-        rollout_seconds = self.timer.seconds("rollout")
+        times = self.phases.take()
         values = {
             **group_metrics(groups),
-            "rollout/tokens_per_second": _num_completion_tokens(groups) / rollout_seconds,
+            "rollout/tokens_per_second": _num_completion_tokens(groups)
+            / times["time/rollout_seconds"],
             "loss/policy_gradient": update.loss,
             "policy/gradient_norm": update.gradient_norm,
             "policy/learning_rate": update.learning_rate,
             "policy/version": float(self.policy.policy_version),
             "policy/was_skipped": float(update.was_skipped),
-            "batch/num_streams": float(len(batch.streams)),
-            "batch/padding_fraction": batch.num_padding_tokens
-            / (len(batch.streams) * self.config.stream_tokens),
+            **batch_metrics(batch),
             **update.metrics,
             **self.meter.metrics(),
             "checkpoint/num_failed_saves": float(self.num_failed_saves),
-            **self.timer.take(),
+            **throughput_metrics(update, self.hardware, step_seconds=times["time/step_seconds"]),
+            **over_ranks,
+            **times,
         }
         self.metrics.write("train", step, values)
         rows = rollout_rows(step, groups, self.renderer)
@@ -253,7 +268,7 @@ class Session:
     def evaluate(self, step: int) -> None:
         """Evaluate policy version ``step`` and write an ``eval`` line; all ranks call this."""
         self.sync_weights()
-        with self.timer.phase("eval"):
+        with self.phases.phase("eval"):
             run_on_first(lambda: self._evaluate(step))
 
     def _evaluate(self, step: int) -> None:
@@ -280,7 +295,7 @@ class Session:
         is_due = is_last or step % self.config.checkpoint.every_steps == 0
         if not is_due and not self.saver.is_under_way:
             return
-        with self.timer.phase("save"):
+        with self.phases.phase("save"):
             with self.refusal_counted():
                 self.saver.finish(wait=is_due)
             if not is_due:

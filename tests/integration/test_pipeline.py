@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,12 +20,14 @@ from prefixrl_mcore.cli import main
 from prefixrl_mcore.data.traces import TraceStore
 from tests.support.tiny_run import ROOT, TinyTask, metrics_of, without_clock
 
+PEAK_FLOPS = 1e10
+
 
 @pytest.fixture(scope="module")
 def trained(tiny_task: TinyTask, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished PrefixRL run of four steps."""
     run = tmp_path_factory.mktemp("runs") / "prefixrl"
-    assert tiny_task.run("train", run) == 0
+    assert tiny_task.run("train", run, "--trainer.peak-flops", str(PEAK_FLOPS)) == 0
     return run
 
 
@@ -57,6 +60,42 @@ def test_flops_rise_from_the_cost_of_collection(tiny_task: TinyTask, trained: Pa
     assert evaluations[0]["flops/total"] == evaluations[0]["flops/collect"] == collected
     totals = [line["flops/total"] for line in evaluations]
     assert totals == sorted(set(totals))
+
+
+def test_the_phases_add_up_to_the_step(trained: Path) -> None:
+    for line in metrics_of(trained, "train"):
+        times = {name: value for name, value in line.items() if name.startswith("time/")}
+        total = times.pop("time/step_seconds")
+        assert sum(times.values()) == pytest.approx(total, abs=1e-9)
+        assert times["time/other_seconds"] >= 0
+        assert min(times["time/rollout_seconds"], times["time/optimizer_seconds"]) > 0
+        assert times["time/forward_backward_seconds"] > times["time/optimizer_seconds"]
+    saves = [line["time/save_seconds"] > 0 for line in metrics_of(trained, "train")]
+    assert saves == [False, False, True, False]  # after step 1; in the line of step 2
+
+
+def test_mfu_is_flops_over_the_given_peak(trained: Path) -> None:
+    for line in metrics_of(trained, "train"):
+        flops = line["throughput/update_flops_per_second"]
+        assert line["throughput/update_mfu_fraction"] == pytest.approx(flops / PEAK_FLOPS)
+        update = line["time/forward_backward_seconds"] + line["time/optimizer_seconds"]
+        ratio = flops / line["throughput/step_flops_per_second"]
+        assert ratio == pytest.approx(line["time/step_seconds"] / update, rel=0.05)
+        assert line["balance/flops_max_over_mean"] == 1.0  # one rank
+        assert line["memory/peak_rss_bytes"] > 1e8
+
+
+def test_every_metric_is_documented(trained: Path) -> None:
+    documented = {
+        re.compile(re.sub(r"<.*?>", "[^/]+", name))
+        for name in re.findall(r"`([a-z_]+/[^`]*)`", (ROOT / "docs" / "metrics.md").read_text())
+    }
+    written = {name for line in metrics_of(trained, "train") for name in line}
+    written |= {name for line in metrics_of(trained, "eval") for name in line}
+    written -= {"step", "kind", "time"}
+    unknown = [n for n in sorted(written) if not any(p.fullmatch(n) for p in documented)]
+    assert unknown == []
+    assert len(written) > 50
 
 
 def test_engine_and_policy_agree_on_logprobs(trained: Path) -> None:

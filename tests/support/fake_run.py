@@ -205,7 +205,9 @@ def _train_line(method: str, step: int, rng: random.Random) -> dict[str, Any]:
         "time/sync_seconds": 0.06,
         "time/rollout_seconds": 0.35 + 0.05 * rng.random(),
         "time/verify_seconds": 0.08,
-        "time/update_seconds": 0.3,
+        "time/pack_seconds": 0.01,
+        "time/forward_backward_seconds": 0.24,
+        "time/optimizer_seconds": 0.05,
         "time/save_seconds": 0.4 if step % 25 == 24 else 0.0,
     }
     if hinted is not None:

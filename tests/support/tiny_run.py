@@ -88,7 +88,8 @@ def without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             key: value
             for key, value in line.items()
-            if not key.startswith("time") and not key.endswith("_per_second")
+            if not key.startswith(("time", "throughput/", "memory/", "balance/"))
+            and not key.endswith("_per_second")
         }
         for line in lines
     ]

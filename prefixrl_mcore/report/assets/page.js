@@ -4,7 +4,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs.map((run, index) => ({ ...run, index, ink: `var(--run-${index})` }));
 const STATE = { hidden: new Set(), smoothing: 0.6, axis: "step" };
 const DOTTED = "1.5 4.5";
-const PHASES = ["sync", "rollout", "verify", "update", "save", "eval", "other"];
+const PHASES = ["sync", "rollout", "verify", "pack", "forward_backward", "optimizer", "save", "eval", "other"];
 const CHARTS = [];
 
 const visible = () => RUNS.filter((run) => !STATE.hidden.has(run.index));

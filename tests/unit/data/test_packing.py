@@ -6,7 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from prefixrl_mcore.data.assignment import order_for_ranks, sequence_cost
+from prefixrl_mcore.accounting.model_flops import ModelFlops
+from prefixrl_mcore.data.assignment import order_for_ranks
 from prefixrl_mcore.data.packing import PackedBatch, Stream, pack
 from prefixrl_mcore.records import TrainingSequence
 
@@ -251,11 +252,6 @@ def test_the_order_of_the_sequences_does_not_change_the_streams_contents_in_sum(
     assert forward.num_trained_tokens == backward.num_trained_tokens
 
 
-def test_sequence_cost_has_a_linear_and_a_quadratic_part() -> None:
-    assert sequence_cost(10, 100) == pytest.approx(11.0)
-    assert sequence_cost(100, 100) == pytest.approx(200.0)
-
-
 def test_ranks_get_streams_of_equal_cost() -> None:
     # Rounds of two: (8, 7), (6, 5), (4, 3), (2, 1); loads 8/7, 13/13, 17/16, 18/18.
     order, balance = order_for_ranks([1, 2, 3, 4, 5, 6, 7, 8], 2)
@@ -266,9 +262,10 @@ def test_ranks_get_streams_of_equal_cost() -> None:
 
 
 def test_balance_is_by_flops_and_not_by_tokens() -> None:
-    # One sequence of 20 tokens costs 20 + 20 * 20 / 2 = 220; four of 5 tokens cost 70 together.
-    # By FLOPs the three long ones fill three streams and the short ones share the fourth; the
-    # streams' costs are 220, 220, 220 and 70.
+    # A token costs 10, a token that another one sees 1. A sequence of 20 tokens has 20 * 21 / 2 =
+    # 210 pairs and costs 410; one of 5 tokens has 15 and costs 65, four of them 260. By tokens
+    # the four would be as much work as one long one. By FLOPs the long ones fill three streams
+    # and the short ones share the fourth.
     long = [_sequence(f"l{i}", (1,) * 10, (2,) * 10, group=i) for i in range(3)]
     short = [_sequence(f"s{i}", (1,), (2,) * 4, group=10 + i) for i in range(4)]
     batch = pack(
@@ -276,10 +273,40 @@ def test_balance_is_by_flops_and_not_by_tokens() -> None:
         stream_tokens=40,
         num_ranks=4,
         max_completion_tokens=16,
-        quadratic_tokens=2,
+        model_flops=ModelFlops(per_token=10.0, per_row=0.0, per_pair=1.0),
     )
     assert sorted(stream.num_rows for stream in batch.streams) == [10, 10, 10, 16]
-    assert batch.cost_balance == pytest.approx(220 / ((3 * 220 + 70) / 4))
+    assert batch.cost_balance == pytest.approx(410 / ((3 * 410 + 260) / 4))
+
+
+def test_two_ranks_share_long_and_short_sequences_by_flops_with_equally_many_streams() -> None:
+    # The longest sequence costs 60 + 60 * 61 / 2 = 1890 where a pair costs as much as a token;
+    # the 15 of four tokens cost 14 each. By tokens 60 and 60 are even; by FLOPs they are 1890 and
+    # 210, and there is no better split, so that the balance tells of it: 1890 / 1050.
+    long = [_sequence("long", (1,) * 30, (2,) * 30, group=0)]
+    short = [_sequence(f"s{i}", (1, 1), (2, 2), group=1 + i) for i in range(15)]
+    shape = {"stream_tokens": 64, "num_ranks": 2, "max_completion_tokens": 30}
+    pairs = ModelFlops(per_token=1.0, per_row=0.0, per_pair=1.0)
+    batch = pack(long + short, **shape, model_flops=pairs)
+    assert [len(batch.rank_streams(rank)) for rank in range(2)] == [1, 1]
+    assert batch.cost_balance == pytest.approx(1890 / 1050)
+    assert pack(long + short, **shape).cost_balance == 1.0
+
+
+def test_rows_count_in_the_balance() -> None:
+    # Four sequences of 8 tokens in streams of 16: two have 7 rows, two have 1. Whatever the
+    # tokens say, each stream gets one of either kind: 16 tokens and 8 rows that cost 100.
+    sequences = [_sequence(f"many{i}", (1,), (2,) * 7, group=i) for i in range(2)]
+    sequences += [_sequence(f"few{i}", (1,) * 7, (2,), group=2 + i) for i in range(2)]
+    batch = pack(
+        sequences,
+        stream_tokens=16,
+        num_ranks=2,
+        max_completion_tokens=8,
+        model_flops=ModelFlops(per_token=1.0, per_row=100.0, per_pair=0.0),
+    )
+    assert [stream.num_rows for stream in batch.streams] == [8, 8]
+    assert batch.cost_balance == 1.0
 
 
 def test_random_batches_are_balanced_over_ranks() -> None:

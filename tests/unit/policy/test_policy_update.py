@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefixrl_mcore.accounting.model_flops import ModelFlops, sequence_work
 from prefixrl_mcore.config.policy import LossConfig, OptimizerConfig
 from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.policy.policy import MegatronPolicy
@@ -228,3 +229,26 @@ def test_a_batch_for_another_layout_is_refused(tied_folder: Path) -> None:
         policy.update(make_batch(num_ranks=2))
     with pytest.raises(ValueError, match=r"streams of \[64\] tokens, the policy was built for 96"):
         policy.row_statistics(make_batch(stream_tokens=64))
+
+
+def test_an_update_tells_of_its_flops_and_a_skipped_one_of_its_forward_pass(
+    tied_folder: Path,
+) -> None:
+    policy = build_policy(tied_folder)
+    batch = make_batch()
+    result, skipped = policy.update(batch), policy.update(_with_advantage(0.0))
+    # The padding is cut off on one rank, so that what is computed is what was given.
+    works = [
+        sequence_work(
+            len(s.context_token_ids + s.completion_token_ids), len(s.completion_token_ids)
+        )
+        for s in make_sequences()
+    ]
+    flops = sum(ModelFlops.of(policy.shape).forward(work) for work in works)
+    assert result.model_flops == pytest.approx(3 * flops)
+    assert skipped.model_flops == pytest.approx(flops)
+    assert result.num_computed_tokens == sum(work.num_tokens for work in works)
+    assert 0 < result.compute_seconds <= result.forward_backward_seconds
+    assert result.optimizer_seconds > 0
+    assert skipped.optimizer_seconds == 0
+    assert 0 < skipped.compute_seconds <= skipped.forward_backward_seconds

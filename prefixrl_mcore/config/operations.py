@@ -1,0 +1,66 @@
+"""Watching a run and looking into it: stalls, profiles."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from prefixrl_mcore.config.base import Config
+
+STALL_EXIT_CODE = 76
+"""A stall was found and ``trainer.stall.action`` is ``stop``: nothing was saved since the last
+checkpoint, start again with --resume."""
+
+
+class PhaseLimitsConfig(Config):
+    """Seconds without progress that are too long, by phase; None is ``limit_seconds``."""
+
+    start: float | None = Field(default=3600.0, gt=0.0)
+    """Loading a checkpoint, the dry-run step, what the supervised phase does between updates."""
+
+    sync: float | None = Field(default=None, gt=0.0)
+    """Weights into the engine."""
+
+    rollout: float | None = Field(default=7200.0, gt=0.0)
+    """Sampling all groups of a step; ranks other than 0 wait in this phase for verification too."""
+
+    verify: float | None = Field(default=None, gt=0.0)
+    """Verification of a step's rollouts."""
+
+    pack: float | None = Field(default=None, gt=0.0)
+    """Packing into streams."""
+
+    forward_backward: float | None = Field(default=None, gt=0.0)
+    """One microbatch of one model chunk: each begins anew."""
+
+    optimizer: float | None = Field(default=None, gt=0.0)
+    """Gradient norm, optimizer step."""
+
+    save: float | None = Field(default=3600.0, gt=0.0)
+    """One checkpoint."""
+
+    eval: float | None = Field(default=14400.0, gt=0.0)
+    """One evaluation of all sets."""
+
+    other: float | None = Field(default=None, gt=0.0)
+    """What is in no phase, such as writing metrics."""
+
+
+class StallConfig(Config):
+    """When a rank that makes no progress is reported."""
+
+    limit_seconds: float | None = Field(default=900.0, gt=0.0)
+    """Time without progress (a phase or a microbatch begun) after which every rank's phase and
+    Python stack are logged; NCCL gives up after 30 minutes. None watches only the phases that have
+    a limit of their own."""
+
+    phases: PhaseLimitsConfig = Field(default_factory=PhaseLimitsConfig)
+    """Limits of phases that may take longer."""
+
+    action: Literal["report", "stop"] = "report"
+    """``report`` logs and goes on, again when twice the time has passed; ``stop`` logs and ends
+    all ranks with exit code 76, without saving."""
+
+    def limit_of(self, phase: str) -> float | None:
+        """Return the limit of a phase, seconds; None has none."""
+        own = getattr(self.phases, phase)
+        return self.limit_seconds if own is None else own

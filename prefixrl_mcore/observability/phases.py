@@ -1,0 +1,138 @@
+"""Phases of a training step: where its wall time goes, and where this rank is right now."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Phase = Literal[
+    "start",
+    "sync",
+    "rollout",
+    "verify",
+    "pack",
+    "forward_backward",
+    "optimizer",
+    "save",
+    "eval",
+    "other",
+]
+"""``start``: before the first step; ``other``: what is in no phase, such as writing metrics."""
+
+TIMED: tuple[Phase, ...] = (
+    *("sync", "rollout", "verify", "pack", "forward_backward", "optimizer", "save", "eval"),
+)
+"""Phases that every ``train`` line has the seconds of, besides ``other``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseState:
+    """Where a rank is; replaced as a whole, so that another thread reads it consistently."""
+
+    step: int | None
+    """Optimizer step under way; None before the first."""
+
+    phase: Phase
+    """Innermost phase under way."""
+
+    num_beats: int
+    """Signs of progress within the phase: microbatches begun."""
+
+    since: float
+    """Monotonic seconds (``time.monotonic``) of the last sign of progress."""
+
+
+class Phases:
+    """Adds up wall time by phase: ``with phases.phase("rollout"): ...``.
+
+    A phase within a phase takes its time from the outer one, so that phases never overlap and
+    ``other`` is what is left of the step.
+    """
+
+    def __init__(
+        self,
+        *,
+        annotate: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Begin in ``start``.
+
+        Args:
+            annotate: makes a context to be entered with each phase (a profiler's named range).
+            clock: seconds; the phases' time is counted with it.
+        """
+        self.annotate = annotate
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+        self._open: list[Phase] = ["start"]
+        self._start = self._last = clock()
+        self._state = PhaseState(step=None, phase="start", num_beats=0, since=time.monotonic())
+
+    @property
+    def state(self) -> PhaseState:
+        """Where this rank is; may be read by any thread."""
+        return self._state
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Count the time spent inside as ``name``."""
+        self._switch()
+        self._open.append(name)
+        self._announce()
+        try:
+            with self.annotate(name):
+                yield
+        finally:
+            self._switch()
+            self._open.pop()
+            self._announce()
+
+    def beat(self) -> None:
+        """Note a sign of progress within the phase; costs less than a microsecond."""
+        state = self._state
+        self._state = replace(state, num_beats=state.num_beats + 1, since=time.monotonic())
+
+    def begin_steps(self) -> None:
+        """Leave ``start``, and count time from here on."""
+        self._open = ["other"]
+        self._seconds, self._start = {}, self._clock()
+        self._last = self._start
+        self._announce()
+
+    def begin_step(self, step: int) -> None:
+        """Say which step the coming phases belong to."""
+        self._state = replace(self._state, step=step)
+
+    def seconds(self, name: Phase) -> float:
+        """Return the seconds spent in ``name`` since the last ``take``."""
+        return self._seconds.get(name, 0.0)
+
+    def take(self) -> dict[str, float]:
+        """Return ``time/<phase>_seconds`` and their sum ``time/step_seconds``, and start anew.
+
+        Raises:
+            RuntimeError: inside a phase, whose time would be torn apart.
+        """
+        if len(self._open) > 1:
+            raise RuntimeError(f"phases: take() inside phase {self._open[-1]!r}; leave it first")
+        self._switch()
+        total = self._last - self._start
+        metrics = {f"time/{name}_seconds": self._seconds.get(name, 0.0) for name in TIMED}
+        metrics["time/other_seconds"] = total - sum(metrics.values())
+        metrics["time/step_seconds"] = total
+        self._seconds, self._start = {}, self._last
+        return metrics
+
+    def _switch(self) -> None:
+        """Give the time since the last change to the phase that is under way."""
+        now = self._clock()
+        name = self._open[-1]
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def _announce(self) -> None:
+        """Publish the phase that is under way now."""
+        self._state = PhaseState(
+            step=self._state.step, phase=self._open[-1], num_beats=0, since=time.monotonic()
+        )

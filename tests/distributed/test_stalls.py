@@ -1,0 +1,100 @@
+"""A rank hangs; all ranks' phases and stacks are told, and the late one is named."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from prefixrl_mcore.config.operations import STALL_EXIT_CODE, StallConfig
+from prefixrl_mcore.launch.local import launch_ranks
+from prefixrl_mcore.observability.heartbeat import Heartbeat
+from prefixrl_mcore.observability.phases import Phases
+from tests.support.hanging_rank import HANG_SECONDS
+from tests.support.ranks import run_on_ranks
+
+LIMIT_SECONDS = 1.0
+LATE_SECONDS = 4.0
+
+
+def be_late_once(rank: int, folder: Path) -> list[str]:
+    """Take a step in which rank 1 is late; return what was logged."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("prefixrl_mcore.observability.heartbeat").addHandler(handler)
+    phases = Phases()
+    config = StallConfig(limit_seconds=LIMIT_SECONDS)
+    dist.barrier()
+    with Heartbeat(folder, rank=rank, world_size=2, phases=phases, config=config):
+        phases.begin_steps()
+        for step in (2, 3):
+            phases.begin_step(step)
+            with phases.phase("pack"):
+                time.sleep(LATE_SECONDS if (rank, step) == (1, 3) else 0.0)
+            with phases.phase("forward_backward"):
+                dist.barrier()
+        time.sleep(0.5)
+    return records
+
+
+def test_a_late_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+    first, second = run_on_ranks(be_late_once, tmp_path, world_size=2)
+    reports = [text for text in first if text.startswith("stall:")]
+    assert 1 <= len(reports) <= 2  # the second when twice the limit has passed
+    headline, *lines = reports[0].splitlines()
+    assert headline.startswith("stall: rank 1 late in phase pack of step 3, no progress for ")
+    assert headline.endswith("(limit 1 s)")
+    assert "forward_backward of step 3" in lines[0]
+    assert "in a collective" in lines[0]
+    assert "in be_late_once <- late" in lines[1]
+    assert any("in barrier" in line for line in lines)
+    files = sorted(tmp_path.glob("stall-*.txt"))
+    assert [path.read_text().rstrip() for path in files] == reports
+    assert not any(text.startswith("stall:") for text in second)
+    assert [text for text in second if "goes on after" in text] == [
+        "rank 1 goes on after 4 s without progress in pack"
+    ]
+
+
+@pytest.mark.parametrize("how", ["sleep", "lock"])
+def test_a_hanging_run_is_stopped_with_everybodys_stack(
+    how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start = time.monotonic()
+    code = launch_ranks(
+        3,
+        [str(tmp_path), how],
+        log_folder=tmp_path,
+        program=[sys.executable, "-m", "tests.support.hanging_rank"],
+        grace_seconds=4.0,
+    )
+    assert code == STALL_EXIT_CODE
+    assert time.monotonic() - start < HANG_SECONDS / 2
+    report = capfd.readouterr().err
+    said = {
+        "sleep": "stall: rank 1 late in phase pack of step 3, no progress for ",
+        "lock": ", last seen in phase pack of step 3: the process or its machine is gone",
+    }
+    assert said[how] in report
+    assert "in hang_in_pack" in report
+    assert report.count("in wait_for_the_others") >= 2  # the stack, and where each rank is
+    assert "stack of rank 0, 2, innermost call first:" in report
+    assert len(list(tmp_path.glob("stall-*.txt"))) == 1
+
+
+def test_ranks_that_go_on_are_not_reported(tmp_path: Path) -> None:
+    phases = Phases()
+    config = StallConfig(limit_seconds=0.4)
+    with Heartbeat(tmp_path, rank=0, world_size=1, phases=phases, config=config):
+        phases.begin_steps()
+        with phases.phase("forward_backward"):
+            for _ in range(10):
+                time.sleep(0.1)
+                phases.beat()
+        with phases.phase("rollout"):  # may take 7200 s
+            time.sleep(1.0)
+    assert not list(tmp_path.glob("stall-*"))
+    assert (tmp_path / "rank-00000.json").exists()

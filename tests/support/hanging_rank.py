@@ -1,0 +1,59 @@
+"""A rank for tests of stalls, without torch: ``python -m tests.support.hanging_rank FOLDER HOW``.
+
+Rank 1 hangs in ``pack``: for good (``sleep``), or in a C call that keeps Python's global lock
+(``lock``). The other ranks wait in ``forward_backward``.
+"""
+
+import ctypes
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from prefixrl_mcore.config.operations import PhaseLimitsConfig, StallConfig
+from prefixrl_mcore.observability.heartbeat import Heartbeat
+from prefixrl_mcore.observability.phases import Phases
+
+LIMIT_SECONDS = 1.0
+HANG_SECONDS = 60
+
+
+def hang_in_pack(how: str) -> None:
+    """Be late."""
+    if how == "lock":
+        time.sleep(LIMIT_SECONDS / 2)  # seen in the phase before nothing more is seen
+        ctypes.PyDLL(None).sleep(HANG_SECONDS)
+    else:
+        time.sleep(HANG_SECONDS)
+
+
+def wait_for_the_others() -> None:
+    """Wait as in a collective."""
+    time.sleep(HANG_SECONDS)
+
+
+def main(folder: Path, how: str) -> None:
+    """Be one rank of a step."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    phases = Phases()
+    config = StallConfig(
+        limit_seconds=LIMIT_SECONDS, phases=PhaseLimitsConfig(start=30.0), action="stop"
+    )
+    # All begin together: an interpreter may start seconds after another.
+    (folder / f"started-{rank}").touch()
+    while not all((folder / f"started-{other}").exists() for other in range(world_size)):
+        time.sleep(0.01)
+    with Heartbeat(folder, rank=rank, world_size=world_size, phases=phases, config=config):
+        phases.begin_steps()
+        phases.begin_step(3)
+        if rank == 1:
+            with phases.phase("pack"):
+                hang_in_pack(how)
+        with phases.phase("forward_backward"):
+            wait_for_the_others()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

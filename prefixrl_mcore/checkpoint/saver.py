@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy, write_hf_files
@@ -229,6 +228,7 @@ def parallel_layout() -> dict[str, int]:
         "tp": current.tp_size,
         "pp": current.pp_size,
         "cp": current.cp_size,
-        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "ep": current.ep_size,
+        "etp": current.etp_size,
         "dp": current.dp_size,
     }

@@ -253,6 +253,7 @@ def parallel_layout() -> dict[str, int]:
         "pp": current.pp_size,
         "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         "cp": current.cp_size,
-        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "ep": current.ep_size,
+        "etp": current.etp_size,
         "dp": current.dp_size,
     }

@@ -5,8 +5,14 @@ nothing here imports torch.
 """
 
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.experts import ExpertsConfig
 from prefixrl_mcore.config.model_shape import ModelShape
-from prefixrl_mcore.config.policy import ParallelConfig
+from prefixrl_mcore.config.policy import ParallelConfig, PolicyConfig
+
+_GROUPED_BYTES = 16
+"""torch's grouped matrix product takes matrices whose rows are multiples of this."""
+
+_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def check_supported(parallel: ParallelConfig) -> None:
@@ -15,14 +21,17 @@ def check_supported(parallel: ParallelConfig) -> None:
     Raises:
         ConfigError: if a size is not supported; the message names the field.
     """
-    experts = parallel.expert_model_parallel_size
+    experts, cuts = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     stage_ranks = parallel.world_size // parallel.pipeline_model_parallel_size
-    if stage_ranks % experts:
+    if stage_ranks % (experts * cuts):
+        size = f"expert_model_parallel_size = {experts}"
+        if cuts > 1:
+            size += f" x expert_tensor_parallel_size = {cuts} = {experts * cuts}"
         raise ConfigError(
-            f"policy.parallel.expert_model_parallel_size = {experts} does not divide the "
-            f"{stage_ranks} ranks of a pipeline stage (tensor "
-            f"{parallel.tensor_model_parallel_size} x context {parallel.context_parallel_size} x "
-            f"data {parallel.data_parallel_size}), over which the experts are spread"
+            f"policy.parallel.{size} does not divide the {stage_ranks} ranks of a pipeline stage "
+            f"(tensor {parallel.tensor_model_parallel_size} x context "
+            f"{parallel.context_parallel_size} x data {parallel.data_parallel_size}), over which "
+            "the experts are spread"
         )
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual is not None and parallel.pipeline_model_parallel_size == 1:
@@ -43,12 +52,14 @@ def check_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
     _check_mixture(shape, parallel)
     tensor = parallel.tensor_model_parallel_size
     num_layers, chunks = _layers_to_share(shape, parallel)
-    # Experts are not cut: their width need not divide.
-    ffn_parts = 1 if shape.mixture else tensor
+    ffn_parts, ffn_field = tensor, "tensor_model_parallel_size"
+    if shape.mixture:
+        ffn_parts = parallel.expert_tensor_parallel_size
+        ffn_field = "expert_tensor_parallel_size"
     for what, number, parts, field in (
         ("attention heads", shape.num_attention_heads, tensor, "tensor_model_parallel_size"),
         ("key-value heads", shape.num_query_groups, tensor, "tensor_model_parallel_size"),
-        ("feed-forward width", shape.ffn_hidden_size, ffn_parts, "tensor_model_parallel_size"),
+        ("feed-forward width", shape.ffn_hidden_size, ffn_parts, ffn_field),
         ("layers", num_layers, chunks, "pipeline_model_parallel_size"),
     ):
         if number % parts:
@@ -92,11 +103,12 @@ def _check_mixture(shape: ModelShape, parallel: ParallelConfig) -> None:
     """Refuse experts that cannot be spread, and what Megatron cannot run with experts."""
     size = parallel.expert_model_parallel_size
     if shape.mixture is None:
-        if size > 1:
-            raise ConfigError(
-                f"policy.parallel.expert_model_parallel_size = {size} needs a mixture-of-experts "
-                f"model, got {shape.architecture}; set it to 1"
-            )
+        for field in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if getattr(parallel, field) > 1:
+                raise ConfigError(
+                    f"policy.parallel.{field} = {getattr(parallel, field)} needs a "
+                    f"mixture-of-experts model, got {shape.architecture}; set it to 1"
+                )
         return
     if shape.mixture.num_experts % size:
         raise ConfigError(
@@ -109,6 +121,35 @@ def _check_mixture(shape: ModelShape, parallel: ParallelConfig) -> None:
             f"tensor_model_parallel_size = {parallel.tensor_model_parallel_size}: each rank routes "
             "its own share of the tokens"
         )
+
+
+def check_experts(shape: ModelShape, policy: PolicyConfig) -> None:
+    """Refuse settings of experts that the model cannot have.
+
+    Raises:
+        ConfigError: if the model has no experts, or grouped ones are asked for that cannot be.
+    """
+    if shape.mixture is None and policy.experts != ExpertsConfig():
+        raise ConfigError(
+            f"policy.experts needs a mixture-of-experts model, got {shape.architecture}; leave "
+            "the section out"
+        )
+    if policy.experts.implementation == "grouped" and not can_group(shape, policy):
+        cuts = policy.parallel.expert_tensor_parallel_size
+        raise ConfigError(
+            "policy.experts.implementation = 'grouped' needs rows of whole "
+            f"{_GROUPED_BYTES} bytes: multiples of {_GROUPED_BYTES // _BYTES[policy.dtype]} in "
+            f"{policy.dtype}, got hidden_size {shape.hidden_size} and moe_intermediate_size "
+            f"{shape.ffn_hidden_size} / expert_tensor_parallel_size {cuts} = "
+            f"{shape.ffn_hidden_size // cuts}; use 'sequential'"
+        )
+
+
+def can_group(shape: ModelShape, policy: PolicyConfig) -> bool:
+    """Return whether the grouped matrix product takes the model's experts, cut as they are."""
+    multiple = _GROUPED_BYTES // _BYTES[policy.dtype]
+    width = shape.ffn_hidden_size // policy.parallel.expert_tensor_parallel_size
+    return shape.hidden_size % multiple == 0 and width % multiple == 0
 
 
 def check_stream(parallel: ParallelConfig, stream_tokens: int) -> None:

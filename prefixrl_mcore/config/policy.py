@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from prefixrl_mcore.config.base import Config
+from prefixrl_mcore.config.experts import ExpertsConfig
 
 LogitsDtype = Literal["float32", "bfloat16"]
 
@@ -46,8 +47,12 @@ class ParallelConfig(Config):
     """Ranks that share each sequence; sequences are padded to a multiple of twice this."""
 
     expert_model_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share the experts of a mixture-of-experts layer, each expert whole; divides the
-    ranks of a pipeline stage and is no factor of the number of ranks."""
+    """Ranks that share the experts of a mixture-of-experts layer; no factor of the number of ranks:
+    times ``expert_tensor_parallel_size`` it divides the ranks of a pipeline stage."""
+
+    expert_tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the matrices of each expert; independent of
+    ``tensor_model_parallel_size``."""
 
     data_parallel_size: int = Field(default=1, ge=1)
     """Replicas of the model, each with its share of the batch."""
@@ -157,6 +162,9 @@ class PolicyConfig(Config):
 
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
+
+    experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
+    """Experts of a mixture."""
 
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation in the backward pass."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from prefixrl_mcore.accounting.flops import sampling_flops, update_flops
 from prefixrl_mcore.config.layout import (
     check_divisible,
+    check_experts,
     check_positions,
     check_stream,
     check_supported,
@@ -65,14 +66,14 @@ class MemoryEstimate:
 
     weights: float
     """``P w`` with ``P = (layer parameters / pp + embedding parameters / min(pp, 2)) / tp``, where
-    experts are divided by ``ep`` in place of ``tp``."""
+    experts are divided by ``ep etp`` in place of ``tp``."""
 
     gradients: float
     """``4 P``: float32 buffer."""
 
     optimizer: float
     """``12 P`` in bfloat16 (main weight, two moments), ``8 P`` in float32; divided by ``dp cp``
-    with ``use_distributed_optimizer``, that of experts by ``tp dp cp / ep``."""
+    with ``use_distributed_optimizer``, that of experts by ``tp dp cp / (ep etp)``."""
 
     activations: float
     """Saved for the backward pass by ``L / pp`` layers in each of the ``pp`` microbatches that the
@@ -143,6 +144,7 @@ def check_layout(config: RunConfig, shape: ModelShape) -> None:
     """
     check_supported(config.policy.parallel)
     check_divisible(shape, config.policy.parallel)
+    check_experts(shape, config.policy)
     check_stream(config.policy.parallel, config.stream_tokens)
     check_positions(shape, config.rollout.max_total_tokens)
 
@@ -152,7 +154,8 @@ def estimate_memory(config: RunConfig, size: ModelSize) -> MemoryEstimate:
     policy, parallel = config.policy, config.policy.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     width = 2 if policy.dtype == "bfloat16" else 4
-    experts = size.num_expert_parameters / pp / parallel.expert_model_parallel_size
+    parts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    experts = size.num_expert_parameters / pp / parts
     layer_parameters = (
         size.num_parameters - size.num_embedding_parameters - size.num_expert_parameters
     )
@@ -161,9 +164,7 @@ def estimate_memory(config: RunConfig, size: ModelSize) -> MemoryEstimate:
     stepped = on_rank
     if policy.optimizer.use_distributed_optimizer:
         replicas = parallel.data_parallel_size * parallel.context_parallel_size
-        stepped = others / replicas + experts / (
-            tp * replicas / parallel.expert_model_parallel_size
-        )
+        stepped = others / replicas + experts / (tp * replicas / parts)
     return MemoryEstimate(
         weights=on_rank * width,
         gradients=on_rank * 4,
@@ -211,6 +212,8 @@ def _rows(config: RunConfig, size: ModelSize) -> list[tuple[str, str]]:
     )
     if size.shape.mixture:
         layout += f", experts over {parallel.expert_model_parallel_size}"
+        if parallel.expert_tensor_parallel_size > 1:
+            layout += f" x {parallel.expert_tensor_parallel_size} (tensor)"
     return [
         (
             "parameters",

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from prefixrl_mcore.config.policy import OptimizerConfig, PolicyConfig
 from prefixrl_mcore.policy import cpu_runtime
 from prefixrl_mcore.policy.attention import PackedCausalAttention
+from prefixrl_mcore.policy.experts import build_mixture
 from prefixrl_mcore.policy.model_config import ModelShape, build_transformer_config
 from prefixrl_mcore.policy.norm import RmsNorm
 from prefixrl_mcore.policy.packed import PackedRotaryEmbedding
@@ -208,6 +209,8 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
         qk_layernorm=config.qk_layernorm,
         normalization="RMSNorm",
     )
+    if config.num_moe_experts:
+        submodules.mlp = build_mixture(config)
     submodules.input_layernorm = RmsNorm
     submodules.pre_mlp_layernorm = RmsNorm
     self_attention = submodules.self_attention

@@ -19,7 +19,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ REPLACED_ATTRIBUTES = (
     "torch.cuda.stream",
     "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
     "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream",
+    "megatron.core.tensor_parallel.mappings._gather_along_first_dim",
     "megatron.core.tensor_parallel.random._get_cuda_rng_state",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.add",
@@ -144,6 +145,7 @@ def install() -> None:
     _replace_cuda_functions()
     _replace_rng()
     _replace_token_dispatcher()
+    _replace_uneven_gather()
     _mode = _CpuForMegatron()
     logger.info("no CUDA device: megatron-core runs on the CPU")
 
@@ -207,6 +209,29 @@ def _replace_token_dispatcher() -> None:
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
     setattr(dispatcher, "cuda_dtoh_stream", _NullStream())  # noqa: B010  (declared None)
     setattr(token_dispatcher, "maybe_move_tensor_to_cpu", maybe_move_tensor_to_cpu)  # noqa: B010  (declared to return a tensor)
+
+
+def _replace_uneven_gather() -> None:
+    """Gather unequal numbers of rows, as expert tensor parallelism does; gloo cannot."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather_equal = mappings._gather_along_first_dim
+
+    def gather(
+        rows: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        output_split_sizes: Sequence[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if output_split_sizes is None or len(output_split_sizes) == 1:
+            return gather_equal(rows, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: rows.size(0)] = rows
+        parts = gather_equal(padded, group).split(max(sizes)) if max(sizes) else [padded]
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=False)])
+
+    setattr(mappings, "_gather_along_first_dim", gather)  # noqa: B010  (declared without types)
 
 
 def _replace_rng() -> None:

@@ -11,14 +11,15 @@ import torch.nn.functional as F  # noqa: N812  (torch's own alias)
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from prefixrl_mcore.config.layout import check_divisible
+from prefixrl_mcore.config.layout import check_divisible, check_experts
 from prefixrl_mcore.config.model_shape import (
     FAMILIES,
     ModelShape,
     read_hf_config,
     read_model_shape,
 )
-from prefixrl_mcore.config.policy import ParallelConfig, PolicyConfig
+from prefixrl_mcore.config.policy import PolicyConfig
+from prefixrl_mcore.policy.experts import choose_experts
 
 __all__ = [
     "FAMILIES",
@@ -29,9 +30,11 @@ __all__ = [
 ]
 
 
-def _mixture_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+def _mixture_settings(
+    shape: ModelShape, policy: PolicyConfig, device: torch.device
+) -> dict[str, Any]:
     """Return what Megatron must know of the experts."""
-    mixture = shape.mixture
+    mixture, parallel = shape.mixture, policy.parallel
     if mixture is None:
         return {}
     return {
@@ -42,9 +45,9 @@ def _mixture_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, 
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": False,  # the local spec has no grouped experts
+        "moe_grouped_gemm": choose_experts(shape, policy, device) == "grouped",
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": 1,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
     }
 
 
@@ -61,6 +64,7 @@ def build_transformer_config(
     """
     parallel = policy.parallel
     check_divisible(shape, parallel)
+    check_experts(shape, policy)
     dtype = torch.float32 if policy.dtype == "float32" else torch.bfloat16
     recompute: dict[str, Any] = {}
     if policy.recompute == "full":
@@ -70,7 +74,7 @@ def build_transformer_config(
             "recompute_num_layers": 1,
         }
     return TransformerConfig(
-        **_mixture_settings(shape, parallel),
+        **_mixture_settings(shape, policy, device),
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,

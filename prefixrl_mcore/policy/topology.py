@@ -58,6 +58,12 @@ class Topology:
     cp_size: int
     """Ranks that share each sequence."""
 
+    ep_size: int
+    """Ranks that share the experts of a layer."""
+
+    etp_size: int
+    """Ranks that share the matrices of an expert."""
+
     dp_rank: int
     """Which replica of the model this rank belongs to."""
 
@@ -113,7 +119,7 @@ def initialize(
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=1,  # experts are whole
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         )
         with cpu_runtime.megatron_on_cpu():
             megatron_random.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -138,6 +144,8 @@ def current(device: torch.device | None = None) -> Topology:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size() or 1,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=device or cpu_runtime.device(),
@@ -246,6 +254,7 @@ def _check_same_layout(parallel: ParallelConfig) -> None:
         parallel.virtual_pipeline_model_parallel_size,
         parallel.context_parallel_size,
         parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
     )
     got = (
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -253,11 +262,12 @@ def _check_same_layout(parallel: ParallelConfig) -> None:
         parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
     )
     if wanted != got:
         raise ValueError(
-            "policy.parallel (tensor, pipeline, virtual pipeline, context, expert) = "
-            f"{wanted}, but this process already runs {got}; call topology.shut_down first"
+            "policy.parallel (tensor, pipeline, virtual pipeline, context, expert, expert tensor) "
+            f"= {wanted}, but this process already runs {got}; call topology.shut_down first"
         )
 
 

@@ -130,6 +130,7 @@ def parallel_config(
     sp: bool = False,
     cp: int = 1,
     ep: int = 1,
+    etp: int = 1,
 ) -> ParallelConfig:
     """Return a layout from the usual abbreviations."""
     return ParallelConfig(
@@ -140,6 +141,7 @@ def parallel_config(
         sequence_parallel=sp,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
     )
 
 
@@ -162,6 +164,9 @@ class LayoutCase:
     recompute: str = "none"
     """``policy.recompute``."""
 
+    experts: str | None = None
+    """``policy.experts.implementation``."""
+
     is_slow: bool = True
     """Not among the quick tests."""
 
@@ -171,6 +176,7 @@ class LayoutCase:
         parts = [self.model, self.name]
         parts += ["distributed-optimizer"] if self.distributed else []
         parts += [f"recompute-{self.recompute}"] if self.recompute != "none" else []
+        parts += [f"{self.experts}-experts"] if self.experts else []
         return "-".join(parts)
 
 
@@ -186,6 +192,21 @@ def _case(model: str, name: str, **settings: Any) -> LayoutCase:
     return LayoutCase(model=model, name=name.replace(" ", "-"), parallel=parallel, **settings)
 
 
+_GROUPED_LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("dp1", {}),
+    ("dp2", {"distributed": True}),
+    ("ep2 dp2", {}),
+    ("ep2 dp2", {"distributed": True}),
+    ("ep2 tp2 sp", {"recompute": "full"}),
+    ("ep4 tp2 sp dp2", {}),
+    ("ep2 pp2 dp2", {}),
+    ("ep2 cp2", {}),
+    ("etp2 dp2", {"distributed": True}),
+    ("ep2 etp2 dp4", {}),
+    ("ep2 etp2 tp2 sp dp2", {"distributed": True}),
+)
+"""Of grouped experts; sequential ones have their share of the layouts below."""
+
 CASES = (
     _case("qwen3-tied", "tp2", is_slow=False),
     _case("qwen3-tied", "pp2", is_slow=False),
@@ -193,6 +214,7 @@ CASES = (
     _case("qwen3-tied", "dp2", distributed=True, is_slow=False),
     _case("qwen3", "tp2 sp", recompute="full", is_slow=False),
     _case("qwen3-moe", "ep2 dp2", is_slow=False),
+    _case("qwen3-moe", "etp2 tp2 sp", experts="grouped", is_slow=False),
     _case("qwen3", "tp2"),
     _case("qwen3", "pp2"),
     _case("qwen3", "dp2"),
@@ -240,6 +262,12 @@ CASES = (
     _case("qwen3-moe", "ep4 tp2 sp dp2"),
     _case("qwen3-moe", "ep2 pp2 dp2"),
     *(
+        _case("qwen3-moe", name, experts="grouped", **settings)
+        for name, settings in _GROUPED_LAYOUTS
+    ),
+    _case("qwen3-moe", "etp2 dp2"),
+    _case("qwen3-moe", "ep2 etp2 tp2 sp dp2"),
+    *(
         _case(model, name)
         for model in ("llama-3", "qwen2.5-tied")
         for name in ("tp2 sp", "pp2", "cp2", "dp2")
@@ -249,6 +277,8 @@ CASES = (
     _case("qwen3", "tp2 cp2 dp2", distributed=True),
     _case("qwen3-moe", "tp2 sp pp2 ep2 dp2", distributed=True),
     _case("qwen3-moe", "tp2 sp cp2 ep4 dp2"),
+    _case("qwen3-moe", "tp2 sp pp2 ep2 etp2 dp2", experts="grouped"),
+    _case("qwen3-moe", "tp2 sp pp2 vpp2 ep4 dp2", experts="grouped", distributed=True),
 )
 """Every layout that is checked; the last ones have eight processes."""
 
@@ -263,7 +293,12 @@ def batch_for(parallel: ParallelConfig) -> PackedBatch:
 
 
 def train(
-    rank: int, folder: Path, parallel: ParallelConfig, distributed: bool, recompute: str
+    rank: int,
+    folder: Path,
+    parallel: ParallelConfig,
+    distributed: bool,
+    recompute: str,
+    experts: str | None,
 ) -> Outcome:
     """Update three times on the same batch; the function that runs on every rank."""
     optimizer = OptimizerConfig(
@@ -273,7 +308,9 @@ def train(
         weight_decay=0.1,
         use_distributed_optimizer=distributed,
     )
-    policy = build_policy(folder, parallel=parallel, optimizer=optimizer, recompute=recompute)
+    policy = build_policy(
+        folder, parallel=parallel, optimizer=optimizer, recompute=recompute, experts=experts
+    )
     batch = batch_for(parallel)
     before = _by_sequence(policy, batch)
     results = [policy.update(batch)]
@@ -298,6 +335,7 @@ def train_on_ranks(folder: Path, case: LayoutCase) -> list[Outcome]:
         case.parallel,
         case.distributed,
         case.recompute,
+        case.experts,
         world_size=case.parallel.world_size,
     )
 
@@ -305,7 +343,7 @@ def train_on_ranks(folder: Path, case: LayoutCase) -> list[Outcome]:
 def train_alone(model: PreTrainedModel, folder: Path) -> Reference:
     """Return the truth about a model, which is written into ``folder``."""
     write_model_folder(model, folder)
-    one = train(0, folder, parallel_config(), False, "none")
+    one = train(0, folder, parallel_config(), False, "none", None)
     return Reference(folder=folder, one=one, statistics=hf_statistics(folder))
 
 

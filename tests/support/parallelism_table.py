@@ -63,6 +63,18 @@ REFUSED: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ),
     ("EP 2, dense model", "qwen3", {_EP: 2, "data_parallel_size": 2}, 96),
     ("EP 4 over 2 ranks", "qwen3-moe", {_EP: 4, "data_parallel_size": 2}, 96),
+    (
+        "EP 2 x ETP 2 over 2 ranks",
+        "qwen3-moe",
+        {_EP: 2, "expert_tensor_parallel_size": 2, "data_parallel_size": 2},
+        96,
+    ),
+    (
+        "ETP 5, experts 48 wide",
+        "qwen3-moe",
+        {"expert_tensor_parallel_size": 5, "data_parallel_size": 5},
+        96,
+    ),
     ("EP 3, 4 experts", "qwen3-moe", {_EP: 3, "data_parallel_size": 3}, 96),
     ("experts with TP but no SP", "qwen3-moe", {_TP: 2}, 96),
 )
@@ -107,6 +119,7 @@ def _line(case: LayoutCase, errors: Errors) -> str:
     """Return one row of the table."""
     layout = " ".join(part.upper() for part in case.name.split("-"))
     layout += ", distributed optimizer" if case.distributed else ""
+    layout += f", {case.experts} experts" if case.experts else ""
     layout += ", full recomputation" if case.recompute == "full" else ""
     gradients = "" if errors.gradients is None else f"{errors.gradients:.1e}"
     cells = (

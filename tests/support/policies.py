@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefixrl_mcore.config.experts import ExpertsConfig
 from prefixrl_mcore.config.policy import (
     HeadConfig,
     LossConfig,
@@ -85,8 +86,14 @@ def build_policy(
     dtype: str = "float32",
     num_steps: int = 10,
     head: HeadConfig | None = None,
+    experts: ExpertsConfig | str | None = None,
 ) -> MegatronPolicy:
-    """Return a policy with the weights of ``folder``; without clipping unless configured."""
+    """Return a policy with the weights of ``folder``; without clipping unless configured.
+
+    ``experts`` may be the name of their implementation alone.
+    """
+    if not isinstance(experts, ExpertsConfig):
+        experts = ExpertsConfig.model_validate({"implementation": experts})
     return MegatronPolicy.build(
         model_path=folder,
         policy=PolicyConfig.model_validate(
@@ -94,6 +101,7 @@ def build_policy(
                 "dtype": dtype,
                 "parallel": parallel or ParallelConfig(),
                 "optimizer": optimizer or OptimizerConfig(lr=1e-3, clip_grad=NO_CLIPPING),
+                "experts": experts,
                 "recompute": recompute,
                 "head": head or HeadConfig(),
             }

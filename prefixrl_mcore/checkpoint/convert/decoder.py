@@ -10,6 +10,7 @@ from prefixrl_mcore.checkpoint.convert.rules import Dim, FamilyTable, HfWeight, 
 _LIVE = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
 _GROUPED, _SEQUENTIAL = "mlp.experts.", "mlp.experts.local_experts.{expert}."
+"""Transformer Engine's grouped experts and ours; Megatron's sequential ones."""
 _STORED_EXPERTS = "mlp.experts.experts."
 
 _EMBEDDING = Rule(
@@ -118,19 +119,24 @@ def _mixture() -> list[Rule]:
         ),
         _plain("replicated", ("mlp.router.weight",), "mlp.gate.weight", ("experts", "hidden")),
         _gate_up(
-            (_GROUPED + "linear_fc1.weight{expert}", _SEQUENTIAL + "linear_fc1.weight"),
+            _expert_names("linear_fc1.weight"),
             "mlp.experts.{expert}.",
             "expert_ffn",
             stored=(_STORED_EXPERTS + "linear_fc1.weight",),
         ),
         _plain(
             "row",
-            (_GROUPED + "linear_fc2.weight{expert}", _SEQUENTIAL + "linear_fc2.weight"),
+            _expert_names("linear_fc2.weight"),
             "mlp.experts.{expert}.down_proj.weight",
             ("hidden", "expert_ffn"),
             stored=(_STORED_EXPERTS + "linear_fc2.weight",),
         ),
     ]
+
+
+def _expert_names(name: str) -> tuple[str, ...]:
+    """Return an expert's weight in Transformer Engine's, our and Megatron's experts."""
+    return (_GROUPED + name + "{expert}", _GROUPED + name, _SEQUENTIAL + name)
 
 
 def _plain(

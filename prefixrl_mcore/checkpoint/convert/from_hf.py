@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import nn
 
 from prefixrl_mcore.checkpoint.convert import layout
 from prefixrl_mcore.checkpoint.convert.hf_folder import HfWeights
-from prefixrl_mcore.checkpoint.convert.live import LiveWeight, live_weights
+from prefixrl_mcore.checkpoint.convert.live import LiveWeight, live_weights, parts_group
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, find_table, hf_name
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 
@@ -44,10 +43,8 @@ def load_hf_weights(
 
 def _fill(live: LiveWeight, weights: HfWeights, dims: ModelDims) -> None:
     rule, parameter = live.rule, live.parameter
-    tp_rank, tp_size = 0, 1
-    if not rule.is_per_expert:
-        tp_rank = parallel_state.get_tensor_model_parallel_rank()
-        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    group = parts_group(rule)
+    tp_rank, tp_size = group.rank(), group.size()
     tensors = [weights.read(hf_name(weight, live.place)) for weight in rule.hf]
     full = layout.hf_to_full(rule.kind, tensors, num_groups=dims.num_groups)
     if rule.kind == "vocab":

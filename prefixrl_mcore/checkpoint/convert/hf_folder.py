@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prefixrl_mcore.checkpoint.convert.fused_experts import FusedPart, fused_parts
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, write_folder
 from prefixrl_mcore.config.json_files import read_json_object
@@ -69,6 +70,7 @@ def copy_assets(source: Path, target: Path) -> None:
 class HfWeights:
     """The weights of a Hugging Face folder; a tensor is read when it is asked for.
 
+    Experts that are stored fused appear as weights of single experts (``fused_experts.py``).
     Use as a context manager: files stay open, mapped into memory, until it ends.
     """
 
@@ -82,6 +84,7 @@ class HfWeights:
         self.folder = folder
         self._stack = ExitStack()
         self._file_of: dict[str, Any] = {}
+        self._fused: dict[str, FusedPart] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shape of each weight, by name."""
         self.index: dict[str, str] | None = _read_index(folder)
@@ -89,6 +92,7 @@ class HfWeights:
             for path in _weight_files(folder, self.index):
                 self._open(path)
             self._check_index()
+            self._split_fused()
         except BaseException:
             self._stack.close()
             raise
@@ -110,6 +114,9 @@ class HfWeights:
         Raises:
             CheckpointError: if there is no such weight.
         """
+        if name in self._fused:
+            part = self._fused[name]
+            return part.cut(self._file_of[part.stored_name].get_slice(part.stored_name))
         if name not in self._file_of:
             raise CheckpointError(
                 f"{self.folder}: weight {name} is missing; use a complete model folder"
@@ -170,6 +177,21 @@ class HfWeights:
                 f"{self.folder / _INDEX}: does not fit the files: lists {absent[:3]} that no file "
                 f"has, lacks {unlisted[:3]}; download the folder again"
             )
+
+    def _split_fused(self) -> None:
+        """Let fused experts appear as single ones."""
+        for stored_name, shape in list(self.shapes.items()):
+            parts = list(fused_parts(stored_name, shape))
+            for part in parts:
+                if part.name in self.shapes:
+                    raise CheckpointError(
+                        f"{self.folder}: has {part.name} as well as {stored_name}, expected one of "
+                        "them; remove weight files that do not belong to the model"
+                    )
+                self._fused[part.name] = part
+                self.shapes[part.name] = (part.num_rows, part.num_columns)
+            if parts:
+                del self.shapes[stored_name]
 
 
 def write_hf_folder(

@@ -1,8 +1,10 @@
 """The weights of a live Megatron model, matched with the rules of its family's table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ class LiveWeight:
     """Megatron's name of the parameter in its model chunk."""
 
     parameter: Tensor
-    """This tensor-parallel rank's part; not detached."""
+    """This tensor-parallel rank's part; not detached. A view, if it is one expert of a stack."""
 
     is_tied_copy: bool
     """The last pipeline stage's copy of a tied embedding: filled on load, not exported."""
@@ -37,6 +39,16 @@ def unwrap(chunk: nn.Module) -> nn.Module:
     while hasattr(chunk, "module"):
         chunk = chunk.module  # pyright: ignore[reportAssignmentType] # a Module by construction
     return chunk
+
+
+def parts_group(rule: Rule) -> dist.ProcessGroup:
+    """Return the ranks that share a weight: tensor-parallel ones, in a mixture those of experts."""
+    return cast(
+        dist.ProcessGroup,
+        parallel_state.get_expert_tensor_parallel_group()
+        if rule.is_per_expert
+        else parallel_state.get_tensor_model_parallel_group(),
+    )
 
 
 def live_weights(
@@ -62,19 +74,31 @@ def live_weights(
                     f"table of {table.model_type}; add one to convert/tables/{table.model_type}.py"
                 )
             rule, local = match
-            found.append(
+            layer = None if local.layer is None else _global_layer(chunk, local.layer)
+            found.extend(
                 LiveWeight(
                     rule=rule,
-                    place=Place(
-                        layer=None if local.layer is None else _global_layer(chunk, local.layer),
-                        expert=None if local.expert is None else _global_expert(local.expert, dims),
-                    ),
+                    place=Place(layer=layer, expert=expert),
                     name=name,
-                    parameter=parameter,
+                    parameter=part,
                     is_tied_copy=is_tied_copy,
                 )
+                for expert, part in _by_expert(rule, local, parameter, dims)
             )
     return found
+
+
+def _by_expert(
+    rule: Rule, local: Place, parameter: Tensor, dims: ModelDims
+) -> Iterator[tuple[int | None, Tensor]]:
+    """Yield (expert in the whole layer, its part of a parameter), for a stack of experts each."""
+    if not rule.is_per_expert:
+        yield None, parameter
+    elif local.expert is not None:
+        yield _global_expert(local.expert, dims), parameter
+    else:
+        for index, part in enumerate(parameter.unbind()):
+            yield _global_expert(index, dims), part
 
 
 def _global_layer(chunk: nn.Module, local_layer: int) -> int:

@@ -120,8 +120,8 @@ class Rule:
     """Layout; see ``layout.py``."""
 
     megatron: tuple[str, ...]
-    """Names of the weight in a model: Transformer Engine's first, then the local spec's where
-    it differs."""
+    """Names of the weight in a model: Transformer Engine's first, then those of other specs where
+    they differ. A name without an index of the expert is a stack of the rank's experts."""
 
     hf: tuple[HfWeight, ...]
     """In the order that ``layout.hf_to_full`` takes."""
@@ -141,7 +141,7 @@ class Rule:
 
     @property
     def is_per_expert(self) -> bool:
-        """The weight exists once for each expert; no tensor-parallel rank has a part of one."""
+        """The weight exists once for each expert; its parts are on expert tensor-parallel ranks."""
         return _EXPERT in self.hf[0].name
 
     def checkpoint_names(self, place: Place) -> tuple[str, ...]:

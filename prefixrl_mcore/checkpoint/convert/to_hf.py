@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from prefixrl_mcore.checkpoint.convert import layout
-from prefixrl_mcore.checkpoint.convert.live import live_weights
+from prefixrl_mcore.checkpoint.convert.live import live_weights, parts_group
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 
@@ -25,12 +25,12 @@ def export_hf_weights(
     Every rank gets every tensor, in the order of the family's table, in the parameters' own type
     and on their device. A weight's owning pipeline stage broadcasts its parts to the other
     stages, then each tensor-parallel group gathers the whole; an expert is broadcast by its owner
-    in each expert-parallel group. Vocabulary padding is cut, and a tied output head is left out. A
-    tensor may share memory with the live weights: use or copy it
-    before the next optimizer step.
+    in each expert-parallel group, and gathered in each expert tensor-parallel group. Vocabulary
+    padding is cut, and a tied output head is left out. A tensor may share memory with the live
+    weights: use or copy it before the next optimizer step.
 
-    All ranks must call this and exhaust it together: collectives over the pipeline-, tensor- and
-    expert-parallel groups.
+    All ranks must call this and exhaust it together: collectives over the pipeline-, tensor-,
+    expert- and expert tensor-parallel groups.
 
     Raises:
         CheckpointError: naming a parameter without a rule, or a weight that no rank holds.
@@ -53,9 +53,10 @@ def export_hf_weights(
                 "model from that config"
             )
         if owner is None:
-            full = _gather_parts(rule, _share_over_stages(local.get(key), facts[key], device))
+            part = _share_over_stages(local.get(key), facts[key], device)
         else:
-            full = _share_expert(owner, local.get(key), facts[key], device)
+            part = _share_expert(owner, local.get(key), facts[key], device)
+        full = _gather_parts(rule, part)
         tensors = layout.full_to_hf(
             rule.kind, full, rows=rule.rows(dims), num_groups=dims.num_groups
         )
@@ -114,7 +115,7 @@ def _expert_owner(place: Place, dims: ModelDims) -> tuple[int | None, Place]:
 def _share_expert(
     owner: int, counterpart: Tensor | None, facts: _Facts, device: torch.device
 ) -> Tensor:
-    """Return the expert of expert-parallel rank ``owner`` on every rank.
+    """Return this rank's part of the expert of expert-parallel rank ``owner`` on every rank.
 
     The pipeline stages of one expert-parallel rank hold the same experts, so the owner's stages
     share it first.
@@ -134,8 +135,8 @@ def _stage_group() -> dist.ProcessGroup:
 
 
 def _gather_parts(rule: Rule, part: Tensor) -> Tensor:
-    """Return the whole Megatron weight on every rank of the tensor-parallel group."""
-    group = cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
+    """Return the whole Megatron weight on every rank that has a part of it."""
+    group = parts_group(rule)
     size = dist.get_world_size(group)
     if size == 1 or rule.kind == "replicated":
         return part

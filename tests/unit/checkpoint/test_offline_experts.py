@@ -18,10 +18,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model_folder(build_tiny_qwen3_moe(), tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.parametrize("experts", ["sequential", "grouped"])
 def test_a_saved_mixture_becomes_the_folder_that_the_live_model_exports(
-    source: Path, tmp_path: Path
+    source: Path, tmp_path: Path, experts: str
 ) -> None:
-    policy = build_policy(source)
+    policy = build_policy(source, experts=experts)
     policy.update(make_batch())
     path = save_checkpoint(tmp_path / "run", 1, policy, {})
     convert_to_hf(path, tmp_path / "out")

@@ -143,7 +143,7 @@ def test_a_checkpoint_carries_config_and_tokenizer_as_bytes(source: Path, tmp_pa
     assert not list((path / "hf").glob("*.safetensors"))
     state = read_trainer_state(path)
     assert (state.step, state.policy_version, state.world_size) == (3, 0, 1)
-    assert state.layout == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "dp": 1}
+    assert state.layout == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
     assert state.extra_state == EXTRA_STATE
 
 

@@ -225,6 +225,8 @@ def test_expert_parallel_ranks_share_the_experts(tmp_path: Path) -> None:
     experts = 36 * 64 * 5_898_240
     assert one.weights - four.weights == 2 * experts * 3 / 4
     assert one.optimizer == four.optimizer  # sharded over all ranks either way
+    cut = replicas | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+    assert _memory(tmp_path, cut, model=MIXTURE, policy=sharded) == four
 
 
 @pytest.mark.parametrize(
@@ -232,13 +234,36 @@ def test_expert_parallel_ranks_share_the_experts(tmp_path: Path) -> None:
     [
         ({"expert_model_parallel_size": 3, "data_parallel_size": 3}, "64 experts do not divide"),
         ({"tensor_model_parallel_size": 2}, "sequence_parallel must be true for a mixture"),
+        (
+            {"expert_tensor_parallel_size": 5, "data_parallel_size": 5},
+            "expert_tensor_parallel_size: 768 feed-forward width do not divide into 5",
+        ),
     ],
-    ids=["experts", "sequence-parallel"],
+    ids=["experts", "sequence-parallel", "width"],
 )
 def test_a_layout_that_experts_cannot_have_is_refused(
     tmp_path: Path, parallel: dict[str, Any], message: str
 ) -> None:
     assert message in _refusal(tmp_path, parallel, model=MIXTURE)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            MIXTURE | {"moe_intermediate_size": 772},
+            "multiples of 8 in bfloat16, got hidden_size 2560 and moe_intermediate_size 772 / "
+            "expert_tensor_parallel_size 1 = 772; use 'sequential'",
+        ),
+        ({}, "policy.experts needs a mixture-of-experts model, got Qwen3ForCausalLM"),
+    ],
+    ids=["rows", "dense"],
+)
+def test_grouped_experts_that_cannot_be_are_refused(
+    tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
+    grouped = {"experts": {"implementation": "grouped"}}
+    assert message in _refusal(tmp_path, model=model, policy=grouped)
 
 
 def test_a_feed_forward_width_that_does_not_divide_is_refused(tmp_path: Path) -> None:

@@ -49,6 +49,15 @@ def test_experts_that_cannot_be_spread_over_a_stage_are_refused_with_the_arithme
         topology.initialize(parallel, seed=0, environment={})
 
 
+def test_experts_that_are_cut_count_twice() -> None:
+    parallel = ParallelConfig(
+        expert_model_parallel_size=2, expert_tensor_parallel_size=4, data_parallel_size=4
+    )
+    message = r"= 2 x expert_tensor_parallel_size = 4 = 8 does not divide the 4 ranks"
+    with pytest.raises(ValueError, match=message):
+        topology.initialize(parallel, seed=0, environment={})
+
+
 def test_a_launcher_that_sets_half_the_variables_is_named() -> None:
     topology.shut_down()
     parallel = ParallelConfig(data_parallel_size=2)

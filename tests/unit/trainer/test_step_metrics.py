@@ -66,6 +66,8 @@ def test_a_cpu_has_a_peak_only_when_it_is_given() -> None:
         pp_size=1,
         cp_rank=0,
         cp_size=1,
+        ep_size=1,
+        etp_size=1,
         dp_rank=0,
         dp_size=2,
         device=torch.device("cpu"),

@@ -1,7 +1,7 @@
 """Qwen3-MoE: Qwen3 with a mixture of experts in every layer.
 
-Files hold each expert's matrices under names of their own, also those that transformers 5 writes,
-which fuses them only in memory.
+Folders are written with each expert's matrices under names of their own, which transformers 4 and
+5 and SGLang read; folders with fused experts are read too (``fused_experts.py``).
 """
 
 from prefixrl_mcore.checkpoint.convert.decoder import decoder_table

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,8 +86,12 @@ def build_policy(
     dtype: str = "float32",
     num_steps: int = 10,
     head: HeadConfig | None = None,
+    **settings: Any,
 ) -> MegatronPolicy:
-    """Return a policy with the weights of ``folder``; without clipping unless configured."""
+    """Return a policy with the weights of ``folder``; without clipping unless configured.
+
+    ``settings`` are further keys of ``policy``.
+    """
     return MegatronPolicy.build(
         model_path=folder,
         policy=PolicyConfig.model_validate(
@@ -96,6 +101,7 @@ def build_policy(
                 "optimizer": optimizer or OptimizerConfig(lr=1e-3, clip_grad=NO_CLIPPING),
                 "recompute": recompute,
                 "head": head or HeadConfig(),
+                **settings,
             }
         ),
         loss=loss or LossConfig(),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
 from prefixrl_mcore.config.policy import OptimizerConfig
 from prefixrl_mcore.policy.build import unwrap
 from prefixrl_mcore.policy.policy import MegatronPolicy
@@ -67,6 +68,28 @@ def test_bfloat16_weights_follow_float32_master_weights(
     # A step of 1e-5 is lost in most bfloat16 weights of size 0.02, whose steps are 1.2e-4.
     moved = [not torch.equal(got[n].to(torch.bfloat16), first[n].to(torch.bfloat16)) for n in got]
     assert any(moved)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["plain", "distributed"])
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_a_resumed_bfloat16_run_goes_on_bit_for_bit(
+    tied_folder: Path, tmp_path: Path, num_steps: int, is_sharded: bool
+) -> None:
+    """The bits of the main weights that bfloat16 has no room for are in the checkpoint."""
+    optimizer = OptimizerConfig(lr=1e-5, use_distributed_optimizer=is_sharded)
+    batch = make_batch()
+    policy = build_policy(tied_folder, dtype="bfloat16", optimizer=optimizer)
+    for _ in range(num_steps):
+        policy.update(batch)
+    save_checkpoint(tmp_path, num_steps, policy, {})
+    resumed = build_policy(tied_folder, dtype="bfloat16", optimizer=optimizer)
+    load_checkpoint(tmp_path, resumed)
+    assert max_difference(master_weights(resumed), master_weights(policy)) == 0.0
+    ours, theirs = policy.update(batch), resumed.update(batch)
+    assert (ours.loss, ours.gradient_norm) == (theirs.loss, theirs.gradient_norm)
+    assert max_difference(master_weights(resumed), master_weights(policy)) == 0.0
+    rounded = {n: w - w.to(torch.bfloat16).float() for n, w in master_weights(policy).items()}
+    assert max(float(rest.abs().max()) for rest in rounded.values()) > 1e-6
 
 
 def test_gradients_of_many_microbatches_are_summed_in_float32(tied_folder: Path) -> None:

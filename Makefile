@@ -65,6 +65,12 @@ KERNEL_TESTS := tests/kernels $(wildcard tests/gpu/test_head_*.py tests/gpu/test
 	UV_PROJECT_ENVIRONMENT=.venv-bench $(UV) sync --locked --group bench
 	@touch $@
 
+# Transformer Engine's binding to torch is compiled when it is installed, which takes nvcc and
+# minutes; nothing else may depend on that.
+.venv-te/.locked: pyproject.toml uv.lock .python-version | setup
+	UV_PROJECT_ENVIRONMENT=.venv-te $(UV) sync --locked --extra te
+	@touch $@
+
 gpu: export PREFIXRL_REQUIRE_GPU := 1
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 gpu: $(GPU_NEEDS)  ## everything that wants a GPU: tests that may not skip, then the benchmark
@@ -76,6 +82,14 @@ endif
 	$(PYTHON) -m pytest -m "not multi_gpu" $(KERNEL_TESTS)
 	$(BENCH_PYTHON) -m bench.head $(BENCH)
 	$(BENCH_PYTHON) -m bench.report
+ifneq ($(GPU_NEEDS),)
+	@if $(MAKE) --no-print-directory .venv-te/.locked; then \
+	    .venv-te/bin/python -m pytest -m gpu tests/gpu/te && .venv-te/bin/python -m bench.policy; \
+	else \
+	    echo "Transformer Engine cannot be installed here: the local layers only"; \
+	    $(PYTHON) -m bench.policy; \
+	fi
+endif
 
 clean:  ## remove caches and run folders; environments stay
 	rm -rf runs .pytest_cache .ruff_cache

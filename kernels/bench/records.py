@@ -178,8 +178,8 @@ def read_record(path: Path) -> RunRecord:
 
 
 def read_records(folder: Path) -> list[RunRecord]:
-    """Return all runs in a folder, oldest first."""
-    records = [read_record(path) for path in sorted(folder.glob("*.json"))]
+    """Return all runs of the head in a folder, oldest first (``bench.policy`` writes there too)."""
+    records = [read_record(path) for path in sorted(folder.glob("head_*.json"))]
     return sorted(records, key=lambda record: record.started)
 
 

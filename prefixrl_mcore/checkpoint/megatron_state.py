@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from prefixrl_mcore.checkpoint.checkpointable import Trainable
 from prefixrl_mcore.checkpoint.convert.live import unwrap
+from prefixrl_mcore.checkpoint.fused_state import complete_fused_state
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
 from prefixrl_mcore.checkpoint.staged import StagedState, stage
@@ -271,6 +272,7 @@ def _complete_optimizer_state(optimizer: Any) -> None:  # noqa: ANN401  (untyped
     for part in _parts(optimizer):
         inner = part.optimizer
         if not _is_torch_adam(inner):
+            complete_fused_state(part)
             continue
         for group in inner.param_groups:
             for parameter in group["params"]:

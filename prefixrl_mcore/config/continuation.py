@@ -25,6 +25,8 @@ MAY_CHANGE = (
     "batch.stream_tokens",
     "policy.parallel.",
     "policy.recompute",
+    "policy.layer_spec",
+    "policy.gradient_accumulation_fusion",
     "policy.head.",
     "run_folder",
 )

@@ -8,8 +8,14 @@ from pydantic import Field, model_validator
 
 from prefixrl_mcore.config.base import Config
 from prefixrl_mcore.config.experts import ExpertsConfig
+from prefixrl_mcore.config.optimizer import OptimizerConfig
 
 LogitsDtype = Literal["float32", "bfloat16"]
+RecomputeModule = Literal["core_attn", "mlp", "moe", "layernorm"]
+LayerSpec = Literal["local", "transformer_engine"]
+
+FP8_BLOCKS = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}
+"""Per recipe: sizes of an FP8 matrix product must be multiples of this."""
 
 
 class ModelConfig(Config):
@@ -99,47 +105,6 @@ class ParallelConfig(Config):
         return self
 
 
-class OptimizerConfig(Config):
-    """AdamW and its schedule."""
-
-    lr: float = Field(default=1e-6, gt=0.0)
-    """Peak learning rate."""
-
-    min_lr: float = Field(default=0.0, ge=0.0)
-    """Learning rate at the end of a decaying schedule; unused by ``constant``."""
-
-    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    """Shape of the learning rate after warm-up. ``wsd`` (warm-up, stable, decay) stays at the peak
-    and falls to ``min_lr`` in the last ``decay_fraction`` of the run."""
-
-    decay_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
-    """Share of the run's steps in which ``wsd`` falls; unused by the other schedules."""
-
-    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
-    """How ``wsd`` falls; unused by the other schedules."""
-
-    num_warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up from zero."""
-
-    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """AdamW's first-moment decay."""
-
-    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    """AdamW's second-moment decay."""
-
-    eps: float = Field(default=1e-8, gt=0.0)
-    """AdamW's denominator offset."""
-
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    """Decoupled weight decay on matrices; norms and biases have none."""
-
-    clip_grad: float = Field(default=1.0, gt=0.0)
-    """Global gradient norm above which gradients are scaled down."""
-
-    use_distributed_optimizer: bool = False
-    """Shard optimizer state over data- and context-parallel ranks."""
-
-
 class HeadConfig(Config):
     """The language-model head: logprobs, loss and their gradient on completion tokens only."""
 
@@ -166,11 +131,90 @@ class PolicyConfig(Config):
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     """Experts of a mixture."""
 
-    recompute: Literal["none", "full"] = "none"
-    """Activation recomputation in the backward pass."""
+    layer_spec: LayerSpec | None = None
+    """Megatron's layers: its own ones with our attention (``local``), or Transformer Engine's. None
+    is Transformer Engine where it and CUDA are there and the model is bfloat16, otherwise
+    ``local``; the choice is logged with its reason."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again instead of keeping them: none, those of
+    ``recompute_modules``, or all but the inputs of the layers."""
+
+    recompute_modules: tuple[RecomputeModule, ...] | None = None
+    """What ``selective`` recomputes: attention after the projections (``core_attn``; keeps nothing
+    of size T x T either way), the feed-forward layer (``mlp``), the mixture of experts with its
+    routing (``moe``), the norms (``layernorm``). None is ``mlp``, in a mixture of experts
+    ``moe``."""
+
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """Run the layers' matrix products in FP8, with E4M3 forward and E5M2 backward (``hybrid``) or
+    E4M3 throughout; needs ``transformer_engine``. Weights, the head and sums stay as they are."""
+
+    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = "tensorwise"
+    """How FP8 scales are found, by Megatron's names. ``delayed`` scales by earlier steps, which a
+    resumed run has forgotten; ``mxfp8`` needs compute capability 10, ``blockwise`` 9."""
+
+    gradient_accumulation_fusion: bool | None = None
+    """Add weight gradients to the float32 buffer inside the matrix product. None is yes where
+    Megatron can: with Transformer Engine's layers, or apex's kernel."""
 
     head: HeadConfig = Field(default_factory=HeadConfig)
     """Memory and implementation of the language-model head."""
+
+    @property
+    def stream_multiple(self) -> int:
+        """Tokens that the computed length of a stream is a multiple of.
+
+        FP8 matrix products take whole blocks of tokens on each rank, before and after sequence
+        parallelism gathers them.
+        """
+        parallel = self.parallel
+        if self.fp8 is None:
+            return parallel.stream_multiple
+        tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        block = FP8_BLOCKS[self.fp8_recipe]
+        return math.lcm(parallel.stream_multiple, parallel.context_parallel_size * tensor * block)
+
+    @model_validator(mode="after")
+    def _recomputed_modules_belong_to_selective(self) -> "PolicyConfig":
+        if self.recompute_modules is not None and self.recompute != "selective":
+            raise ValueError(
+                f"policy.recompute_modules has a meaning only with recompute = 'selective', got "
+                f"{self.recompute!r}; leave it out or set recompute"
+            )
+        if self.recompute_modules == ():
+            raise ValueError(
+                "policy.recompute_modules is empty; name modules, or set recompute = 'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transformer_engine_is_bfloat16(self) -> "PolicyConfig":
+        if self.layer_spec == "transformer_engine" and self.dtype != "bfloat16":
+            raise ValueError(
+                "policy.layer_spec = 'transformer_engine' needs dtype = 'bfloat16' (its attention "
+                f"over packed sequences is 16-bit), got {self.dtype!r}; use layer_spec = 'local'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_runs_in_transformer_engine_on_bfloat16(self) -> "PolicyConfig":
+        if self.fp8 is not None and (self.layer_spec == "local" or self.dtype != "bfloat16"):
+            raise ValueError(
+                f"policy.fp8 = {self.fp8!r} needs layer_spec = 'transformer_engine' (or none "
+                f"given) and dtype = 'bfloat16', got layer_spec = {self.layer_spec!r} and dtype = "
+                f"{self.dtype!r}; leave fp8 out or change these"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _other_precisions_of_state_are_for_bfloat16(self) -> "PolicyConfig":
+        if self.optimizer.use_precision_aware_optimizer and self.dtype != "bfloat16":
+            raise ValueError(
+                "policy.optimizer.use_precision_aware_optimizer needs policy.dtype = 'bfloat16', "
+                f"got {self.dtype!r}: float32 weights are their own main weights"
+            )
+        return self
 
 
 class LossConfig(Config):

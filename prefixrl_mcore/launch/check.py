@@ -19,6 +19,7 @@ from prefixrl_mcore.config.layout import (
     check_supported,
 )
 from prefixrl_mcore.config.model_shape import ModelShape, read_hf_config, read_model_shape
+from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.config.run import RunConfig
 
 _GIB = 1024**3
@@ -78,7 +79,8 @@ class MemoryEstimate:
     activations: float
     """Saved for the backward pass by ``L / pp`` layers in each of the ``pp`` microbatches that the
     first stage holds at most (one forward, one backward): ``34 T H (w / 2) / tp`` per layer, where
-    34 is bytes per element of ``T H`` at 16 bit, attention probabilities not stored; with full
+    34 is bytes per element of ``T H`` at 16 bit, attention probabilities not stored (selective
+    recomputation keeps less, which is not taken off); with full
     recomputation one tensor per layer, ``T H w``, divided by ``tp`` with sequence parallelism.
     The copies of tokens that a mixture routes to its experts are left out."""
 
@@ -146,6 +148,7 @@ def check_layout(config: RunConfig, shape: ModelShape) -> None:
     check_divisible(shape, config.policy.parallel)
     check_experts(shape, config.policy)
     check_stream(config.policy.parallel, config.stream_tokens)
+    check_precision(shape, config.policy, config.stream_tokens)
     check_positions(shape, config.rollout.max_total_tokens)
 
 
@@ -179,7 +182,7 @@ def _activation_bytes(config: RunConfig, shape: ModelShape, width: int) -> float
     parallel = config.policy.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     elements = config.stream_tokens / parallel.context_parallel_size * shape.hidden_size
-    if config.policy.recompute == "none":
+    if config.policy.recompute != "full":
         per_layer = 34 * elements * (width / 2) / tp
     else:
         per_layer = elements * width / (tp if parallel.sequence_parallel else 1)

@@ -1,9 +1,10 @@
 """Core attention of the local layer spec: causal, inside each sequence of a packed stream.
 
 Megatron's own ``DotProductAttention`` refuses packed streams; the alternative upstream needs
-Transformer Engine. This one is torch's scaled dot-product attention on the padded layout of
-``packed.py``, with grouped query heads, on any device; under context parallelism that of
-``context.py``.
+Transformer Engine. This one is, as the stream says that ``policy/layers.py`` has chosen: torch's
+flash attention over sequences of any length (16-bit, on a GPU); or torch's scaled dot-product
+attention on the padded layout of ``packed.py``, on any device; under context parallelism that of
+``context.py``. All with grouped query heads.
 """
 
 from typing import cast
@@ -18,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from prefixrl_mcore.policy.context import context_attention
 from prefixrl_mcore.policy.packed import FromSlots, PackedStream, ToSlots
@@ -104,26 +106,70 @@ class PackedCausalAttention(MegatronModule):
                 group=cast(dist.ProcessGroup, group),
                 softmax_scale=self.softmax_scale,
             ).unsqueeze(1)
-        query_P, key_P, value_P = (
-            _to_slots(tensor.squeeze(1), packed) for tensor in (query_TBNK, key_TBGK, value_TBGK)
-        )
-        outputs: list[Tensor] = []
-        first = 0
-        for bucket in packed.buckets:
-            last = first + bucket.num_sequences * bucket.length
-            outputs.append(
-                _causal_attention(
-                    query_P[first:last],
-                    key_P[first:last],
-                    value_P[first:last],
-                    length=bucket.length,
-                    softmax_scale=self.softmax_scale,
-                )
+        attend = _padded_attention if packed.buckets else _varlen_attention
+        return attend(
+            query_TBNK.squeeze(1),
+            key_TBGK.squeeze(1),
+            value_TBGK.squeeze(1),
+            packed,
+            self.softmax_scale,
+        ).unsqueeze(1)
+
+
+def _varlen_attention(
+    query_TNK: Tensor,
+    key_TGK: Tensor,
+    value_TGK: Tensor,
+    packed: PackedStream,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Return [T, heads * width] by torch's flash attention; never run on a GPU yet.
+
+    It takes grouped heads as they are, in the backward pass too (it sums the key-value gradients
+    of a group), float16 and bfloat16 only, on compute capability 8 and above.
+    """
+    output = varlen_attn(
+        query_TNK.contiguous(),
+        key_TGK.contiguous(),
+        value_TGK.contiguous(),
+        packed.cu_seqlens_q,
+        packed.cu_seqlens_kv,
+        packed.max_seqlen_q,
+        packed.max_seqlen_kv,
+        scale=softmax_scale,
+        window_size=(-1, 0),  # all earlier tokens, no later one: causal
+    )
+    assert isinstance(output, Tensor), "no auxiliary output was asked for"
+    return output.flatten(1)
+
+
+def _padded_attention(
+    query_TNK: Tensor,
+    key_TGK: Tensor,
+    value_TGK: Tensor,
+    packed: PackedStream,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Return [T, heads * width] by scaled dot-product attention, bucket by bucket."""
+    query_P, key_P, value_P = (
+        _to_slots(tensor, packed) for tensor in (query_TNK, key_TGK, value_TGK)
+    )
+    outputs: list[Tensor] = []
+    first = 0
+    for bucket in packed.buckets:
+        last = first + bucket.num_sequences * bucket.length
+        outputs.append(
+            _causal_attention(
+                query_P[first:last],
+                key_P[first:last],
+                value_P[first:last],
+                length=bucket.length,
+                softmax_scale=softmax_scale,
             )
-            first = last
-        output_P = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        output_T: Tensor = FromSlots.apply(output_P, packed)  # pyright: ignore[reportAssignmentType]  # untyped in torch
-        return output_T.unsqueeze(1)
+        )
+        first = last
+    output_P = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return FromSlots.apply(output_P, packed)  # pyright: ignore[reportReturnType]  # untyped in torch
 
 
 def _to_slots(tensor_T: Tensor, packed: PackedStream) -> Tensor:

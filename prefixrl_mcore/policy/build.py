@@ -1,7 +1,8 @@
 """Construction of the Megatron model, its optimizer and its schedule; nothing else builds them.
 
 ``GPTModel`` is used because it has the ``output_processor`` hook (see ``head.py``). The layers
-are Megatron's local ones with our attention, norm and rotary embedding, on CPU and GPU alike.
+are those that ``layers.py`` has chosen: Megatron's local ones with our attention and norm, on CPU
+and GPU alike, or Transformer Engine's; the rotary embedding is ours in both.
 """
 
 import logging
@@ -9,12 +10,17 @@ import logging
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,23 +29,36 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 from prefixrl_mcore.config.policy import OptimizerConfig, PolicyConfig
 from prefixrl_mcore.policy import cpu_runtime
 from prefixrl_mcore.policy.attention import PackedCausalAttention
 from prefixrl_mcore.policy.experts import build_mixture
+from prefixrl_mcore.policy.layers import Layers
 from prefixrl_mcore.policy.model_config import ModelShape, build_transformer_config
 from prefixrl_mcore.policy.norm import RmsNorm
 from prefixrl_mcore.policy.packed import PackedRotaryEmbedding
+from prefixrl_mcore.policy.te_attention import PackedTransformerEngineAttention
 from prefixrl_mcore.policy.topology import Topology
 
 logger = logging.getLogger(__name__)
 
+_STATE_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8": torch.uint8,  # so Transformer Engine calls its scaled eight-bit state
+}
+"""Types of optimizer state, by their names in the config."""
+
 
 @cpu_runtime.megatron_on_cpu()
 def build_model_chunks(
-    shape: ModelShape, policy: PolicyConfig, topology: Topology
+    shape: ModelShape, policy: PolicyConfig, layers: Layers, topology: Topology
 ) -> list[DistributedDataParallel]:
     """Return this rank's model chunks, wrapped for data parallelism, with random weights.
 
@@ -48,13 +67,18 @@ def build_model_chunks(
     Args:
         shape: what to build.
         policy: precision, layout and optimizer sharding.
+        layers: whose layers.
         topology: this rank's place; ``topology.initialize`` has been called.
     """
-    config = build_transformer_config(shape, policy, device=topology.device)
+    config = build_transformer_config(shape, policy, layers, device=topology.device)
     padded_vocab_size = shape.padded_vocab_size(topology.tp_size)
     num_chunks = policy.parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = list(range(num_chunks)) if num_chunks else [None]
-    chunks = [_build_gpt(shape, config, padded_vocab_size, vp_stage=stage) for stage in stages]
+    if "layernorm" in (config.recompute_modules or ()):
+        _let_norms_be_recomputed()
+    chunks = [
+        _build_gpt(shape, config, layers, padded_vocab_size, vp_stage=stage) for stage in stages
+    ]
     for chunk in chunks:
         chunk.to(topology.device)
     modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
@@ -92,9 +116,10 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
 def build_optimizer(
     chunks: list[DistributedDataParallel], policy: PolicyConfig, *, lr: float
 ) -> MegatronOptimizer:
-    """Return AdamW over ``chunks`` with float32 state and empty moments.
+    """Return AdamW over ``chunks`` with empty moments.
 
-    Matrices have weight decay; norms and biases have none. All ranks must call this.
+    Matrices have weight decay; norms and biases have none. State is float32 unless the
+    precision-aware optimizer keeps it in other types. All ranks must call this.
     """
     optimizer = policy.optimizer
     is_bf16 = policy.dtype == "bfloat16"
@@ -110,6 +135,12 @@ def build_optimizer(
         bf16=is_bf16,
         params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        use_precision_aware_optimizer=optimizer.use_precision_aware_optimizer,
+        main_params_dtype=_STATE_DTYPES[optimizer.main_params_dtype],
+        exp_avg_dtype=_STATE_DTYPES[optimizer.exp_avg_dtype],
+        exp_avg_sq_dtype=_STATE_DTYPES[optimizer.exp_avg_sq_dtype],
+        optimizer_cpu_offload=optimizer.cpu_offload,
+        optimizer_offload_fraction=optimizer.cpu_offload_fraction if optimizer.cpu_offload else 0.0,
     )
     megatron_chunks: list[MegatronModule] = [*chunks]
     return get_megatron_optimizer(config, megatron_chunks)
@@ -172,12 +203,17 @@ def build_scheduler(
 
 
 def _build_gpt(
-    shape: ModelShape, config: TransformerConfig, padded_vocab_size: int, *, vp_stage: int | None
+    shape: ModelShape,
+    config: TransformerConfig,
+    layers: Layers,
+    padded_vocab_size: int,
+    *,
+    vp_stage: int | None,
 ) -> GPTModel:
     """Return one pipeline chunk."""
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, vp_stage),  # pyright: ignore[reportArgumentType]  # declared narrower than TransformerBlock takes
+        transformer_layer_spec=_block_spec(config, layers, vp_stage),  # pyright: ignore[reportArgumentType]  # declared narrower than TransformerBlock takes
         vocab_size=padded_vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(
@@ -199,11 +235,75 @@ def _build_gpt(
         scaling=shape.rotary_scaling,
         use_cpu_initialization=config.use_cpu_initialization,
     )
+    if layers.spec == "transformer_engine" and layers.fuses_weight_gradients:
+        _fuse_weight_gradients(model)
     return model
 
 
-def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Return the layers of one chunk: Megatron's local spec with our attention and norm."""
+def _fuse_weight_gradients(model: GPTModel) -> None:
+    """Let Transformer Engine's layers add weight gradients to ``main_grad`` themselves.
+
+    Megatron's own switch would ask apex's kernel of the output layer too, which is Megatron's
+    whatever the spec (and whose gradient our head writes).
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010  (not declared)
+
+
+def _let_norms_be_recomputed() -> None:
+    """Repair a default of megatron-core 0.19.2 where Transformer Engine is missing.
+
+    ``CheckpointWithoutOutput(fp8=False)`` takes FP8 for on (it asks ``fp8 is not None``) and then
+    calls Transformer Engine. Can go when it asks for the value.
+    """
+    if not HAVE_TE:
+        CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+
+
+def _block_spec(
+    config: TransformerConfig, layers: Layers, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Return the layers of one chunk."""
+    is_local = layers.spec == "local"
+    submodules = _local_submodules(config) if is_local else _te_submodules(config)
+    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * num_layers, layer_norm=RmsNorm if is_local else TENorm
+    )
+
+
+def _attention_of(submodules: TransformerLayerSubmodules) -> SelfAttentionSubmodules:
+    """Return the parts of the attention of Megatron's spec."""
+    self_attention = submodules.self_attention
+    assert isinstance(self_attention, ModuleSpec), "megatron's spec"
+    assert isinstance(self_attention.submodules, SelfAttentionSubmodules), "megatron's spec"
+    return self_attention.submodules
+
+
+def _te_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
+    """Return Transformer Engine's layer with its attention over our streams.
+
+    Norms are fused into the matrix products behind them. Where that changes a weight's name,
+    Megatron's map stores it under one name for both specs; the norm before a mixture of experts
+    is missing in it.
+    """
+    submodules = get_gpt_layer_with_transformer_engine_submodules(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+    _attention_of(submodules).core_attention = PackedTransformerEngineAttention
+    if config.num_moe_experts:
+        submodules.sharded_state_dict_keys_map = {
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"
+        }
+    return submodules
+
+
+def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
+    """Return Megatron's local layer with our attention and norm."""
     submodules = get_gpt_layer_local_submodules(
         num_experts=config.num_moe_experts,
         qk_layernorm=config.qk_layernorm,
@@ -213,14 +313,9 @@ def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
         submodules.mlp = build_mixture(config)
     submodules.input_layernorm = RmsNorm
     submodules.pre_mlp_layernorm = RmsNorm
-    self_attention = submodules.self_attention
-    assert isinstance(self_attention, ModuleSpec), "megatron's local spec"
-    attention = self_attention.submodules
-    assert isinstance(attention, SelfAttentionSubmodules), "megatron's local spec"
+    attention = _attention_of(submodules)
     attention.core_attention = PackedCausalAttention
     if config.qk_layernorm:
         attention.q_layernorm = RmsNorm
         attention.k_layernorm = RmsNorm
-    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RmsNorm)
+    return submodules

@@ -283,6 +283,7 @@ def silence_known_messages() -> None:
         r"Transformer Engine and Apex are not installed",
         r"full scope is deprecated",  # about CUDA graphs, raised by megatron's own default
         r"MimoModelConfig is experimental",
+        r"If you are using transformer_engine as the transformer implementation",  # core_attn
     ):
         warnings.filterwarnings("ignore", message=message)
     # GPTModel is named deprecated in favour of HybridModel, which has no output_processor hook in

@@ -67,8 +67,12 @@ class StreamSettings:
     multiple: int
     """The kept length is a multiple of this (context and sequence parallelism split it evenly)."""
 
-    sequence_multiple: int
-    """Kept padding is cut into sequences of this many tokens."""
+    padding_length: int
+    """Kept padding is cut into sequences of at most this many tokens, a multiple of those that
+    context parallelism can cut."""
+
+    has_padded_layout: bool
+    """Attention wants the padded layout of ``packed.py``; otherwise cumulative lengths."""
 
     cp_size: int
     """Context-parallel ranks, which share each stream."""
@@ -266,7 +270,7 @@ def _forward_step[T](
 def _kept_sequences(stream: Stream, settings: StreamSettings) -> tuple[np.ndarray, int]:
     """Return the sequence starts without a padding sequence, and the tokens to keep.
 
-    What padding is kept becomes sequences as short as can be, so that its attention is free.
+    What padding is kept becomes short sequences, so that its attention is free.
     """
     starts = np.asarray(stream.sequence_starts, dtype=np.int64)
     if not len(stream.rows_R):
@@ -282,8 +286,9 @@ def _kept_sequences(stream: Stream, settings: StreamSettings) -> tuple[np.ndarra
             f"stream of {num_tokens} tokens does not divide into {settings.multiple} equal parts; "
             f"make batch.stream_tokens a multiple of {settings.multiple}"
         )
-    step = settings.sequence_multiple
-    return np.concatenate((starts, np.arange(end + step, num_tokens + 1, step))), num_tokens
+    padding = np.arange(end + settings.padding_length, num_tokens, settings.padding_length)
+    last = [num_tokens] if num_tokens > end else []
+    return np.concatenate((starts, padding, np.asarray(last, dtype=np.int64))), num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -336,7 +341,10 @@ def _packed_stream(stream: Stream, share: _StreamShare, settings: StreamSettings
     positions = _to_device(stream.position_ids_T[share.tokens], device=settings.device)
     if share.token_shares is None:
         return build_packed_stream(
-            sequence_starts=share.starts, position_ids_T=positions, device=settings.device
+            sequence_starts=share.starts,
+            position_ids_T=positions,
+            device=settings.device,
+            has_padded_layout=settings.has_padded_layout,
         )
     context = build_context_share(
         share.starts, share.token_shares, settings.cp_rank, device=settings.device
@@ -344,7 +352,7 @@ def _packed_stream(stream: Stream, share: _StreamShare, settings: StreamSettings
     return build_shared_stream(
         context=context,
         position_ids_S=positions,
-        max_length=int(np.diff(share.starts).max()),
+        sequence_starts=share.starts,
     )
 
 

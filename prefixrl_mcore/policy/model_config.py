@@ -19,7 +19,9 @@ from prefixrl_mcore.config.model_shape import (
     read_model_shape,
 )
 from prefixrl_mcore.config.policy import PolicyConfig
+from prefixrl_mcore.config.precision import recomputed_modules
 from prefixrl_mcore.policy.experts import choose_experts
+from prefixrl_mcore.policy.layers import Layers
 
 __all__ = [
     "FAMILIES",
@@ -51,8 +53,31 @@ def _mixture_settings(
     }
 
 
+def _recompute_settings(shape: ModelShape, policy: PolicyConfig) -> dict[str, Any]:
+    """Return which activations Megatron computes again."""
+    if policy.recompute == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(recomputed_modules(policy, shape)),
+        }
+    if policy.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return {}
+
+
+def _fp8_settings(policy: PolicyConfig) -> dict[str, Any]:
+    """Return in which FP8 the matrix products are."""
+    if policy.fp8 is None:
+        return {}
+    return {"fp8": policy.fp8, "fp8_recipe": policy.fp8_recipe}
+
+
 def build_transformer_config(
-    shape: ModelShape, policy: PolicyConfig, *, device: torch.device
+    shape: ModelShape, policy: PolicyConfig, layers: Layers, *, device: torch.device
 ) -> TransformerConfig:
     """Return Megatron's configuration; the only place where it is made.
 
@@ -66,15 +91,10 @@ def build_transformer_config(
     check_divisible(shape, parallel)
     check_experts(shape, policy)
     dtype = torch.float32 if policy.dtype == "float32" else torch.bfloat16
-    recompute: dict[str, Any] = {}
-    if policy.recompute == "full":
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
     return TransformerConfig(
         **_mixture_settings(shape, policy, device),
+        **_recompute_settings(shape, policy),
+        **_fp8_settings(policy),
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -107,7 +127,8 @@ def build_transformer_config(
         batch_p2p_comm=device.type == "cuda",
         batch_p2p_sync=device.type == "cuda",
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, dense or not
-        gradient_accumulation_fusion=False,  # needs apex
+        # That of Transformer Engine's layers is switched on in build.py.
+        gradient_accumulation_fusion=layers.fuses_weight_gradients and layers.spec == "local",
         bias_activation_fusion=False,  # compiles on first use; no gain on the CPU
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -115,5 +136,4 @@ def build_transformer_config(
         persist_layer_norm=False,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        **recompute,
     )

@@ -2,10 +2,11 @@
 
 Shape suffixes: ``T`` tokens of a stream, ``P`` slots of the padded layout.
 
-Attention must stay inside each sequence. Sequences of similar length are laid out as one padded
-batch, so that a plain causal attention over ``[sequences, length]`` is exact: the padding is
-behind every real token and causality hides it. This needs no mask, no block-sparse kernel and
-few calls, on the CPU and on a GPU.
+Attention must stay inside each sequence. Kernels that know of sequences (torch's and Transformer
+Engine's flash attention) read their cumulative lengths. For torch's scaled dot-product attention,
+which does not, sequences of similar length are laid out as one padded batch, so that a plain causal
+attention over ``[sequences, length]`` is exact: the padding is behind every real token and
+causality hides it. This needs no mask and few calls, on the CPU and on a GPU.
 """
 
 # ruff: noqa: N815 - record fields carry shape suffixes
@@ -45,7 +46,8 @@ class PackedStream(PackedSeqParams):
 
     ``qkv_format`` is ``sbhd``: Megatron then rotates all tokens in one call with the angles of
     ``PackedRotaryEmbedding``. With ``thd`` it would loop over the sequences, reading each length
-    back from the device.
+    back from the device. All ``cu_seqlens_*`` are one [num_sequences + 1] int32 tensor on the
+    model's device: where the sequences of the whole stream begin, and its end.
     """
 
     position_ids_T: Tensor | None = None
@@ -56,7 +58,8 @@ class PackedStream(PackedSeqParams):
     """This rank's share of the attention under context parallelism, which has no padded layout."""
 
     buckets: tuple[Bucket, ...] = ()
-    """The padded layout, bucket after bucket; P slots in all."""
+    """The padded layout, bucket after bucket; P slots in all. Empty when the attention reads
+    ``cu_seqlens_q`` instead."""
 
     slot_tokens_P: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """[P] int64 token of each slot; padding slots repeat the first token of their sequence."""
@@ -66,7 +69,11 @@ class PackedStream(PackedSeqParams):
 
 
 def build_packed_stream(
-    *, sequence_starts: np.ndarray, position_ids_T: Tensor, device: torch.device
+    *,
+    sequence_starts: np.ndarray,
+    position_ids_T: Tensor,
+    device: torch.device,
+    has_padded_layout: bool = True,
 ) -> PackedStream:
     """Return the packed record of one stream.
 
@@ -74,6 +81,8 @@ def build_packed_stream(
         sequence_starts: [num_sequences + 1] int, cumulative, from 0 to T.
         position_ids_T: [T] int64 on ``device``.
         device: where the model's activations live.
+        has_padded_layout: lay the sequences out as padded batches; otherwise attention has the
+            cumulative lengths only.
 
     Raises:
         ValueError: if the starts do not cover the stream in ascending order.
@@ -86,16 +95,32 @@ def build_packed_stream(
             f"packed stream: sequence starts must ascend from 0 to {num_tokens}, got "
             f"{starts.tolist()}"
         )
+    boundaries = _boundaries(starts, device)
+    if not has_padded_layout:
+        return PackedStream(position_ids_T=position_ids_T, **boundaries)
     buckets, slot_tokens_P, token_slots_T = _lay_out(starts, lengths)
     return PackedStream(
-        qkv_format="sbhd",
-        max_seqlen_q=int(lengths.max()),
-        max_seqlen_kv=int(lengths.max()),
         position_ids_T=position_ids_T,
+        **boundaries,
         buckets=buckets,
         slot_tokens_P=torch.from_numpy(slot_tokens_P).to(device),
         token_slots_T=torch.from_numpy(token_slots_T).to(device),
     )
+
+
+def _boundaries(starts: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """Return what Megatron's record says of where sequences begin."""
+    cu_seqlens = torch.from_numpy(starts.astype(np.int32)).to(device)
+    max_length = int(np.diff(starts).max())
+    return {
+        "qkv_format": "sbhd",
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_kv": cu_seqlens,
+        "cu_seqlens_q_padded": cu_seqlens,
+        "cu_seqlens_kv_padded": cu_seqlens,
+        "max_seqlen_q": max_length,
+        "max_seqlen_kv": max_length,
+    }
 
 
 def _lay_out(
@@ -126,21 +151,19 @@ def _lay_out(
 
 
 def build_shared_stream(
-    *, context: ContextShare, position_ids_S: Tensor, max_length: int
+    *, context: ContextShare, position_ids_S: Tensor, sequence_starts: np.ndarray
 ) -> PackedStream:
     """Return the packed record of one context-parallel rank's share of a stream.
 
     Args:
         context: the share.
         position_ids_S: [S] int64 positions of this rank's tokens, on the model's device.
-        max_length: tokens of the longest sequence.
+        sequence_starts: [num_sequences + 1] int of the whole stream, cumulative, from 0 to T.
     """
     return PackedStream(
-        qkv_format="sbhd",
-        max_seqlen_q=max_length,
-        max_seqlen_kv=max_length,
         position_ids_T=position_ids_S,
         context=context,
+        **_boundaries(np.asarray(sequence_starts), position_ids_S.device),
     )
 
 

@@ -20,6 +20,7 @@ from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
 from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
 from prefixrl_mcore.config.layout import check_stream
 from prefixrl_mcore.config.policy import LogitsDtype, LossConfig, PolicyConfig
+from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.policy import cpu_runtime, topology
@@ -38,11 +39,14 @@ from prefixrl_mcore.policy.forward_backward import (
     run_schedule,
 )
 from prefixrl_mcore.policy.head import HeadSettings
+from prefixrl_mcore.policy.layers import choose_layers, describe_machine, log_layers
 from prefixrl_mcore.policy.model_config import ModelShape, read_hf_config, read_model_shape
 from prefixrl_mcore.policy.nonfinite import Findings, NonFiniteError, find_culprits
 from prefixrl_mcore.records import UpdateResult
 
 logger = logging.getLogger(__name__)
+
+_FLASH_BLOCK = 128
 
 
 class MegatronPolicy:
@@ -79,11 +83,14 @@ class MegatronPolicy:
             ValueError: if the model is not supported or the layout does not fit.
         """
         check_stream(policy.parallel, stream_tokens)
+        self.shape: ModelShape = read_model_shape(hf_config)
+        check_precision(self.shape, policy, stream_tokens)
+        self.layers = choose_layers(policy, self.shape, describe_machine())
+        log_layers(self.layers)
         self.topology = topology.initialize(policy.parallel, seed=seed)
         self.hf_config = dict(hf_config)
         self.model_path: Path | None = None
         """Folder that the weights came from; its tokenizer goes into checkpoints."""
-        self.shape: ModelShape = read_model_shape(hf_config)
         self.stream_tokens = stream_tokens
         self.seed = seed
         """Seed of random weights and random states."""
@@ -97,7 +104,7 @@ class MegatronPolicy:
         self.stream_settings = self._stream_settings(temperature, logits_dtype)
         torch.manual_seed(seed)
         self.model_chunks: list[DistributedDataParallel] = build_model_chunks(
-            self.shape, policy, self.topology
+            self.shape, policy, self.layers, self.topology
         )
         self._compute_clock = ComputeClock(self.topology.device)
         self._watch_reduction()
@@ -293,6 +300,10 @@ class MegatronPolicy:
     def _stream_settings(self, temperature: float, logits_dtype: LogitsDtype) -> StreamSettings:
         """Return how this layout wants its streams."""
         parallel, head = self._policy.parallel, self._policy.head
+        # Flash attention has blocks of 128 tokens, and work space for one more of each sequence.
+        padding_length = parallel.sequence_multiple
+        if self.layers.attention != "sdpa":
+            padding_length *= -(-_FLASH_BLOCK // padding_length)
         is_rounded = logits_dtype == "bfloat16" and self._policy.dtype == "bfloat16"
         return StreamSettings(
             head=HeadSettings(
@@ -303,8 +314,9 @@ class MegatronPolicy:
                 backend=head.backend or "auto",
             ),
             is_static=parallel.pipeline_model_parallel_size > 1,
-            multiple=parallel.stream_multiple,
-            sequence_multiple=parallel.sequence_multiple,
+            multiple=self._policy.stream_multiple,
+            padding_length=padding_length,
+            has_padded_layout=self.layers.attention == "sdpa",
             cp_size=self.topology.cp_size,
             cp_rank=self.topology.cp_rank,
             device=self.topology.device,

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,10 +88,12 @@ def build_policy(
     num_steps: int = 10,
     head: HeadConfig | None = None,
     experts: ExpertsConfig | str | None = None,
+    **settings: Any,
 ) -> MegatronPolicy:
     """Return a policy with the weights of ``folder``; without clipping unless configured.
 
-    ``experts`` may be the name of their implementation alone.
+    ``experts`` may be the name of their implementation alone; ``settings`` are further keys of
+    ``policy``.
     """
     if not isinstance(experts, ExpertsConfig):
         experts = ExpertsConfig.model_validate({"implementation": experts})
@@ -104,6 +107,7 @@ def build_policy(
                 "experts": experts,
                 "recompute": recompute,
                 "head": head or HeadConfig(),
+                **settings,
             }
         ),
         loss=loss or LossConfig(),

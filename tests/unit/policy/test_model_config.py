@@ -9,11 +9,14 @@ import torch
 
 from prefixrl_mcore.config.model_shape import Llama3Scaling, MixtureShape
 from prefixrl_mcore.config.policy import PolicyConfig
+from prefixrl_mcore.policy.layers import Layers
 from prefixrl_mcore.policy.model_config import (
     build_transformer_config,
     read_hf_config,
     read_model_shape,
 )
+
+LOCAL = Layers(spec="local", attention="sdpa", fuses_weight_gradients=False, reasons=())
 
 QWEN3_8B_V4: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -216,12 +219,14 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(
 ) -> None:
     policy = PolicyConfig.model_validate({"parallel": parallel})
     with pytest.raises(ValueError, match=message):
-        build_transformer_config(read_model_shape(QWEN3_8B_V4), policy, device=torch.device("cpu"))
+        build_transformer_config(
+            read_model_shape(QWEN3_8B_V4), policy, LOCAL, device=torch.device("cpu")
+        )
 
 
 def test_megatron_config_divides_by_global_token_counts() -> None:
     config = build_transformer_config(
-        read_model_shape(QWEN3_8B_V4), PolicyConfig(), device=torch.device("cpu")
+        read_model_shape(QWEN3_8B_V4), PolicyConfig(), LOCAL, device=torch.device("cpu")
     )
     assert config.calculate_per_token_loss
     assert (config.bf16, config.params_dtype) == (True, torch.bfloat16)

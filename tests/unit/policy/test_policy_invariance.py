@@ -1,19 +1,15 @@
 """What must not matter to the gradient: prompts and prefixes as targets, packing, neighbours."""
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.data.packing import PackedBatch
-from prefixrl_mcore.policy import cpu_runtime
-from prefixrl_mcore.policy.build import unwrap
-from prefixrl_mcore.policy.forward_backward import build_microbatch, run_model
+from tests.support.apart import assert_sequences_are_apart
 from tests.support.masked_rows import with_every_position_a_row
 from tests.support.policies import (
     build_policy,
@@ -95,32 +91,7 @@ def test_filler_streams_change_nothing(tied_folder: Path) -> None:
 
 def test_a_sequence_sees_no_other_sequence_in_the_stream(tied_folder: Path) -> None:
     """The gradient of one sequence's logprobs reaches its own token embeddings only."""
-    policy = build_policy(tied_folder)
-    stream = make_batch().streams[0]
-    microbatch = build_microbatch(stream, policy.stream_settings)
-    model = unwrap(policy.model_chunks[0])
-    embeddings: list[Tensor] = []
-
-    def keep(module: object, inputs: object, output: Tensor) -> Tensor:
-        embeddings.append(output.detach().requires_grad_())
-        return embeddings[-1]
-
-    hook = model.embedding.register_forward_hook(keep)
-    with cpu_runtime.megatron_on_cpu():
-        logprobs_R = run_model(policy.model_chunks[0], microbatch).logprobs_R
-    hook.remove()
-    starts = stream.sequence_starts.tolist()
-    num_checked = 0
-    for first, last in itertools.pairwise(starts):
-        inside = torch.from_numpy((stream.rows_R >= first) & (stream.rows_R < last))
-        if not inside.any():
-            continue
-        (grad_T,) = torch.autograd.grad(logprobs_R[inside].sum(), embeddings[0], retain_graph=True)
-        size_T = grad_T.abs().amax(dim=(1, 2))
-        assert size_T[first : last - 1].min() > 0.0  # the last token predicts nothing
-        assert float(torch.cat((size_T[:first], size_T[last:])).sum()) == 0.0
-        num_checked += 1
-    assert num_checked >= 3
+    assert_sequences_are_apart(build_policy(tied_folder), make_batch().streams[0])
 
 
 def test_rollout_logprobs_do_not_enter_reinforce(tied_folder: Path) -> None:

@@ -1,0 +1,128 @@
+"""AdamW as Megatron runs it: its schedule, where its state is kept, and in which types."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prefixrl_mcore.config.base import Config
+
+MomentDtype = Literal["float32", "float16", "bfloat16", "float8"]
+
+
+class OptimizerConfig(Config):
+    """AdamW and its schedule."""
+
+    lr: float = Field(default=1e-6, gt=0.0)
+    """Peak learning rate."""
+
+    min_lr: float = Field(default=0.0, ge=0.0)
+    """Learning rate at the end of a decaying schedule; unused by ``constant``."""
+
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """Shape of the learning rate after warm-up. ``wsd`` (warm-up, stable, decay) stays at the peak
+    and falls to ``min_lr`` in the last ``decay_fraction`` of the run."""
+
+    decay_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Share of the run's steps in which ``wsd`` falls; unused by the other schedules."""
+
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """How ``wsd`` falls; unused by the other schedules."""
+
+    num_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up from zero."""
+
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """AdamW's first-moment decay."""
+
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """AdamW's second-moment decay."""
+
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's denominator offset."""
+
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled weight decay on matrices; norms and biases have none."""
+
+    clip_grad: float = Field(default=1.0, gt=0.0)
+    """Global gradient norm above which gradients are scaled down."""
+
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data- and context-parallel ranks."""
+
+    use_precision_aware_optimizer: bool = False
+    """Keep main weights and moments in the types named below; needs ``use_distributed_optimizer``,
+    a bfloat16 model, and Transformer Engine's FusedAdam (not with ``cpu_offload``)."""
+
+    main_grads_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the gradient buffer. ``bfloat16`` is refused: the language-model head adds its
+    gradient to a float32 buffer."""
+
+    main_params_dtype: Literal["float32", "float16"] = "float32"
+    """Type of the main weights, which the optimizer steps; float16 is scaled."""
+
+    exp_avg_dtype: MomentDtype = "float32"
+    """Type of AdamW's first moment; other types than float32 are scaled."""
+
+    exp_avg_sq_dtype: MomentDtype = "float32"
+    """Type of AdamW's second moment; as ``exp_avg_dtype``."""
+
+    cpu_offload: bool = False
+    """Keep main weights and moments in host memory and step them there; needs a GPU,
+    ``use_precision_aware_optimizer`` and all its types at float32."""
+
+    cpu_offload_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the optimizer state that ``cpu_offload`` keeps in host memory."""
+
+    @model_validator(mode="after")
+    def _precision_aware_state_is_sharded(self) -> "OptimizerConfig":
+        if self.use_precision_aware_optimizer and not self.use_distributed_optimizer:
+            raise ValueError(
+                "policy.optimizer.use_precision_aware_optimizer needs use_distributed_optimizer, "
+                "got false; switch it on (it shards nothing on a single rank)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _other_types_need_the_precision_aware_optimizer(self) -> "OptimizerConfig":
+        others = self._types_other_than_float32()
+        if others and not self.use_precision_aware_optimizer:
+            raise ValueError(
+                f"policy.optimizer: {', '.join(others)} needs use_precision_aware_optimizer, got "
+                "false; switch it on or use float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _main_gradients_are_float32(self) -> "OptimizerConfig":
+        if self.main_grads_dtype != "float32":
+            raise ValueError(
+                f"policy.optimizer.main_grads_dtype must be 'float32', got "
+                f"{self.main_grads_dtype!r}: the language-model head adds its gradient to a "
+                "float32 buffer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded_state_is_float32_and_precision_aware(self) -> "OptimizerConfig":
+        if not self.cpu_offload:
+            return self
+        if not self.use_precision_aware_optimizer:
+            raise ValueError(
+                "policy.optimizer.cpu_offload needs use_precision_aware_optimizer, got false: "
+                "Megatron's hybrid optimizer keeps the main weights itself; switch it on"
+            )
+        others = self._types_other_than_float32()
+        if others:
+            raise ValueError(
+                f"policy.optimizer.cpu_offload keeps all state in float32, got {', '.join(others)}"
+                "; leave the types out"
+            )
+        return self
+
+    def _types_other_than_float32(self) -> list[str]:
+        """Return ``field = value`` of each type of state that is not float32."""
+        return [
+            f"{name} = {value!r}"
+            for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+            if (value := getattr(self, name)) != "float32"
+        ]

@@ -28,6 +28,8 @@ any length; torch's scaled dot-product attention on the padded layout of ``packe
 MIN_TE_VERSION = (2, 8)
 """Oldest Transformer Engine whose source was read for this."""
 
+_FLASH_BLOCK = 128
+
 _MAX_FLASH_WIDTH = 256
 """Widest head of torch's flash attention; widths are multiples of 8."""
 
@@ -67,6 +69,19 @@ class Layers:
 
     reasons: tuple[str, ...]
     """One line per choice."""
+
+    def padding_length(self, sequence_multiple: int) -> int:
+        """Return the tokens of the sequences that a stream's padding is cut into.
+
+        The shorter, the less attention: but flash attention computes blocks of 128 tokens, and
+        its backward pass has work space for one more block of each sequence.
+
+        Args:
+            sequence_multiple: what every sequence is a multiple of.
+        """
+        if self.attention == "sdpa":
+            return sequence_multiple
+        return -(-_FLASH_BLOCK // sequence_multiple) * sequence_multiple
 
 
 def describe_machine() -> Machine:

@@ -46,8 +46,6 @@ from prefixrl_mcore.records import UpdateResult
 
 logger = logging.getLogger(__name__)
 
-_FLASH_BLOCK = 128
-
 
 class MegatronPolicy:
     """The weights being trained, and everything that changes them.
@@ -300,10 +298,6 @@ class MegatronPolicy:
     def _stream_settings(self, temperature: float, logits_dtype: LogitsDtype) -> StreamSettings:
         """Return how this layout wants its streams."""
         parallel, head = self._policy.parallel, self._policy.head
-        # Flash attention has blocks of 128 tokens, and work space for one more of each sequence.
-        padding_length = parallel.sequence_multiple
-        if self.layers.attention != "sdpa":
-            padding_length *= -(-_FLASH_BLOCK // padding_length)
         is_rounded = logits_dtype == "bfloat16" and self._policy.dtype == "bfloat16"
         return StreamSettings(
             head=HeadSettings(
@@ -315,7 +309,7 @@ class MegatronPolicy:
             ),
             is_static=parallel.pipeline_model_parallel_size > 1,
             multiple=self._policy.stream_multiple,
-            padding_length=padding_length,
+            padding_length=self.layers.padding_length(parallel.sequence_multiple),
             has_padded_layout=self.layers.attention == "sdpa",
             cp_size=self.topology.cp_size,
             cp_rank=self.topology.cp_rank,

@@ -203,6 +203,11 @@ def test_what_the_machine_can_run_is_taken(
     choose(machine, shape, **policy)
 
 
+def test_padding_is_cut_as_the_attention_likes_it() -> None:
+    assert [choose(LAPTOP).padding_length(multiple) for multiple in (1, 4)] == [1, 4]
+    assert [choose(H100).padding_length(multiple) for multiple in (1, 4, 12)] == [128, 128, 132]
+
+
 def test_this_machine_is_described() -> None:
     machine = describe_machine()
     if machine.compute_capability is None:

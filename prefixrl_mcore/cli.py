@@ -293,9 +293,11 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     config = _load(arguments, rest)
     if _needs_ranks(config):
         return _start_ranks(config, arguments.argv)
+    from prefixrl_mcore.launch.check import predict_rank_bytes
     from prefixrl_mcore.trainer.run import run_training
 
-    return run_training(config, resume=arguments.resume)
+    predicted = predict_rank_bytes(config)
+    return run_training(config, resume=arguments.resume, predicted_bytes=predicted)
 
 
 def _replay(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -69,6 +69,11 @@ class TrainerConfig(Config):
     rollouts_every_steps: int = Field(default=1, ge=1)
     """Steps between two written rollout tables."""
 
+    dry_run_step: bool | None = None
+    """Before the first step, run forward and backward once on streams full of the longest
+    sequences, so that out-of-memory happens first; changes nothing of the run. None does so on
+    GPUs."""
+
     stall: StallConfig = Field(default_factory=StallConfig)
     """When a rank that makes no progress is reported."""
 

@@ -25,6 +25,7 @@ from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, s
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer import dry_run
 from prefixrl_mcore.trainer.loop import train
+from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.run_policy import build_policy
 from prefixrl_mcore.trainer.session import Session, retention_of
 from prefixrl_mcore.trainer.sft import run_sft
@@ -152,6 +153,8 @@ def build_session(
     if config.method == "prefixrl":
         prefixed = _read_prefixed(config, renderer, sets["train"])
     policy = build_policy(config)
+    profiler = stack.enter_context(StepProfiler(config.profile, folder.profile, topology))
+    policy.phases.annotate = profiler.annotate
     evaluator = None
     if topology.is_first:
         evaluator = stack.enter_context(
@@ -185,6 +188,7 @@ def build_session(
         metrics=None,
         progress=Progress("train", total=config.trainer.num_steps, enabled=False),
         phases=policy.phases,
+        profiler=profiler,
         predicted_bytes=predicted_bytes,
         hardware=read_hardware(
             topology, dtype=config.policy.dtype, configured_peak=config.trainer.peak_flops

@@ -37,6 +37,7 @@ from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
 from prefixrl_mcore.trainer.groups import group_metrics, training_sequences, with_advantages
 from prefixrl_mcore.trainer.memory import reset_peaks
 from prefixrl_mcore.trainer.out_of_memory import explained
+from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.rollout_log import rollout_rows, write_rollouts
 from prefixrl_mcore.trainer.step_metrics import (
     Hardware,
@@ -98,6 +99,9 @@ class Session:
     hardware: Hardware
     """What the ranks run on; for throughput and MFU."""
 
+    profiler: StepProfiler
+    """Records the steps that ``[profile]`` names."""
+
     predicted_bytes: float | None
     """Memory of a rank that ``prefixrl check`` predicts; None when nothing was predicted."""
 
@@ -125,7 +129,7 @@ class Session:
     def step(self, step: int) -> Iterator[None]:
         """Surround one step, from the weight sync to the metrics."""
         self.phases.begin_step(step)
-        with self._memory_explained():
+        with self._memory_explained(), self.profiler.step(step):
             yield
 
     def sync_weights(self) -> None:

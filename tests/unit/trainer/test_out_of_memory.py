@@ -24,6 +24,8 @@ RANK_3 = Topology(
     cp_size=1,
     dp_rank=3,
     dp_size=4,
+    ep_size=1,
+    etp_size=1,
     device=torch.device("cpu"),
 )
 

@@ -95,6 +95,15 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         action="store_true",
         help="continue exactly from the last complete checkpoint of the run folder",
     )
+    train.add_argument(
+        "--profile",
+        type=int,
+        nargs="+",
+        metavar="STEP",
+        help="write torch.profiler traces of these steps to profile/ in the run folder: short for "
+        "--profile.steps; see also --profile.ranks, --profile.with-stacks, "
+        "--profile.memory-snapshot",
+    )
     again = _add_config_command(
         commands,
         "replay",
@@ -290,12 +299,16 @@ def _prefixes(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    if arguments.profile:
+        rest = [*rest, "--profile.steps", *map(str, arguments.profile)]
     config = _load(arguments, rest)
     if _needs_ranks(config):
         return _start_ranks(config, arguments.argv)
+    from prefixrl_mcore.launch.check import predict_rank_bytes
     from prefixrl_mcore.trainer.run import run_training
 
-    return run_training(config, resume=arguments.resume)
+    predicted = predict_rank_bytes(config)
+    return run_training(config, resume=arguments.resume, predicted_bytes=predicted)
 
 
 def _replay(arguments: argparse.Namespace, rest: list[str]) -> int:

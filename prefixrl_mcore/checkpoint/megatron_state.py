@@ -49,7 +49,7 @@ def stage_megatron(folder: Path, policy: Trainable, *, turn: int, is_copied: boo
         turn: chooses the tensor that is read back after the save.
         is_copied: the policy may change as soon as this returns; otherwise when it is written.
     """
-    _complete_optimizer_state(policy.optimizer)
+    complete_optimizer_state(policy.optimizer)
     state = _sharded_state(policy, is_loading=False, has_optimizer=True)
     state[_RNG_KEY] = _sharded_rng(get_rng_state())
     with _known_warnings_ignored():
@@ -75,7 +75,7 @@ def load_megatron(
             is then unchanged.
     """
     if has_optimizer:
-        _complete_optimizer_state(policy.optimizer)
+        complete_optimizer_state(policy.optimizer)
     state = _sharded_state(policy, is_loading=True, has_optimizer=has_optimizer)
     optimizer_state = state.pop(_OPTIMIZER_KEY, {})
     slots = _find_slots(optimizer_state)
@@ -202,7 +202,7 @@ def _load_optimizer(  # untyped upstream
         part.load_parameter_state_from_fully_reshardable(sharded)
         for parameter, value in steps.items():
             part.optimizer.state[parameter]["step"] = value
-    _complete_optimizer_state(optimizer)
+    complete_optimizer_state(optimizer)
 
 
 def _set_step(part_state: dict[Any, Any], step: float, *, is_in_state: bool) -> None:
@@ -261,7 +261,7 @@ def _parts(optimizer: Any) -> list[Any]:  # noqa: ANN401  (untyped upstream)
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _complete_optimizer_state(optimizer: Any) -> None:  # noqa: ANN401  (untyped upstream)
+def complete_optimizer_state(optimizer: Any) -> None:  # noqa: ANN401  (untyped upstream)
     """Give every parameter of torch's Adam a state of its own, as its first step would.
 
     Zero moments and step 0 are what Adam begins with, so this changes no number. Without it a

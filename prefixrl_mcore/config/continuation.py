@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "evaluation.",
     "metrics.",
+    "profile.",
     "rollout.engine",
     "rollout.sglang.",
     "rollout.transformers.",

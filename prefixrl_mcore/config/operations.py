@@ -1,6 +1,6 @@
 """Watching a run and looking into it: stalls, profiles."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -64,3 +64,30 @@ class StallConfig(Config):
         """Return the limit of a phase, seconds; None has none."""
         own = getattr(self.phases, phase)
         return self.limit_seconds if own is None else own
+
+
+class ProfileConfig(Config):
+    """Which steps of which ranks are profiled; the traces go to ``RUN/profile``."""
+
+    steps: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Steps to profile, from 0; empty profiles none. The first step of a start is unlike the
+    others."""
+
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Ranks that write a trace; each slows down the others, which wait for it."""
+
+    with_stacks: bool = False
+    """Record the Python stack of every operation: larger traces, slower steps."""
+
+    with_shapes: bool = False
+    """Record the shapes of operands."""
+
+    with_memory: bool = False
+    """Record allocations in the trace."""
+
+    memory_snapshot: bool = False
+    """On GPUs, write a snapshot of memory at the end of each profiled step, with the history of
+    allocations; in all ranks that history is then in the snapshot of an out-of-memory error too."""
+
+    memory_entries: int = Field(default=100_000, ge=1)
+    """Allocations that the history of memory keeps, the newest."""

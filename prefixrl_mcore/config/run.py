@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from prefixrl_mcore.config.base import Config
 from prefixrl_mcore.config.data import CollectConfig, DataConfig, PrefixConfig
-from prefixrl_mcore.config.operations import StallConfig
+from prefixrl_mcore.config.operations import ProfileConfig, StallConfig
 from prefixrl_mcore.config.policy import BatchConfig, LossConfig, ModelConfig, PolicyConfig
 from prefixrl_mcore.config.rollout import RewardConfig, RolloutConfig
 
@@ -68,6 +68,11 @@ class TrainerConfig(Config):
 
     rollouts_every_steps: int = Field(default=1, ge=1)
     """Steps between two written rollout tables."""
+
+    dry_run_step: bool | None = None
+    """Before the first step, run forward and backward once on streams full of the longest
+    sequences, so that out-of-memory happens first; changes nothing of the run. None does so on
+    GPUs."""
 
     stall: StallConfig = Field(default_factory=StallConfig)
     """When a rank that makes no progress is reported."""
@@ -213,6 +218,7 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
 
     @property
     def stream_tokens(self) -> int:
@@ -280,6 +286,21 @@ class RunConfig(Config):
                 f"{self.evaluation.every_steps}: checkpoints between evaluations have no "
                 f"{best.metric}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profiled_steps_and_ranks_exist(self) -> "RunConfig":
+        num_ranks, num_steps = self.policy.parallel.world_size, self.trainer.num_steps
+        for name, values, limit, bound in (
+            ("steps", self.profile.steps, num_steps, "trainer.num_steps"),
+            ("ranks", self.profile.ranks, num_ranks, "the number of ranks in policy.parallel"),
+        ):
+            beyond = [value for value in values if value >= limit]
+            if beyond:
+                raise ValueError(
+                    f"profile.{name} must be below {bound} = {limit}, got {beyond}; they count "
+                    "from 0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -177,6 +177,15 @@ def estimate_memory(config: RunConfig, size: ModelSize) -> MemoryEstimate:
     )
 
 
+def predict_rank_bytes(config: RunConfig) -> float:
+    """Return the bytes that the trainer rank needs which needs most.
+
+    Raises:
+        ConfigError: if training would refuse the model.
+    """
+    return estimate_memory(config, read_model_size(config.model.path)).total
+
+
 def _activation_bytes(config: RunConfig, shape: ModelShape, width: int) -> float:
     """Return the saved activations of the first stage; ``width`` is bytes of an element."""
     parallel = config.policy.parallel

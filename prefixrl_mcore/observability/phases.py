@@ -62,6 +62,8 @@ class Phases:
             annotate: makes a context to be entered with each phase (a profiler's named range).
             clock: seconds; the phases' time is counted with it.
         """
+        self.failed: Phase | None = None
+        """Phase that the last exception came out of; None since the next one began."""
         self.annotate = annotate
         self._clock = clock
         self._seconds: dict[str, float] = {}
@@ -82,7 +84,11 @@ class Phases:
         self._announce()
         try:
             with self.annotate(name):
+                self.failed = None
                 yield
+        except BaseException:
+            self.failed = self.failed or name  # the innermost one
+            raise
         finally:
             self._switch()
             self._open.pop()

@@ -18,6 +18,8 @@ from torch import Tensor
 from prefixrl_mcore.accounting.model_flops import ModelFlops
 from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
 from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
+from prefixrl_mcore.checkpoint.megatron_state import complete_optimizer_state
+from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
 from prefixrl_mcore.config.layout import check_stream
 from prefixrl_mcore.config.policy import LogitsDtype, LossConfig, PolicyConfig
 from prefixrl_mcore.config.precision import check_precision
@@ -244,6 +246,29 @@ class MegatronPolicy:
         )
         self._zero_gradients()
         return findings
+
+    @cpu_runtime.megatron_on_cpu()
+    def dry_run(self, batch: PackedBatch) -> None:
+        """Run forward and backward on ``batch`` with the optimizer's state allocated; for memory.
+
+        Weights, moments, schedule, random states and ``policy_version`` are bit for bit as before
+        (moments that did not exist are zero, as the first step would make them); gradients are
+        cleared.
+
+        Raises:
+            ValueError: if the batch was packed for another layout.
+        """
+        self._check_batch(batch)
+        random_states = get_rng_state()
+        complete_optimizer_state(self.optimizer)
+        self._zero_gradients()
+        with self.phases.phase("forward_backward"):
+            self._run_loss(batch, self._loss, forward_only=False)
+        with self.phases.phase("optimizer"):
+            self._gradient_norm()
+        self._zero_gradients()
+        wait_for_device(self.topology.device)
+        set_rng_state(random_states)
 
     @cpu_runtime.megatron_on_cpu()
     def row_statistics(self, batch: PackedBatch) -> list[tuple[np.ndarray, np.ndarray]]:

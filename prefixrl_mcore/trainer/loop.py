@@ -26,15 +26,15 @@ def train(session: Session, stop: StopSignal) -> None:
         logger.info("no step to take: %d done, trainer.max_flops is spent", first_step)
         return
     stop.begin_steps()
-    session.phases.begin_steps()
+    session.begin_steps()
     for step in range(first_step, run.trainer.num_steps):
-        session.phases.begin_step(step)
-        session.sync_weights()
-        prefixed_problems = session.source.take(run.batch.prompts_per_step)
-        groups = session.sample_and_score(prefixed_problems, step)
-        batch = session.pack(groups)
-        update = session.update(step, batch)
-        session.log_step(step, groups, batch, update)
+        with session.step(step):
+            session.sync_weights()
+            prefixed_problems = session.source.take(run.batch.prompts_per_step)
+            groups = session.sample_and_score(prefixed_problems, step)
+            batch = session.pack(groups)
+            update = session.update(step, batch)
+            session.log_step(step, groups, batch, update)
 
         done = step + 1
         is_last = done == run.trainer.num_steps or session.is_over_budget()

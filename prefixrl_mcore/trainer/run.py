@@ -23,7 +23,9 @@ from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
+from prefixrl_mcore.trainer import dry_run
 from prefixrl_mcore.trainer.loop import train
+from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.run_policy import build_policy
 from prefixrl_mcore.trainer.session import Session, retention_of
 from prefixrl_mcore.trainer.sft import run_sft
@@ -33,8 +35,14 @@ from prefixrl_mcore.trainer.step_metrics import read_hardware
 logger = logging.getLogger(__name__)
 
 
-def run_training(config: RunConfig, *, resume: bool) -> int:
+def run_training(config: RunConfig, *, resume: bool, predicted_bytes: float | None = None) -> int:
     """Train as the config says and return the exit code; every rank calls this.
+
+    Args:
+        config: what to do.
+        resume: continue the run of the folder.
+        predicted_bytes: memory of a rank that ``prefixrl check`` predicts, told beside what is
+            measured.
 
     Raises:
         ConfigError: if the folder holds another run, or one that ``resume`` was not given for.
@@ -47,7 +55,7 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
         stack.callback(shut_down)
         run_on_first(lambda: folder.check(config))
         stop = StopSignal(TimeLimit(config.trainer, started=started))
-        session = build_session(config, folder, topology, stack)
+        session = build_session(config, folder, topology, stack, predicted_bytes=predicted_bytes)
         checkpoint = None
         if resume:
             every_steps = config.checkpoint.every_steps
@@ -65,6 +73,8 @@ def run_training(config: RunConfig, *, resume: bool) -> int:
         if checkpoint is not None:
             restore(session, checkpoint)
         _open_outputs(session, is_continued=checkpoint is not None)
+        if dry_run.is_wanted(session):
+            dry_run.take_dry_run_step(session)
         if checkpoint is None:
             if config.method == "sft_then_rl":
                 run_sft(session, _read_sft_traces(config, session.renderer), stop)
@@ -128,7 +138,12 @@ def _count_logged_steps(metrics_file: Path) -> int:
 
 
 def build_session(
-    config: RunConfig, folder: RunFolder, topology: Topology, stack: ExitStack
+    config: RunConfig,
+    folder: RunFolder,
+    topology: Topology,
+    stack: ExitStack,
+    *,
+    predicted_bytes: float | None = None,
 ) -> Session:
     """Build this rank's session at step 0; rank 0 also starts the engine and the verifier."""
     renderer = PromptRenderer(config.model.path, config.data.prompt)
@@ -138,6 +153,8 @@ def build_session(
     if config.method == "prefixrl":
         prefixed = _read_prefixed(config, renderer, sets["train"])
     policy = build_policy(config)
+    profiler = stack.enter_context(StepProfiler(config.profile, folder.profile, topology))
+    policy.phases.annotate = profiler.annotate
     evaluator = None
     if topology.is_first:
         evaluator = stack.enter_context(
@@ -171,6 +188,8 @@ def build_session(
         metrics=None,
         progress=Progress("train", total=config.trainer.num_steps, enabled=False),
         phases=policy.phases,
+        profiler=profiler,
+        predicted_bytes=predicted_bytes,
         hardware=read_hardware(
             topology, dtype=config.policy.dtype, configured_peak=config.trainer.peak_flops
         ),

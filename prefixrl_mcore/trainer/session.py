@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from prefixrl_mcore.rollout.sampling import sample_groups
 from prefixrl_mcore.rollout.scoring import score_groups
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
 from prefixrl_mcore.trainer.groups import group_metrics, training_sequences, with_advantages
+from prefixrl_mcore.trainer.memory import reset_peaks
+from prefixrl_mcore.trainer.out_of_memory import explained
+from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.rollout_log import rollout_rows, write_rollouts
 from prefixrl_mcore.trainer.step_metrics import (
     Hardware,
@@ -96,6 +99,12 @@ class Session:
     hardware: Hardware
     """What the ranks run on; for throughput and MFU."""
 
+    profiler: StepProfiler
+    """Records the steps that ``[profile]`` names."""
+
+    predicted_bytes: float | None
+    """Memory of a rank that ``prefixrl check`` predicts; None when nothing was predicted."""
+
     stack: ExitStack
     """Closes engine, verifier, metrics and progress."""
 
@@ -110,6 +119,18 @@ class Session:
 
     num_failed_saves: int = 0
     """Saves that the storage refused since this start."""
+
+    def begin_steps(self) -> None:
+        """Count time and memory from here on."""
+        self.phases.begin_steps()
+        reset_peaks(self.topology.device)
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Surround one step, from the weight sync to the metrics."""
+        self.phases.begin_step(step)
+        with self._memory_explained(), self.profiler.step(step):
+            yield
 
     def sync_weights(self) -> None:
         """Bring the engine to the policy's version; all ranks call this (collective export)."""
@@ -211,7 +232,8 @@ class Session:
     ) -> UpdateResult:
         """Do the work of an update, and dump one that is not finite."""
         try:
-            return self.policy.update(batch, loss=loss)
+            with self._memory_explained(batch):
+                return self.policy.update(batch, loss=loss)
         except NonFiniteError as error:
             with self.refusal_counted():  # the older state is worth more than the dump
                 self.saver.finish(wait=True)
@@ -224,6 +246,17 @@ class Session:
                 step=step,
                 state=self.state(step),
             ) from error
+
+    def _memory_explained(self, batch: PackedBatch | None = None) -> AbstractContextManager[None]:
+        """Return a context that says what to turn when memory runs out."""
+        return explained(
+            self.config,
+            self.topology,
+            what=lambda: f"step {self.phases.state.step}, phase {self.phases.failed or 'other'}",
+            batch=batch,
+            predicted_bytes=self.predicted_bytes,
+            snapshots=self.folder.profile,
+        )
 
     def log_step(
         self, step: int, groups: Sequence[Group], batch: PackedBatch, update: UpdateResult

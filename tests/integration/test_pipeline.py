@@ -27,7 +27,8 @@ PEAK_FLOPS = 1e10
 def trained(tiny_task: TinyTask, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished PrefixRL run of four steps."""
     run = tmp_path_factory.mktemp("runs") / "prefixrl"
-    assert tiny_task.run("train", run, "--trainer.peak-flops", str(PEAK_FLOPS)) == 0
+    flags = ("--trainer.peak-flops", str(PEAK_FLOPS), "--trainer.dry-run-step", "True")
+    assert tiny_task.run("train", run, *flags) == 0
     return run
 
 
@@ -125,6 +126,7 @@ def test_training_refuses_a_folder_with_a_run_and_changes_nothing(
 def test_a_resumed_run_equals_an_undisturbed_one(
     tiny_task: TinyTask, trained: Path, tmp_path: Path
 ) -> None:
+    # Nor does a dry-run step change anything: ``trained`` took one, this run does not.
     run = tmp_path / "resumed"
     assert tiny_task.run("train", run, "--trainer.num-steps", "2") == 0
     assert tiny_task.run("train --resume", run) == 0

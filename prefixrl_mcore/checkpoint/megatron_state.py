@@ -34,6 +34,8 @@ from prefixrl_mcore.policy.cpu_runtime import megatron_on_cpu
 _RNG_KEY = "rng_state"
 _OPTIMIZER_KEY = "optimizer"
 _SLOTS_KEY = "optimizer_slots"
+_MAIN_WEIGHTS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+"""Before the names of the float32 weights of a distributed and of a plain optimizer."""
 _COMMON_KEY = "common_state"  # Megatron's name of what is not a tensor
 _EXTRA_STATE = "_extra_state"
 _MAX_KEYS_IN_ERROR = 5
@@ -79,18 +81,14 @@ def load_megatron(
     state = _sharded_state(policy, is_loading=True, has_optimizer=has_optimizer)
     optimizer_state = state.pop(_OPTIMIZER_KEY, {})
     slots = _find_slots(optimizer_state)
-    state[_SLOTS_KEY] = {str(index): held[key] for index, (held, key) in enumerate(slots)}
+    reader = TorchDistReader(folder)
+    state[_SLOTS_KEY], weights_again = _by_number(slots, reader)
     if with_random_states:
         state[_RNG_KEY] = _sharded_rng(None)
-    with _known_warnings_ignored():
-        _check_keys(folder, state)
-        try:
-            loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
-        except CheckpointingException as error:
-            raise CheckpointError(
-                f"{folder}: cannot be loaded into this policy: {error}; load a checkpoint of the "
-                "same model"
-            ) from error
+    _check_keys(reader, state)
+    loaded = _load(folder, state)
+    if weights_again:  # in a second pass, since Megatron reads a tensor into one place only
+        loaded[_SLOTS_KEY] |= _load(folder, {_SLOTS_KEY: weights_again})[_SLOTS_KEY]
     _apply_weights(loaded, policy)
     if has_optimizer:
         for index, (held, key) in enumerate(slots):
@@ -105,6 +103,18 @@ def load_megatron(
         policy.optimizer.reload_model_params()
     if with_random_states:
         set_rng_state(loaded[_RNG_KEY])
+
+
+def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Let Megatron load a sharded state dict; all ranks must call this."""
+    with _known_warnings_ignored():
+        try:
+            return cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
+        except CheckpointingException as error:
+            raise CheckpointError(
+                f"{folder}: cannot be loaded into this policy: {error}; load a checkpoint of the "
+                "same model"
+            ) from error
 
 
 def _sharded_state(policy: Trainable, *, is_loading: bool, has_optimizer: bool) -> dict[str, Any]:
@@ -151,6 +161,41 @@ def _find_slots(optimizer_state: dict[Any, Any]) -> list[tuple[Any, Any]]:
         for held, key, value in nested_items_iter(optimizer_state)
         if isinstance(value, (ShardedBase, LocalNonpersistentObject))
     ]
+
+
+def _by_number(
+    slots: list[tuple[Any, Any]], reader: TorchDistReader
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what belongs into the slots by number, under the names that were stored.
+
+    Returns:
+        What the saved optimizer kept, and the float32 weights that it shared with the model.
+    """
+    kept: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    for index, (held, key) in enumerate(slots):
+        item = held[key]
+        is_shared = False
+        if isinstance(item, ShardedBase):
+            name = _stored_name(item.key, reader)
+            is_shared = name != item.key and not name.startswith(_MAIN_WEIGHTS)
+            item.key = name
+        (weights if is_shared else kept)[str(index)] = item
+    return kept, weights
+
+
+def _stored_name(name: str, reader: TorchDistReader) -> str:
+    """Return the name under which the saved optimizer, whatever its kind, kept a live tensor.
+
+    Moments have the same names in a plain and a distributed optimizer. The float32 weights that
+    the optimizer updates have not, and a plain optimizer of a float32 model has the model's own.
+    """
+    for prefix in _MAIN_WEIGHTS:
+        if name.startswith(prefix):
+            weight = name.removeprefix(prefix)
+            others = [other + weight for other in _MAIN_WEIGHTS]
+            return next((other for other in others if other in reader.shapes), weight)
+    return name
 
 
 def _saved_step(folder: Path, saved: dict[Any, Any]) -> float:
@@ -297,7 +342,7 @@ def _model_key(index: int) -> str:
     return f"model{index}"
 
 
-def _check_keys(folder: Path, state: dict[str, Any]) -> None:
+def _check_keys(reader: TorchDistReader, state: dict[str, Any]) -> None:
     """Refuse a checkpoint of other weights or optimizer before anything is overwritten.
 
     All ranks must call this: collective over all ranks.
@@ -305,17 +350,29 @@ def _check_keys(folder: Path, state: dict[str, Any]) -> None:
     wanted = {item.key for item in nested_values(state) if hasattr(item, "key")}
     everywhere: list[set[str]] = [wanted] * dist.get_world_size()
     dist.all_gather_object(everywhere, wanted)
-    reader = TorchDistReader(folder)
     stored = reader.shapes.keys() | reader.objects
     needed = set[str]().union(*everywhere) - {_RNG_KEY}
     absent = sorted(needed - stored)
-    unused = sorted(stored - needed - {_RNG_KEY, _COMMON_KEY})
+    unused = sorted(
+        name
+        for name in stored - needed - {_RNG_KEY, _COMMON_KEY}
+        if not _is_weight_again(name, reader)
+    )
     if absent or unused:
         raise CheckpointError(
-            f"{folder}: does not fit this policy: lacks {len(absent)} entries {_shorten(absent)}, "
-            f"holds {len(unused)} that the policy has not {_shorten(unused)}; load a checkpoint "
-            "of the same model and the same kind of optimizer"
+            f"{reader.folder}: does not fit this policy: lacks {len(absent)} entries "
+            f"{_shorten(absent)}, holds {len(unused)} that the policy has not {_shorten(unused)}; "
+            "load a checkpoint of the same model, in the same precision"
         )
+
+
+def _is_weight_again(name: str, reader: TorchDistReader) -> bool:
+    """Return whether an optimizer's weight is equal to the model's, which float32 does not round.
+
+    Such a one is not missed by a plain optimizer, which has no weights besides the model's.
+    """
+    weights = [name.removeprefix(prefix) for prefix in _MAIN_WEIGHTS if name.startswith(prefix)]
+    return any(reader.dtypes.get(weight) == torch.float32 for weight in weights)
 
 
 def _shorten(keys: list[str]) -> str:

@@ -84,7 +84,8 @@ class TorchDistReader:
         Raises:
             CheckpointError: if it is missing, damaged, or names anything but tensors' places.
         """
-        self._folder = folder
+        self.folder = folder
+        """What is read."""
         self._metadata = _read_metadata(folder / _METADATA_NAME)
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(entry.size)
@@ -92,6 +93,12 @@ class TorchDistReader:
             if isinstance(entry, dcp.TensorStorageMetadata)
         }
         """Shape of each whole tensor, by name."""
+        self.dtypes: dict[str, torch.dtype] = {
+            name: entry.properties.dtype
+            for name, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, dcp.TensorStorageMetadata)
+        }
+        """Data type of each tensor, by name."""
         self.objects: frozenset[str] = frozenset(
             name.split("/shard_")[0]
             for name, entry in self._metadata.state_dict_metadata.items()
@@ -107,7 +114,7 @@ class TorchDistReader:
         """
         entry = self._metadata.state_dict_metadata[name]
         if not isinstance(entry, dcp.TensorStorageMetadata):
-            raise CheckpointError(f"{self._folder}: {name} is no tensor; use another checkpoint")
+            raise CheckpointError(f"{self.folder}: {name} is no tensor; use another checkpoint")
         shape = tuple(entry.size)[len(indices) :]
         result = torch.empty(shape, dtype=entry.properties.dtype)
         num_filled = 0
@@ -121,7 +128,7 @@ class TorchDistReader:
             num_filled += piece.numel()
         if num_filled != result.numel():
             raise CheckpointError(
-                f"{self._folder}: {name}{list(indices) or ''} has pieces of {num_filled} numbers, "
+                f"{self.folder}: {name}{list(indices) or ''} has pieces of {num_filled} numbers, "
                 f"expected {result.numel()}; use another checkpoint"
             )
         return result
@@ -138,7 +145,7 @@ class TorchDistReader:
             if tuple(chunk.offsets) == offsets:
                 return self._read_chunk(name, chunk)
         raise CheckpointError(
-            f"{self._folder}: holds no piece of {name} at {offsets}, expected one of "
+            f"{self.folder}: holds no piece of {name} at {offsets}, expected one of "
             f"{len(chunks)}; use another checkpoint"
         )
 
@@ -155,10 +162,10 @@ class TorchDistReader:
         place = self._metadata.storage_data.get(dcp.MetadataIndex(name, chunk.offsets))
         if place is None or place.transform_descriptors:
             raise CheckpointError(
-                f"{self._folder / _METADATA_NAME}: does not say where {name} at "
+                f"{self.folder / _METADATA_NAME}: does not say where {name} at "
                 f"{tuple(chunk.offsets)} lies, expected a plain piece; use another checkpoint"
             )
-        path = self._folder / Path(place.relative_path).name
+        path = self.folder / Path(place.relative_path).name
         try:
             with path.open("rb") as file:
                 file.seek(place.offset)

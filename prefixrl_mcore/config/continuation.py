@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "policy.layer_spec",
     "policy.gradient_accumulation_fusion",
     "policy.head.",
+    "policy.optimizer.use_distributed_optimizer",
     "run_folder",
 )
 """Settings that a continued run may change: they decide how long, where and with how much memory,

@@ -112,9 +112,10 @@ class CheckpointConfig(Config):
     keep_best: KeepBestConfig | None = None
     """Also keep the best checkpoints by a metric; None has no such rule."""
 
-    in_background: bool = False
+    in_background: bool = True
     """Write checkpoints beside the training steps, from a copy of weights and optimizer state in
-    host memory; the step waits only for the copy. Off, the step waits for the whole save."""
+    host memory; the step waits only for the copy. Switch it off where host memory has no room for
+    that copy: the step then waits for the whole save."""
 
     @model_validator(mode="after")
     def _keep_every_steps_meets_checkpoints(self) -> "CheckpointConfig":

@@ -116,7 +116,10 @@ def _rewrite(path: Path, keeps: Callable[[Mapping[str, Any]], bool]) -> None:
 
 
 class _WandbSink:
-    """Weights & Biases; one W&B run per run folder, continued on resume."""
+    """Weights & Biases; one W&B run per run folder, continued on resume.
+
+    Steps that a resumed run takes again stand there twice: only W&B's service could drop them.
+    """
 
     def __init__(self, folder: RunFolder, config: MetricsConfig) -> None:
         assert config.wandb is not None, "built only when wandb is configured"

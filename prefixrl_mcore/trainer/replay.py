@@ -62,8 +62,6 @@ def run_replay(config: RunConfig, step: int, *, is_sft: bool) -> int:
         run_on_first(lambda: run.check(config))
         dump = run_on_first(lambda: _read(config, folder, step))
         policy = build_policy(config)
-        if is_sft:
-            policy.reset_optimizer(config.sft.lr)  # by which Megatron tells parameter groups apart
         load_checkpoint(step_folder(folder, step), policy)
         failure = replay(policy, dump)
     finally:

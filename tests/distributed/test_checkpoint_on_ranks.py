@@ -154,6 +154,24 @@ def test_another_layout_goes_on_with_the_same_numbers(
     assert max_difference(weights_then, saved) > 1e-4  # the update did something
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "to_sharded"),
+    [
+        pytest.param(TP2, DP2, True, id="plain tp2 to distributed dp2"),
+        pytest.param(DP2, PP2_VPP2, False, id="distributed dp2 to plain pp2 vpp2"),
+    ],
+)
+def test_another_layout_and_kind_of_optimizer_goes_on_with_the_same_numbers(
+    source: Path, tmp_path: Path, before: Layout, after: Layout, to_sharded: bool
+) -> None:
+    unbroken = run_on_ranks(save_and_go_on, source, before, not to_sharded, tmp_path, world_size=2)
+    resumed = run_on_ranks(load_and_go_on, source, after, to_sharded, tmp_path, world_size=2)
+    _, expected, weights_then = unbroken[0]
+    for _, result, weights_now in resumed:
+        assert result.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
+        assert max_difference(weights_now, weights_then) < RESHARD_TOLERANCE
+
+
 TP2_PP2: Layout = {**TP2, **PP2}
 TP2_DP2: Layout = {**TP2, **DP2}
 

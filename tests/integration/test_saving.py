@@ -31,11 +31,12 @@ def assert_same_metrics(run: Path, expected: Path) -> None:
         assert without_clock(metrics_of(run, kind)) == without_clock(metrics_of(expected, kind))
 
 
-def test_a_run_that_saves_in_the_background_is_the_same_run(
+def test_a_run_that_waits_for_its_saves_is_the_same_run(
     tiny_task: TinyTask, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "background"
-    flags = (*NUM_STEPS, "--checkpoint.in-background")
+    """The other one saves in the background, as is the default."""
+    run = tmp_path / "waiting"
+    flags = (*NUM_STEPS, "--checkpoint.no-in-background")
     assert tiny_task.run("train", run, *flags, "--trainer.num-steps", "2") == 0
     assert tiny_task.run("train --resume", run, *flags) == 0
     assert_same_metrics(run, undisturbed)
@@ -70,7 +71,7 @@ def test_what_a_checkpoint_remembers(undisturbed: Path) -> None:
     assert state.extra_state["is_evaluated"] is True
     evaluation = metrics_of(undisturbed, "eval")[-1]
     assert state.metrics["eval/train/accuracy"] == evaluation["eval/train/accuracy"]
-    assert state.layout == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "dp": 1}
+    assert state.layout == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
 
 
 def test_a_checkpoint_of_other_settings_is_refused(

@@ -72,7 +72,7 @@ def test_the_phases_add_up_to_the_step(trained: Path) -> None:
         assert min(times["time/rollout_seconds"], times["time/optimizer_seconds"]) > 0
         assert times["time/forward_backward_seconds"] > times["time/optimizer_seconds"]
     saves = [line["time/save_seconds"] > 0 for line in metrics_of(trained, "train")]
-    assert saves == [False, False, True, False]  # after step 1; in the line of step 2
+    assert saves[:3] == [False, False, True]  # after step 1; one in the background may go on
 
 
 def test_mfu_is_flops_over_the_given_peak(trained: Path) -> None:

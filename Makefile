@@ -77,6 +77,8 @@ gpu: $(GPU_NEEDS)  ## everything that wants a GPU: tests that may not skip, then
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() \
 	    else "make gpu: PyTorch sees no CUDA device, and nothing here may pass without one")'
 ifneq ($(GPU_NEEDS),)
+	mkdir -p runs
+	$(PYTHON) -m tests.support.memory_table --json runs/memory_gpu.json
 	$(PYTHON) -m pytest -m gpu $(filter-out $(KERNEL_TESTS),$(wildcard tests/gpu/test_*.py))
 endif
 	$(PYTHON) -m pytest -m "not multi_gpu" $(KERNEL_TESTS)

@@ -129,12 +129,49 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         metavar="WHICH",
         help="'latest' (default), 'base' (the initial weights), a step number, or a path",
     )
-    _add_config_command(
+    check = _add_config_command(
         commands,
         "check",
         _check,
-        "Print what would run (layout, memory, FLOPs per step) without starting anything.",
-        "Reads the config, the model's config.json and the data; touches no GPU.",
+        "Print what would run: layout, FLOPs, predicted memory and step time; starts nothing.",
+        "Reads the config and the model's config.json; touches no GPU. Says whether it fits, what "
+        "to change if not, and with --suggest or another number of --gpus the best layouts.",
+    )
+    _add_machine_options(check)
+
+
+def _add_machine_options(check: argparse.ArgumentParser) -> None:
+    """Add what ``check`` takes for granted of the machine."""
+    check.add_argument("--gpus", type=int, metavar="N", help="trainer GPUs (default: the config's)")
+    check.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU (80)"
+    )
+    check.add_argument(
+        "--reserved",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="of it kept free for CUDA, NCCL and fragmentation (0.1)",
+    )
+    check.add_argument("--suggest", action="store_true", help="search all layouts of the GPUs")
+    check.add_argument(
+        "--gpu", default="H100", metavar="NAME", help="whose peak FLOPs are taken (H100)"
+    )
+    check.add_argument(
+        "--update-efficiency", type=float, default=0.4, metavar="FRACTION", help="of the peak (0.4)"
+    )
+    check.add_argument(
+        "--rollout-efficiency",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="of the peak (0.1)",
+    )
+    check.add_argument(
+        "--mean-tokens",
+        type=float,
+        metavar="S",
+        help="mean length of a sequence (rollout.max_total_tokens)",
     )
 
 
@@ -343,9 +380,22 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from prefixrl_mcore.launch.check import print_check
+    from prefixrl_mcore.accounting.step_time import Assumptions
+    from prefixrl_mcore.launch.check import Machine, gpu_flops, print_check
 
-    print_check(_load(arguments, rest))
+    config = _load(arguments, rest)
+    machine = Machine(
+        num_gpus=arguments.gpus,
+        memory_gib=arguments.gpu_memory,
+        reserved_fraction=arguments.reserved,
+        mean_tokens=arguments.mean_tokens,
+        assumptions=Assumptions(
+            peak_flops=gpu_flops(config, arguments.gpu),
+            update_efficiency=arguments.update_efficiency,
+            rollout_efficiency=arguments.rollout_efficiency,
+        ),
+    )
+    print_check(config, machine, suggest=arguments.suggest)
     return 0
 
 

@@ -252,6 +252,33 @@ class LossConfig(Config):
     entropy_coefficient: float = Field(default=0.0, ge=0.0)
     """Weight of the entropy bonus on completion tokens."""
 
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    """Estimate of KL(policy || reference) that is added to the loss of each row, with
+    ``d = logprob - reference_logprob``: ``k1`` is ``d``, ``k2`` ``d^2 / 2``, ``k3``
+    ``exp(-d) - 1 + d``. ``none`` has no reference and costs nothing; the others cost one forward
+    pass a step, and twice a rank's weights in host memory."""
+
+    kl_coefficient: float = Field(default=0.0, ge=0.0)
+    """Weight of ``kl``."""
+
+    reference_path: Path | None = None
+    """Hugging Face folder of the reference, of the model's own shape; None is ``model.path``, the
+    weights before any training."""
+
+    @model_validator(mode="after")
+    def _kl_and_its_coefficient_go_together(self) -> "LossConfig":
+        if (self.kl == "none") != (self.kl_coefficient == 0.0):
+            raise ValueError(
+                f"loss.kl = {self.kl!r} and loss.kl_coefficient = {self.kl_coefficient} do not go "
+                'together: set both, or leave both out (loss.kl = "none", loss.kl_coefficient = 0)'
+            )
+        if self.kl == "none" and self.reference_path is not None:
+            raise ValueError(
+                f"loss.reference_path = {self.reference_path} is used with loss.kl only, got "
+                '"none"; set loss.kl and loss.kl_coefficient, or leave the path out'
+            )
+        return self
+
     @model_validator(mode="after")
     def _importance_band_is_ordered(self) -> "LossConfig":
         if self.importance == "masked" and self.min_importance > self.max_importance:

@@ -1,9 +1,10 @@
 """``prefixrl check``: what a config would run, worked out without starting anything.
 
-The memory figures are arithmetic from the model's ``config.json``, not measurements; each line
-says what it counts, so that a reader can check it.
+Memory and time are arithmetic (``accounting.memory``, ``accounting.step_time``), not measurements;
+``docs/memory.md`` compares the former with measured peaks.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from prefixrl_mcore.accounting.flops import sampling_flops, update_flops
+from prefixrl_mcore.accounting.hardware import peak_flops
+from prefixrl_mcore.accounting.layouts import Plan, full_workload, make_plan, search
+from prefixrl_mcore.accounting.memory import estimate_stages
+from prefixrl_mcore.accounting.parameters import ModelSize, model_size
+from prefixrl_mcore.accounting.step_time import Assumptions, StepWork
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.layout import (
     check_divisible,
     check_experts,
@@ -21,120 +28,116 @@ from prefixrl_mcore.config.layout import (
 from prefixrl_mcore.config.model_shape import ModelShape, read_hf_config, read_model_shape
 from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.config.run import RunConfig
-
-_GIB = 1024**3
-_OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8}
-"""Per parameter: two float32 moments, and beside bfloat16 weights a float32 main weight."""
-
-_HEAD_CHUNK_BYTES = 256 * 1024**2
-"""Bound on one chunk of float32 logits, as ``prefixrl_kernels.head`` sets it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSize:
-    """The shape of a decoder and its parameter counts."""
-
-    shape: ModelShape
-    """What training builds."""
-
-    num_parameters: int
-    """N: tied embedding counted once, norms and biases left out (below one in a thousand)."""
-
-    num_embedding_parameters: int
-    """Parameters of embedding and, where untied, output layer; part of N."""
-
-    num_expert_parameters: int
-    """Parameters of all experts; part of N, 0 in a dense model."""
-
-    @property
-    def num_active_parameters(self) -> int:
-        """Parameters that a token meets; the FLOPs of sampling and updates are counted with it."""
-        mixture = self.shape.mixture
-        if mixture is None:
-            return self.num_parameters
-        met = self.num_expert_parameters * mixture.num_experts_per_token // mixture.num_experts
-        return self.num_parameters - self.num_expert_parameters + met
+from prefixrl_mcore.launch.plan_report import (
+    knob_lines,
+    memory_table,
+    suggestion_lines,
+    time_lines,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryEstimate:
-    """Bytes on one trainer rank; each part on the pipeline stage that needs most of it.
+class Machine:
+    """What the run is to fit on."""
 
-    Symbols: ``P`` parameters on the rank, ``w`` bytes of a weight (2 in bfloat16, 4 in float32),
-    ``T`` stream tokens of a rank (those of a stream / ``cp``), ``H`` hidden size, ``L`` layers,
-    ``V`` vocabulary, ``tp``, ``pp``, ``cp`` and ``dp`` the parallel sizes.
-    """
+    num_gpus: int | None
+    """Trainer ranks; None takes the config's layout."""
 
-    weights: float
-    """``P w`` with ``P = (layer parameters / pp + embedding parameters / min(pp, 2)) / tp``, where
-    experts are divided by ``ep etp`` in place of ``tp``."""
+    memory_gib: float
+    """Of one GPU."""
 
-    gradients: float
-    """``4 P``: float32 buffer."""
+    reserved_fraction: float
+    """Share of it that must stay free: for the CUDA context, NCCL's buffers, fragmentation."""
 
-    optimizer: float
-    """``12 P`` in bfloat16 (main weight, two moments), ``8 P`` in float32; divided by ``dp cp``
-    with ``use_distributed_optimizer``, that of experts by ``tp dp cp / (ep etp)``."""
+    assumptions: Assumptions
+    """Speeds."""
 
-    activations: float
-    """Saved for the backward pass by ``L / pp`` layers in each of the ``pp`` microbatches that the
-    first stage holds at most (one forward, one backward): ``34 T H (w / 2) / tp`` per layer, where
-    34 is bytes per element of ``T H`` at 16 bit, attention probabilities not stored (selective
-    recomputation keeps less, which is not taken off); with full
-    recomputation one tensor per layer, ``T H w``, divided by ``tp`` with sequence parallelism.
-    The copies of tokens that a mixture routes to its experts are left out."""
-
-    head: float
-    """``2 R (V / tp) 4 + 4 (V / tp) H``: one chunk of ``R`` rows of float32 logits with its
-    gradient, and the float32 gradient of the output weight. ``R`` is at most ``T`` and at most
-    what keeps the logits within 256 MiB, ``2**28 // (4 V / tp)``, but at least 1."""
+    mean_tokens: float | None
+    """Mean length of a sequence; None takes ``rollout.max_total_tokens``, which is the most."""
 
     @property
-    def total(self) -> float:
-        """Sum of the parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+    def usable_bytes(self) -> float:
+        """What weights, state and step may take."""
+        return self.memory_gib * 1024**3 * (1 - self.reserved_fraction)
 
 
-def print_check(config: RunConfig, console: Console | None = None) -> None:
-    """Print layout, batch, memory and FLOPs of a config.
+def print_check(
+    config: RunConfig, machine: Machine, console: Console | None = None, *, suggest: bool = False
+) -> None:
+    """Print layout, batch, FLOPs, and predicted memory and time of a config.
+
+    With ``suggest``, or when the config's layout has another number of ranks than the machine, the
+    best layouts follow.
 
     Raises:
         ConfigError: if training would refuse the model or the layout.
     """
     console = console or Console()
-    size = read_model_size(config.model.path)
-    check_layout(config, size.shape)
-    table = Table(title=f"{config.method}: {config.model.path}", show_header=False)
-    for name, value in _rows(config, size):
-        table.add_row(name, value)
-    console.print(table)
+    shape = read_shape(config)
+    layout_ranks = config.policy.parallel.world_size
+    num_gpus = machine.num_gpus or layout_ranks
+    work = step_work(config, machine.mean_tokens)
+    if num_gpus == layout_ranks:
+        check_layout(config, shape)
+        _print_config(config, shape, console)
+        _print_plan(config, shape, work, machine, console)
+    else:
+        console.print(
+            f"policy.parallel has {layout_ranks} ranks, --gpus is {num_gpus}: looking for layouts"
+        )
+    if suggest or num_gpus != layout_ranks:
+        _print_suggestions(config, shape, work, machine, num_gpus, console)
     missing = [str(p) for p in _inputs(config) if not p.exists()]
     if missing:
         console.print(f"not there yet: {', '.join(missing)}", style="yellow", highlight=False)
 
 
-def read_model_size(folder: Path) -> ModelSize:
-    """Return the sizes in a Hugging Face folder's ``config.json``.
+def gpu_flops(config: RunConfig, gpu: str) -> float:
+    """Return the peak of one GPU: ``trainer.peak_flops``, or by the data sheet of ``gpu``.
 
     Raises:
-        ConfigError: if training would refuse the file: it is missing, of a model family that is
-            not supported, or asks for something that is not implemented.
+        ConfigError: if neither says.
     """
-    shape = read_model_shape(read_hf_config(folder))
-    hidden, heads = shape.hidden_size, shape.num_attention_heads + shape.num_query_groups
-    attention = 2 * hidden * shape.kv_channels * heads
-    num_embeddings = 1 if shape.tie_word_embeddings else 2
-    embedding = num_embeddings * shape.vocab_size * hidden
-    mixture = shape.mixture
-    feed_forward = 3 * hidden * shape.ffn_hidden_size
-    experts = mixture.num_experts * feed_forward if mixture else 0
-    router = mixture.num_experts * hidden if mixture else 0
-    layer = attention + (experts + router if mixture else feed_forward)
-    return ModelSize(
-        shape=shape,
-        num_parameters=shape.num_layers * layer + embedding,
-        num_embedding_parameters=embedding,
-        num_expert_parameters=shape.num_layers * experts,
+    if config.trainer.peak_flops is not None:
+        return config.trainer.peak_flops
+    found = peak_flops(gpu, config.policy.dtype)
+    if found is None:
+        raise ConfigError(
+            f"--gpu {gpu!r}: no peak FLOPs are known for it; give trainer.peak_flops, FLOPs per "
+            f"second in {config.policy.dtype}"
+        )
+    return found
+
+
+def read_shape(config: RunConfig) -> ModelShape:
+    """Return the shape in the model's ``config.json``.
+
+    Raises:
+        ConfigError: if training would refuse the file, or sequences are too long for the model.
+    """
+    shape = read_model_shape(read_hf_config(config.model.path))
+    check_positions(shape, config.rollout.max_total_tokens)
+    return shape
+
+
+def step_work(config: RunConfig, mean_tokens: float | None) -> StepWork:
+    """Return the rollouts of a step; completions keep their share of the longest sequence.
+
+    Raises:
+        ConfigError: if ``mean_tokens`` is not between 1 and ``rollout.max_total_tokens``.
+    """
+    rollout = config.rollout
+    mean = rollout.max_total_tokens if mean_tokens is None else mean_tokens
+    if not 1 <= mean <= rollout.max_total_tokens:
+        raise ConfigError(
+            f"--mean-tokens must be between 1 and rollout.max_total_tokens = "
+            f"{rollout.max_total_tokens}, got {mean:g}"
+        )
+    return StepWork(
+        num_rollouts=config.batch.prompts_per_step * config.batch.group_size,
+        mean_tokens=mean,
+        mean_completion_tokens=mean * rollout.max_completion_tokens / rollout.max_total_tokens,
+        stream_tokens=config.stream_tokens,
     )
 
 
@@ -149,70 +152,126 @@ def check_layout(config: RunConfig, shape: ModelShape) -> None:
     check_experts(shape, config.policy)
     check_stream(config.policy.parallel, config.stream_tokens)
     check_precision(shape, config.policy, config.stream_tokens)
-    check_positions(shape, config.rollout.max_total_tokens)
-
-
-def estimate_memory(config: RunConfig, size: ModelSize) -> MemoryEstimate:
-    """Return the bytes on the trainer rank that needs most; formulas in ``MemoryEstimate``."""
-    policy, parallel = config.policy, config.policy.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    width = 2 if policy.dtype == "bfloat16" else 4
-    parts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    experts = size.num_expert_parameters / pp / parts
-    layer_parameters = (
-        size.num_parameters - size.num_embedding_parameters - size.num_expert_parameters
-    )
-    others = (layer_parameters / pp + size.num_embedding_parameters / min(pp, 2)) / tp
-    on_rank = others + experts
-    stepped = on_rank
-    if policy.optimizer.use_distributed_optimizer:
-        replicas = parallel.data_parallel_size * parallel.context_parallel_size
-        stepped = others / replicas + experts / (tp * replicas / parts)
-    return MemoryEstimate(
-        weights=on_rank * width,
-        gradients=on_rank * 4,
-        optimizer=stepped * _OPTIMIZER_BYTES[policy.dtype],
-        activations=_activation_bytes(config, size.shape, width),
-        head=_head_bytes(config, size.shape),
-    )
 
 
 def predict_rank_bytes(config: RunConfig) -> float:
-    """Return the bytes that the trainer rank needs which needs most.
+    """Return the bytes that the trainer rank needs which needs most, on a GPU.
 
     Raises:
-        ConfigError: if training would refuse the model.
+        ConfigError: if training would refuse the model or the layout.
     """
-    return estimate_memory(config, read_model_size(config.model.path)).total
+    shape = read_shape(config)
+    check_layout(config, shape)
+    stages = estimate_stages(
+        shape,
+        config.policy,
+        full_workload(config.policy, step_work(config, mean_tokens=None)),
+        logits_dtype=config.model.logits_dtype,
+    )
+    return max(stage.total for stage in stages)
 
 
-def _activation_bytes(config: RunConfig, shape: ModelShape, width: int) -> float:
-    """Return the saved activations of the first stage; ``width`` is bytes of an element."""
-    parallel = config.policy.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    elements = config.stream_tokens / parallel.context_parallel_size * shape.hidden_size
-    if config.policy.recompute != "full":
-        per_layer = 34 * elements * (width / 2) / tp
+def _print_config(config: RunConfig, shape: ModelShape, console: Console) -> None:
+    """Print what would run."""
+    table = Table(title=f"{config.method}: {config.model.path}", show_header=False)
+    for name, value in _rows(config, shape, model_size(shape)):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _print_plan(
+    config: RunConfig, shape: ModelShape, work: StepWork, machine: Machine, console: Console
+) -> None:
+    """Print memory by stage, the verdict with knobs to turn, and time."""
+    plan = _plan(config, shape, work, machine)
+    console.print(memory_table(plan.stages, machine.usable_bytes))
+    limit = (
+        f"{_gib(machine.usable_bytes)} of --gpu-memory {machine.memory_gib:g} GiB "
+        f"({machine.reserved_fraction:.0%} reserved); the rollout engine is not included"
+    )
+    if plan.peak_bytes <= machine.usable_bytes:
+        console.print(f"fits: {_gib(plan.peak_bytes)} in {limit}", style="green", highlight=False)
     else:
-        per_layer = elements * width / (tp if parallel.sequence_parallel else 1)
-    num_microbatches = pp
-    return per_layer * (shape.num_layers / pp) * num_microbatches
+        console.print(
+            f"does not fit: {_gib(plan.peak_bytes)} in {limit}", style="red", highlight=False
+        )
+        turned = [
+            (what, _plan(changed, shape, step_work(changed, machine.mean_tokens), machine))
+            for what, changed in _knobs(config)
+        ]
+        _print_lines(knob_lines(turned, machine.usable_bytes), console)
+    _print_lines(time_lines(plan.time, machine.assumptions), console)
 
 
-def _head_bytes(config: RunConfig, shape: ModelShape) -> int:
-    """Return the head's logits and weight gradient on the last stage."""
-    parallel = config.policy.parallel
-    tp = parallel.tensor_model_parallel_size
-    vocab = shape.padded_vocab_size(tp) // tp
-    tokens = config.stream_tokens // parallel.context_parallel_size
-    rows = min(tokens, max(1, _HEAD_CHUNK_BYTES // (4 * vocab)))
-    return 2 * rows * vocab * 4 + vocab * shape.hidden_size * 4
+def _plan(config: RunConfig, shape: ModelShape, work: StepWork, machine: Machine) -> Plan:
+    """Return the prediction for a config."""
+    return make_plan(
+        shape,
+        config.policy,
+        work,
+        machine.assumptions,
+        logits_dtype=config.model.logits_dtype,
+    )
 
 
-def _rows(config: RunConfig, size: ModelSize) -> list[tuple[str, str]]:
+def _print_suggestions(
+    config: RunConfig,
+    shape: ModelShape,
+    work: StepWork,
+    machine: Machine,
+    num_gpus: int,
+    console: Console,
+) -> None:
+    """Print the best layouts of a number of GPUs."""
+    plans = search(
+        shape,
+        config.policy,
+        work,
+        machine.assumptions,
+        num_gpus=num_gpus,
+        memory_bytes=machine.usable_bytes,
+        logits_dtype=config.model.logits_dtype,
+    )
+    _print_lines(suggestion_lines(plans, machine.usable_bytes), console)
+
+
+def _print_lines(lines: Iterable[str | Table], console: Console) -> None:
+    """Print lines and tables."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _knobs(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Yield single changes that save memory and keep the number of ranks, as flags."""
+    policy, parallel = config.policy, config.policy.parallel
+    replicas = parallel.data_parallel_size * parallel.context_parallel_size
+    changes: list[tuple[str, dict[str, object]]] = []
+    if policy.recompute != "full":
+        changes.append(
+            ("--policy.recompute full", {"recompute": "full", "recompute_modules": None})
+        )
+    if policy.recompute == "none":
+        changes.append(("--policy.recompute selective", {"recompute": "selective"}))
+    if replicas > 1 and not policy.optimizer.use_distributed_optimizer:
+        optimizer = policy.optimizer.model_copy(update={"use_distributed_optimizer": True})
+        changes.append(("--policy.optimizer.use-distributed-optimizer", {"optimizer": optimizer}))
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        sharded = parallel.model_copy(update={"sequence_parallel": True})
+        changes.append(("--policy.parallel.sequence-parallel", {"parallel": sharded}))
+    memory_gb = policy.head.memory_gb / 4
+    head = policy.head.model_copy(update={"memory_gb": memory_gb})
+    changes.append((f"--policy.head.memory-gb {memory_gb:g}", {"head": head}))
+    for what, update in changes:
+        yield what, config.model_copy(update={"policy": policy.model_copy(update=update)})
+    shortest = config.rollout.max_total_tokens
+    if config.stream_tokens > shortest and shortest % parallel.stream_multiple == 0:
+        batch = config.batch.model_copy(update={"stream_tokens": shortest})
+        yield f"--batch.stream-tokens {shortest}", config.model_copy(update={"batch": batch})
+
+
+def _rows(config: RunConfig, shape: ModelShape, size: ModelSize) -> list[tuple[str, str]]:
     """Return the lines of the table."""
     parallel, batch, rollout = config.policy.parallel, config.batch, config.rollout
-    memory = estimate_memory(config, size)
     num_rollouts = batch.prompts_per_step * batch.group_size
     most_tokens = num_rollouts * rollout.max_total_tokens
     n = size.num_active_parameters
@@ -222,15 +281,15 @@ def _rows(config: RunConfig, size: ModelSize) -> list[tuple[str, str]]:
         f"CP {parallel.context_parallel_size} x DP {parallel.data_parallel_size} = "
         f"{parallel.world_size} trainer ranks"
     )
-    if size.shape.mixture:
+    if shape.mixture:
         layout += f", experts over {parallel.expert_model_parallel_size}"
         if parallel.expert_tensor_parallel_size > 1:
             layout += f" x {parallel.expert_tensor_parallel_size} (tensor)"
     return [
         (
             "parameters",
-            f"{size.num_parameters:.4g} ({size.shape.num_layers} layers, hidden "
-            f"{size.shape.hidden_size})" + (f", {n:.4g} for a token" if size.shape.mixture else ""),
+            f"{size.num_parameters:.4g} ({shape.num_layers} layers, hidden "
+            f"{shape.hidden_size})" + (f", {n:.4g} for a token" if shape.mixture else ""),
         ),
         ("layout", layout),
         ("precision", _precision_row(config)),
@@ -251,12 +310,6 @@ def _rows(config: RunConfig, size: ModelSize) -> list[tuple[str, str]]:
             f"{config.trainer.num_steps * most_flops:.3g} FLOPs",
         ),
         ("prefixes", _prefix_row(config)),
-        ("memory: weights", _gib(memory.weights)),
-        ("memory: gradients", _gib(memory.gradients)),
-        ("memory: optimizer", _gib(memory.optimizer)),
-        ("memory: activations", _gib(memory.activations)),
-        ("memory: head", _gib(memory.head)),
-        ("memory of a rank", f"{_gib(memory.total)} estimated, the engine not included"),
         ("rollout engine", rollout.engine or "sglang, or transformers where it does not start"),
         ("run folder", str(config.run_folder)),
     ]
@@ -293,4 +346,4 @@ def _inputs(config: RunConfig) -> list[Path]:
 
 def _gib(num_bytes: float) -> str:
     """Return bytes as GiB."""
-    return f"{num_bytes / _GIB:.3f} GiB"
+    return f"{num_bytes / 1024**3:.2f} GiB"

@@ -19,6 +19,8 @@ K3 = "loss/k3_nats"
 CLIPPED = "loss/clipped_fraction"
 IMPORTANCE = "loss/importance_mean"
 EXTREME = "loss/extreme_fraction"
+REFERENCE_K1 = "loss/reference_k1_nats"
+REFERENCE_K3 = "loss/reference_k3_nats"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,18 +38,26 @@ class LossReport:
     """[] float32: maxima over rows, to be reduced by ``max``; 0 without rows."""
 
 
-def metric_names(*, has_rollout_logprobs: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def metric_names(
+    *, has_rollout_logprobs: bool, has_reference: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the keys of ``metric_sums`` and ``metric_maxima``, in order.
 
     The same on every rank, so that a rank or stage without rows can take part in the reduction.
     """
+    reference = (REFERENCE_K1, REFERENCE_K3) if has_reference else ()
     if not has_rollout_logprobs:
-        return (ENTROPY,), ()
-    return (ENTROPY, GAP_MEAN, K1, K3, CLIPPED, IMPORTANCE, EXTREME), (GAP_MAX,)
+        return (ENTROPY, *reference), ()
+    rollout = (GAP_MEAN, K1, K3, CLIPPED, IMPORTANCE, EXTREME)
+    return (ENTROPY, *reference, *rollout), (GAP_MAX,)
 
 
 def report_rows(
-    summed_loss: Tensor, statistics: HeadStatistics, *, has_rollout_logprobs: bool
+    summed_loss: Tensor,
+    statistics: HeadStatistics,
+    *,
+    has_rollout_logprobs: bool,
+    has_reference: bool,
 ) -> LossReport:
     """Return the sums and maxima over the rows of one stream.
 
@@ -56,14 +66,22 @@ def report_rows(
     (``rollout - policy``) and ``loss/k3_nats`` (``ratio - 1 - log ratio``), both estimates of
     KL(rollout policy || policy); ``loss/clipped_fraction``, rows whose weight was cut or masked,
     or whose gradient was removed; ``loss/importance_mean``, the ratio before any cut;
-    ``loss/extreme_fraction``, rows whose log ratio was beyond the bound of the head.
+    ``loss/extreme_fraction``, rows whose log ratio was beyond the bound of the head;
+    ``loss/reference_k1_nats`` and ``loss/reference_k3_nats``, estimates of
+    KL(policy || reference).
 
     Args:
         summed_loss: [] float32, the head's loss.
         statistics: of the same rows.
-        has_rollout_logprobs: without them only the entropy is reported.
+        has_rollout_logprobs: without them the gap and what depends on it are not reported.
+        has_reference: without one there is no divergence from it.
     """
     sums = {ENTROPY: _sum(statistics.entropies_R)}
+    if has_reference:
+        sums |= {
+            REFERENCE_K1: _sum(statistics.reference_k1_R),
+            REFERENCE_K3: _sum(statistics.reference_k3_R),
+        }
     if not has_rollout_logprobs:
         return LossReport(summed_loss=summed_loss, metric_sums=sums, metric_maxima={})
     gaps_R = statistics.k1_R.abs()

@@ -104,6 +104,7 @@ def build_microbatch(
     *,
     loss: LossConfig | None = None,
     has_rollout_logprobs: bool = False,
+    reference_logprobs_R: np.ndarray | None = None,
 ) -> Microbatch:
     """Return one packed stream as tensors.
 
@@ -112,6 +113,7 @@ def build_microbatch(
         settings: what is kept of it, and where it goes.
         loss: estimator; None makes a microbatch that is only scored.
         has_rollout_logprobs: the stream's rollout logprobs mean something.
+        reference_logprobs_R: [R] float32 nats of this rank's rows; None without a KL term.
     """
     share = _share_stream(stream, settings)
     to_device = partial(_to_device, device=settings.device)
@@ -122,6 +124,9 @@ def build_microbatch(
             weights_R=to_device(stream.weights_R[share.mine_R]),
             rollout_logprobs_R=(
                 to_device(stream.rollout_logprobs_R[share.mine_R]) if has_rollout_logprobs else None
+            ),
+            reference_logprobs_R=(
+                None if reference_logprobs_R is None else to_device(reference_logprobs_R)
             ),
             config=loss,
         )
@@ -181,12 +186,15 @@ def run_schedule[T](
 
 
 def policy_loss(
-    output: HeadOutput, *, has_rollout_logprobs: bool
+    output: HeadOutput, *, has_rollout_logprobs: bool, has_reference: bool
 ) -> tuple[Tensor, Tensor, LossReport]:
     """Return the summed loss, the trained-token count and the report of one microbatch."""
     assert output.statistics is not None, "the microbatch was built with a loss"
     report = report_rows(
-        output.summed_loss.detach(), output.statistics, has_rollout_logprobs=has_rollout_logprobs
+        output.summed_loss.detach(),
+        output.statistics,
+        has_rollout_logprobs=has_rollout_logprobs,
+        has_reference=has_reference,
     )
     return output.summed_loss, _token_count(output), report
 
@@ -199,14 +207,20 @@ def row_report(output: HeadOutput) -> tuple[Tensor, Tensor, RowReport]:
 
 
 def reduce_totals(
-    reports: Sequence[LossReport], topology: Topology, *, has_rollout_logprobs: bool
+    reports: Sequence[LossReport],
+    topology: Topology,
+    *,
+    has_rollout_logprobs: bool,
+    has_reference: bool,
 ) -> Totals:
     """Add up the reports of all microbatches and ranks; all ranks must call this.
 
     Data- and context-parallel ranks report different rows. The last pipeline stage has the
     reports; the others take part with zeros.
     """
-    sum_names, max_names = metric_names(has_rollout_logprobs=has_rollout_logprobs)
+    sum_names, max_names = metric_names(
+        has_rollout_logprobs=has_rollout_logprobs, has_reference=has_reference
+    )
     # float64 keeps the order of streams and ranks out of the reported digits.
     sums = torch.zeros(1 + len(sum_names), dtype=torch.float64)
     maxima = torch.zeros(len(max_names), dtype=torch.float64)

@@ -53,6 +53,9 @@ class RowLoss:
     rollout_logprobs_R: Tensor | None
     """[R] float32 nats; None when the batch has none."""
 
+    reference_logprobs_R: Tensor | None
+    """[R] float32 nats under the reference; None without a KL term."""
+
     config: LossConfig
     """Estimator."""
 
@@ -156,6 +159,9 @@ def compute_head(
         clip_low=loss.config.clip_low,
         clip_high=loss.config.clip_high,
         entropy_coefficient=loss.config.entropy_coefficient,
+        kl=loss.config.kl,
+        kl_coefficient=loss.config.kl_coefficient,
+        reference_logprobs_R=loss.reference_logprobs_R,
         weight_grad="main_grad",
         promised_upstream=1.0,
         **shared,

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from prefixrl_mcore.policy.head import HeadSettings
 from prefixrl_mcore.policy.layers import choose_layers, describe_machine, log_layers
 from prefixrl_mcore.policy.model_config import ModelShape, read_hf_config, read_model_shape
 from prefixrl_mcore.policy.nonfinite import Findings, NonFiniteError, find_culprits
+from prefixrl_mcore.policy.reference import FrozenReference
 from prefixrl_mcore.records import UpdateResult
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class MegatronPolicy:
         """Told of the phases of an update; a trainer puts its own here."""
         self._policy = policy
         self._loss = loss
+        self._reference: FrozenReference | None = None
         self._num_steps = num_steps
         self.stream_settings = self._stream_settings(temperature, logits_dtype)
         torch.manual_seed(seed)
@@ -154,6 +156,10 @@ class MegatronPolicy:
         )
         built.model_path = model_path
         with cpu_runtime.megatron_on_cpu():
+            if loss.kl != "none":
+                folder = loss.reference_path or model_path
+                load_hf_weights(built.model_chunks, folder, hf_config)
+                built._reference = FrozenReference(built.model_chunks)
             load_hf_weights(built.model_chunks, model_path, hf_config)
         built.adopt_model_weights()
         return built
@@ -168,7 +174,7 @@ class MegatronPolicy:
 
         Minimises ``sum_r weights_r * loss_r / num_trained_tokens`` over the global batch. When no
         row can carry a gradient (no trained token, or every advantage zero without an entropy
-        bonus) nothing changes: not the weights, not the moments, not the schedule, not
+        bonus or a KL term) nothing changes: not the weights, not the moments, not the schedule, not
         ``policy_version``; the metrics are still computed.
 
         Args:
@@ -370,33 +376,69 @@ class MegatronPolicy:
                 f"multiple of {stages}; pass streams_multiple={stages} to pack()"
             )
 
-    def _microbatches(self, batch: PackedBatch, loss: LossConfig | None) -> list[Microbatch]:
+    def _microbatches(
+        self,
+        batch: PackedBatch,
+        loss: LossConfig | None,
+        reference: Sequence[np.ndarray] | None = None,
+    ) -> list[Microbatch]:
         """Return this data-parallel rank's streams as tensors; without a loss, to be scored."""
+        streams = batch.rank_streams(self.topology.dp_rank)
         return [
             build_microbatch(
                 stream,
                 self.stream_settings,
                 loss=loss,
                 has_rollout_logprobs=batch.has_rollout_logprobs,
+                reference_logprobs_R=None if reference is None else reference[index],
             )
-            for stream in batch.rank_streams(self.topology.dp_rank)
+            for index, stream in enumerate(streams)
         ]
 
     def _run_loss(self, batch: PackedBatch, loss: LossConfig, *, forward_only: bool) -> Totals:
         """Run the loss over the batch; leaves gradients unless ``forward_only``."""
-        microbatches = self._microbatches(batch, loss)
+        has_reference = loss.kl != "none"
+        reference = self.reference_logprobs(batch) if has_reference else None
+        microbatches = self._microbatches(batch, loss, reference)
         self._compute_clock.start()
         reports = run_schedule(
             self.model_chunks,
             microbatches,
-            partial(policy_loss, has_rollout_logprobs=batch.has_rollout_logprobs),
+            partial(
+                policy_loss,
+                has_rollout_logprobs=batch.has_rollout_logprobs,
+                has_reference=has_reference,
+            ),
             forward_only=forward_only,
             on_microbatch=self.phases.beat,
         )
         self._compute_clock.stop()  # here when there was no gradient to reduce
         return reduce_totals(
-            reports, self.topology, has_rollout_logprobs=batch.has_rollout_logprobs
+            reports,
+            self.topology,
+            has_rollout_logprobs=batch.has_rollout_logprobs,
+            has_reference=has_reference,
         )
+
+    @cpu_runtime.megatron_on_cpu()
+    def reference_logprobs(self, batch: PackedBatch) -> list[np.ndarray] | None:
+        """Return the reference's logprobs of this rank's rows, by microbatch.
+
+        None on pipeline stages without the head. All ranks must call this.
+        """
+        if self._reference is None:
+            raise ValueError(
+                "a loss with a KL term needs the policy to be built with one: loss.kl was 'none'"
+            )
+        with self._reference.in_place():
+            reports = run_schedule(
+                self.model_chunks,
+                self._microbatches(batch, None),
+                row_report,
+                forward_only=True,
+                on_microbatch=self.phases.beat,
+            )
+        return [logprobs_R for logprobs_R, _ in reports] or None
 
     def _watch_reduction(self) -> None:
         """Let the clock know when Megatron's schedule goes on to reduce gradients."""
@@ -452,7 +494,7 @@ class MegatronPolicy:
 
 def _has_gradient(batch: PackedBatch, loss: LossConfig) -> bool:
     """Return whether any row of the global batch can move the weights."""
-    if loss.entropy_coefficient:
+    if loss.entropy_coefficient or loss.kl_coefficient:
         return any(np.any(stream.weights_R) for stream in batch.streams)
     return any(np.any(stream.weights_R * stream.advantages_R) for stream in batch.streams)
 

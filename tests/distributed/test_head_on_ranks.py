@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from prefixrl_kernels import head_logprobs
-from prefixrl_kernels.head.plan import Mode
+from prefixrl_kernels.head_plan import Mode
 from torch import Tensor
 
 from tests.support.head_cases import (

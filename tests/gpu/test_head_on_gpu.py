@@ -11,10 +11,10 @@ import torch
 from prefixrl_kernels import HeadStatistics, reinforce_head
 from prefixrl_kernels.head import table
 from prefixrl_kernels.head.matmul import multiply_into
-from prefixrl_kernels.head.plan import Mode
 from prefixrl_kernels.head.reference import TorchRows
 from prefixrl_kernels.head.triton_rows import TritonRows
 from prefixrl_kernels.head.vocab import VocabShard
+from prefixrl_kernels.head_plan import Mode
 from torch import Tensor
 
 from tests.support.head_cases import TRAINING_MODES

@@ -10,7 +10,7 @@ import pytest
 import torch
 from prefixrl_kernels import HeadShape, RowIndex, head_logprobs, plan_head, reinforce_head
 from prefixrl_kernels.head.autograd import WeightGrad
-from prefixrl_kernels.head.plan import Mode
+from prefixrl_kernels.head_plan import Mode
 from torch import Tensor
 
 from tests.support.head_cases import TRAINING_MODES

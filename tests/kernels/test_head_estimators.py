@@ -9,9 +9,9 @@ import pytest
 import torch
 from prefixrl_kernels import head_logprobs, reinforce_head
 from prefixrl_kernels.head.estimators import IMPORTANCES, KLS
-from prefixrl_kernels.head.plan import Mode
 from prefixrl_kernels.head.reference import TorchRows
 from prefixrl_kernels.head.row_kernels import RowKernels
+from prefixrl_kernels.head_plan import Mode
 from torch import Tensor
 
 from tests.support.head_cases import (

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prefixrl_kernels.head.plan import Mode
 from prefixrl_kernels.head.row_kernels import RowKernels
+from prefixrl_kernels.head_plan import Mode
 from torch import Tensor
 
 from tests.support.head_cases import (

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prefixrl_kernels.head.plan import Mode
 from prefixrl_kernels.head.row_kernels import RowKernels
 from prefixrl_kernels.head.triton_rows import TritonRows
+from prefixrl_kernels.head_plan import Mode
 
 from tests.support.head_cases import (
     IS_INTERPRETED,

@@ -1,19 +1,17 @@
 """The plan: its memory by hand, its choice at real sizes, and what a run really allocates."""
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from prefixrl_kernels import HeadShape, RowIndex, head_logprobs, plan_head, reinforce_head
 from prefixrl_kernels.head.estimators import Estimator
-from prefixrl_kernels.head.plan import MODES, Mode
 from prefixrl_kernels.head.row_kernels import LossInputs
 from prefixrl_kernels.head.vocab import VocabShard
+from prefixrl_kernels.head_plan import MODES, Mode
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from tests.support.live_memory import LiveMemory
 
 BUDGET = 1_500_000_000
 
@@ -161,36 +159,6 @@ def test_a_budget_or_a_mode_without_meaning_is_refused() -> None:
         plan_head(_shape(), mode="fast")  # pyright: ignore[reportArgumentType]  # that is the test
 
 
-class _PeakMemory(TorchDispatchMode):
-    """Adds up the memory behind every tensor that an operation makes, while it is alive."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self._sizes = {values.untyped_storage()._cdata: 0 for values in known}
-        self.current = self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.current += storage.nbytes()
-        self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.current -= self._sizes.pop(key)
-
-
 class _NoWork:
     """Row kernels that allocate what Triton's do and compute nothing: what is left are passes."""
 
@@ -257,7 +225,7 @@ def test_a_run_allocates_no_more_than_the_plan_says(
         is_weight_grad_summed=weight_grad == "autograd",
     )
     main_grads = [weight_VH.main_grad] if weight_grad != "autograd" else []  # pyright: ignore[reportAttributeAccessIssue]
-    memory = _PeakMemory([hidden_TH, weight_VH, targets_R, advantages_R, *main_grads])
+    memory = LiveMemory([hidden_TH, weight_VH, targets_R, advantages_R, *main_grads])
     with memory:
         loss, statistics = reinforce_head(
             hidden_TH,
@@ -303,7 +271,7 @@ def test_logprobs_under_no_grad_hold_one_block_of_logits() -> None:
         memory_budget_bytes=budget,
     )
     assert plan.logit_rows == 256
-    memory = _PeakMemory([hidden_TH, weight_VH, targets_R])
+    memory = LiveMemory([hidden_TH, weight_VH, targets_R])
     with memory, torch.no_grad():
         head_logprobs(
             hidden_TH,

@@ -17,12 +17,12 @@ from prefixrl_kernels.head import autograd
 from prefixrl_kernels.head.autograd import WeightGrad
 from prefixrl_kernels.head.estimators import Estimator
 from prefixrl_kernels.head.passes import HeadCall, Loss
-from prefixrl_kernels.head.plan import Mode
 from prefixrl_kernels.head.reference import TorchRows
 from prefixrl_kernels.head.row_kernels import LossInputs, RowKernels
 from prefixrl_kernels.head.table import HeadStatistics
 from prefixrl_kernels.head.triton_rows import TritonRows
 from prefixrl_kernels.head.vocab import VocabShard
+from prefixrl_kernels.head_plan import Mode
 from torch import Tensor
 from torch.utils import deterministic
 

@@ -20,13 +20,13 @@ from prefixrl_kernels.head.autograd import WeightGrad
 from prefixrl_kernels.head.estimators import Estimator, Importance, Kl
 from prefixrl_kernels.head.linear_logprob import linear_logprob_forward
 from prefixrl_kernels.head.passes import HeadCall, Loss
-from prefixrl_kernels.head.plan import DEFAULT_BUDGET_BYTES, HeadPlan, HeadShape, Mode, plan_head
 from prefixrl_kernels.head.reference import TorchRows
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs, RowKernels
 from prefixrl_kernels.head.table import HeadStatistics
 from prefixrl_kernels.head.triton_rows import TritonRows, is_interpreted
 from prefixrl_kernels.head.vocab import VocabShard
+from prefixrl_kernels.head_plan import DEFAULT_BUDGET_BYTES, HeadPlan, HeadShape, Mode, plan_head
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def reinforce_head(
         vocab_start: token id of the first row of ``weight_VH``.
         sequence_parallel: hidden states are sharded along the sequence over ``tp_group``: gathered
             in the forward pass, reduce-scattered in the backward pass.
-        mode: what is kept between the passes, see ``prefixrl_kernels.head.plan``. Without gradient
+        mode: what is kept between the passes, see ``prefixrl_kernels.head_plan``. Without gradient
             it is ``no_grad``.
         memory_budget_bytes: what ``auto`` may use beyond inputs and returned gradients.
         weight_grad: ``autograd`` returns the gradient of the weight in its dtype; ``main_grad``

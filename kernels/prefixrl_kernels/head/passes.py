@@ -22,7 +22,6 @@ from torch import Tensor
 from prefixrl_kernels.head import table
 from prefixrl_kernels.head.estimators import Estimator
 from prefixrl_kernels.head.matmul import multiply_into, wide_dtype
-from prefixrl_kernels.head.plan import HeadPlan, even_slices
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs, RowKernels
 from prefixrl_kernels.head.vocab import (
@@ -33,6 +32,7 @@ from prefixrl_kernels.head.vocab import (
     start_sequence_sum,
     start_sum,
 )
+from prefixrl_kernels.head_plan import HeadPlan, even_slices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

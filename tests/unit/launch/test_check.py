@@ -2,21 +2,20 @@
 
 import io
 import json
+import re
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.policy import PolicyConfig
 from prefixrl_mcore.config.run import RunConfig
-from prefixrl_mcore.launch.check import (
-    MemoryEstimate,
-    check_layout,
-    estimate_memory,
-    print_check,
-    read_model_size,
-)
+from prefixrl_mcore.launch.check import Machine, check_layout, gpu_flops, print_check, read_shape
 
 QWEN3_4B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -33,6 +32,15 @@ QWEN3_4B: dict[str, Any] = {
     "rope_theta": 1000000,
     "tie_word_embeddings": True,
 }
+
+
+MACHINE = Machine(
+    num_gpus=None,
+    memory_gib=80.0,
+    reserved_fraction=0.1,
+    assumptions=Assumptions(peak_flops=989.4e12),
+    mean_tokens=None,
+)
 
 
 def _config(
@@ -58,101 +66,19 @@ def _config(
     )
 
 
-def _memory(folder: Path, parallel: dict[str, Any] | None = None, **changes: Any) -> MemoryEstimate:
-    config = _config(folder, parallel, **changes)
-    return estimate_memory(config, read_model_size(folder))
+def _printed(config: RunConfig, *, suggest: bool = False, **machine: Any) -> str:
+    """Return what the command prints."""
+    out = io.StringIO()
+    console = Console(file=out, width=1000)
+    print_check(config, replace(MACHINE, **machine), console, suggest=suggest)
+    return out.getvalue()
 
 
 def _refusal(folder: Path, parallel: dict[str, Any] | None = None, **changes: Any) -> str:
     config = _config(folder, parallel, **changes)
     with pytest.raises(ConfigError) as refusal:
-        print_check(config, Console(file=io.StringIO()))
+        print_check(config, MACHINE, Console(file=io.StringIO()))
     return str(refusal.value)
-
-
-def test_parameters_of_qwen3_4b(tmp_path: Path) -> None:
-    size = read_model_size(_config(tmp_path).model.path)
-    # attention 2 x 2560 x 128 x (32 + 8), feed-forward 3 x 2560 x 9728, embedding 151936 x 2560
-    assert size.num_parameters == 36 * (26_214_400 + 74_711_040) + 388_956_160 == 4_022_272_000
-
-
-def test_tensor_parallelism_divides_weights_gradients_and_optimizer(tmp_path: Path) -> None:
-    one = _memory(tmp_path)
-    two = _memory(tmp_path, {"tensor_model_parallel_size": 2})
-    assert one.weights == 2 * 4_022_272_000
-    assert one.gradients == 4 * 4_022_272_000
-    assert one.optimizer == 12 * 4_022_272_000
-    for part in ("weights", "gradients", "optimizer"):
-        assert getattr(two, part) == getattr(one, part) / 2
-
-
-def test_float32_needs_no_main_weight(tmp_path: Path) -> None:
-    memory = _memory(tmp_path, policy={"dtype": "float32"})
-    assert memory.weights == 4 * 4_022_272_000
-    assert memory.optimizer == 8 * 4_022_272_000
-
-
-def test_a_distributed_optimizer_is_sharded_over_replicas_gradients_are_not(tmp_path: Path) -> None:
-    parallel = {"data_parallel_size": 4}
-    sharded = _memory(tmp_path, parallel, policy={"optimizer": {"use_distributed_optimizer": True}})
-    assert sharded.optimizer == 12_066_816_000  # 12 x 4 022 272 000 / 4
-    assert sharded.gradients == 16_089_088_000
-    assert _memory(tmp_path, parallel).optimizer == 48_267_264_000
-
-
-@pytest.mark.parametrize(
-    ("parallel", "stream_tokens", "num_bytes"),
-    [
-        # 2**28 // (4 x 151936) = 441 rows: 2 x 441 x 607744; weight gradient 607744 x 2560
-        pytest.param({}, 4096, 536_030_208 + 1_555_824_640, id="chunk"),
-        # half the vocabulary: 883 rows x 303872 bytes, twice; 303872 x 2560
-        pytest.param(
-            {"tensor_model_parallel_size": 2}, 4096, 536_637_952 + 777_912_320, id="tensor-parallel"
-        ),
-        pytest.param({}, 100, 121_548_800 + 1_555_824_640, id="short-stream"),
-    ],
-)
-def test_the_head_holds_a_chunk_twice_and_a_weight_gradient(
-    tmp_path: Path, parallel: dict[str, Any], stream_tokens: int, num_bytes: int
-) -> None:
-    assert _memory(tmp_path, parallel, stream_tokens=stream_tokens).head == num_bytes
-
-
-@pytest.mark.parametrize(
-    ("parallel", "policy", "num_bytes"),
-    [
-        # 4096 tokens x 2560 = 10 485 760 elements; x 34 x 36 layers
-        pytest.param({}, {}, 12_834_570_240, id="bfloat16"),
-        pytest.param({}, {"dtype": "float32"}, 25_669_140_480, id="float32"),
-        pytest.param({"tensor_model_parallel_size": 2}, {}, 6_417_285_120, id="tensor-parallel"),
-        # 36 / 12 layers of 12 microbatches
-        pytest.param({"pipeline_model_parallel_size": 12}, {}, 12_834_570_240, id="pipeline"),
-        # 10 485 760 x 2 bytes x 36 layers
-        pytest.param({}, {"recompute": "full"}, 754_974_720, id="recompute"),
-        pytest.param(
-            {},
-            {"recompute": "full", "dtype": "float32"},
-            1_509_949_440,
-            id="recompute-float32",
-        ),
-        pytest.param(
-            {"tensor_model_parallel_size": 2},
-            {"recompute": "full"},
-            754_974_720,
-            id="recompute-tensor-parallel",
-        ),
-        pytest.param(
-            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-            {"recompute": "full"},
-            377_487_360,
-            id="recompute-sequence-parallel",
-        ),
-    ],
-)
-def test_activations_of_a_stream_of_4096_tokens(
-    tmp_path: Path, parallel: dict[str, Any], policy: dict[str, Any], num_bytes: int
-) -> None:
-    assert _memory(tmp_path, parallel, policy=policy).activations == num_bytes
 
 
 @pytest.mark.parametrize(
@@ -205,28 +131,6 @@ MIXTURE: dict[str, Any] = {
     "moe_intermediate_size": 768,
     "norm_topk_prob": True,
 }
-
-
-def test_parameters_of_a_mixture_of_experts(tmp_path: Path) -> None:
-    size = read_model_size(_config(tmp_path, model=MIXTURE).model.path)
-    # One expert 3 x 2560 x 768, router 64 x 2560, attention and embedding as in Qwen3-4B.
-    experts = 36 * 64 * 5_898_240
-    assert size.num_expert_parameters == experts
-    assert size.num_parameters == 36 * (26_214_400 + 163_840) + experts + 388_956_160
-    assert size.num_active_parameters == size.num_parameters - experts * 7 // 8
-
-
-def test_expert_parallel_ranks_share_the_experts(tmp_path: Path) -> None:
-    replicas = {"data_parallel_size": 4}
-    spread = replicas | {"expert_model_parallel_size": 4}
-    sharded = {"optimizer": {"use_distributed_optimizer": True}}
-    one = _memory(tmp_path, replicas, model=MIXTURE, policy=sharded)
-    four = _memory(tmp_path, spread, model=MIXTURE, policy=sharded)
-    experts = 36 * 64 * 5_898_240
-    assert one.weights - four.weights == 2 * experts * 3 / 4
-    assert one.optimizer == four.optimizer  # sharded over all ranks either way
-    cut = replicas | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
-    assert _memory(tmp_path, cut, model=MIXTURE, policy=sharded) == four
 
 
 @pytest.mark.parametrize(
@@ -300,7 +204,7 @@ def test_a_stream_that_sequence_parallelism_cannot_split_is_refused_with_stages(
     assert "stream of 4097 tokens does not divide into 2 equal parts (tensor 2" in message
     assert "set batch.stream_tokens to 4098 or 4096" in message
     one_stage = _config(tmp_path, parallel, stream_tokens=4097)
-    check_layout(one_stage, read_model_size(tmp_path).shape)
+    check_layout(one_stage, read_shape(one_stage))
 
 
 @pytest.mark.parametrize(
@@ -330,21 +234,7 @@ def test_a_stream_that_context_parallelism_cannot_cut_is_refused_with_the_arithm
 ) -> None:
     assert message in _refusal(tmp_path, parallel, stream_tokens=tokens)
     fits = _config(tmp_path, parallel, stream_tokens=4104)
-    check_layout(fits, read_model_size(tmp_path).shape)
-
-
-def test_context_parallel_ranks_share_activations_and_the_sharded_optimizer(
-    tmp_path: Path,
-) -> None:
-    whole = _memory(tmp_path, {}, policy={"optimizer": {"use_distributed_optimizer": True}})
-    shared = _memory(
-        tmp_path,
-        {"context_parallel_size": 4},
-        policy={"optimizer": {"use_distributed_optimizer": True}},
-    )
-    assert shared.activations == whole.activations / 4
-    assert shared.optimizer == whole.optimizer / 4
-    assert (shared.weights, shared.gradients) == (whole.weights, whole.gradients)
+    check_layout(fits, read_shape(fits))
 
 
 def test_sequences_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
@@ -352,14 +242,13 @@ def test_sequences_longer_than_the_model_has_positions_are_refused(tmp_path: Pat
     assert "rollout.max_total_tokens = 40961" in message
     assert "max_position_embeddings = 40960" in message
     fits = _config(tmp_path, stream_tokens=40960)
-    check_layout(fits, read_model_size(tmp_path).shape)
+    check_layout(fits, read_shape(fits))
 
 
 def test_the_table_says_what_would_run(tmp_path: Path) -> None:
-    out = io.StringIO()
-    print_check(_config(tmp_path), Console(file=out, width=200))
-    assert "128 prompts x 8 rollouts = 1024" in out.getvalue()
-    assert "3 per trace at 40%-80%" in out.getvalue()
+    printed = _printed(_config(tmp_path))
+    assert "128 prompts x 8 rollouts = 1024" in printed
+    assert "3 per trace at 40%-80%" in printed
 
 
 @pytest.mark.parametrize(
@@ -377,9 +266,7 @@ def test_the_table_says_how_precise_logits_are(
     settings["model"]["logits_dtype"] = logits_dtype
     settings["policy"]["dtype"] = dtype
     settings["rollout"] |= {"sglang": {"dtype": dtype}, "transformers": {"dtype": dtype}}
-    out = io.StringIO()
-    print_check(RunConfig.model_validate(settings), Console(file=out, width=200))
-    assert line in out.getvalue()
+    assert line in _printed(RunConfig.model_validate(settings))
 
 
 @pytest.mark.parametrize(
@@ -390,8 +277,87 @@ def test_the_table_says_how_precise_logits_are(
 def test_inputs_that_are_not_there_yet_are_named(
     tmp_path: Path, method: str, missing: set[str]
 ) -> None:
-    out = io.StringIO()
-    print_check(_config(tmp_path, method=method), Console(file=out, width=1000))
-    listed = out.getvalue().rpartition("not there yet: ")[2].strip().split(", ")
+    printed = _printed(_config(tmp_path, method=method))
+    listed = printed.rpartition("not there yet: ")[2].strip().split(", ")
     folders = {str(tmp_path / "run" / name) for name in missing}
     assert set(listed) == {str(tmp_path / "p.jsonl")} | folders
+
+
+ONE_NODE = {"tensor_model_parallel_size": 2, "data_parallel_size": 4, "sequence_parallel": True}
+
+
+def test_it_says_that_a_config_fits_and_how_long_a_step_takes(tmp_path: Path) -> None:
+    printed = _printed(_config(tmp_path, ONE_NODE, policy={"recompute": "full"}))
+    found = re.search(r"^fits: ([0-9.]+) GiB in 72.00 GiB of --gpu-memory 80 GiB", printed, re.M)
+    assert found is not None
+    # 2.01e9 parameters of 18 bytes, and of 4 more while torch's AdamW steps them
+    assert 41 < float(found[1]) < 42
+    assert re.search(r"predicted step: [0-9.e+]+ s = rollout", printed)
+    assert "assumed: 989.4 TFLOP/s a GPU, of it 40% in the update and 10% in sampling" in printed
+
+
+def test_a_config_that_does_not_fit_names_the_knobs_with_what_they_would_do(tmp_path: Path) -> None:
+    config = _config(tmp_path, ONE_NODE, stream_tokens=32_768)
+    printed = _printed(config, memory_gib=60.0)
+    assert "does not fit:" in printed
+    knobs = dict(re.findall(r"^  (--\S+(?: \S+)?): [0-9.]+ GiB, (.*)$", printed, re.M))
+    assert knobs == {
+        "--policy.recompute full": "fits",
+        "--policy.recompute selective": "does not fit",
+        "--policy.optimizer.use-distributed-optimizer": "does not fit",
+        "--policy.head.memory-gb 0.375": "does not fit",
+    }
+    assert "no single change is enough" not in printed
+    assert "no single change is enough; --suggest" in _printed(config, memory_gib=20.0)
+
+
+def test_every_stage_has_a_column(tmp_path: Path) -> None:
+    printed = _printed(_config(tmp_path, {"pipeline_model_parallel_size": 4}))
+    assert all(f"stage {stage}" in printed for stage in range(4))
+    peaks = re.search(r"│ peak +│ (.*) │$", printed, re.M)
+    assert peaks is not None
+    values = [float(value) for value in peaks[1].split("│")]
+    assert len(set(values)) == 4
+
+
+def test_another_number_of_gpus_brings_layouts_as_lines_of_a_config(tmp_path: Path) -> None:
+    printed = _printed(_config(tmp_path), num_gpus=16)
+    assert "policy.parallel has 1 ranks, --gpus is 16" in printed
+    sections = re.split(r"^# \d: .*$", printed, flags=re.M)[1:]
+    assert len(sections) == 5
+    for section in sections:
+        lines = "\n".join(line.strip() for line in section.partition("not there")[0].splitlines())
+        policy = PolicyConfig.model_validate(tomllib.loads(lines)["policy"])
+        assert policy.parallel.world_size == 16
+        assert policy.optimizer.use_distributed_optimizer
+
+
+def test_the_layout_of_the_config_can_be_compared_with_others(tmp_path: Path) -> None:
+    printed = _printed(_config(tmp_path, ONE_NODE), suggest=True)
+    assert "predicted memory of a rank" in printed
+    assert re.search(r"\d+ of \d+ layouts fit", printed)
+
+
+@pytest.mark.parametrize("mean", [0.5, 5000.0])
+def test_a_mean_length_beyond_the_longest_is_refused(tmp_path: Path, mean: float) -> None:
+    with pytest.raises(ConfigError, match=r"--mean-tokens must be between 1 and .* = 4096"):
+        _printed(_config(tmp_path), mean_tokens=mean)
+
+
+def test_shorter_sequences_shorten_the_step(tmp_path: Path) -> None:
+    config = _config(tmp_path, ONE_NODE)
+    seconds = [
+        float(re.findall(r"predicted step: ([0-9.e+]+) s", _printed(config, mean_tokens=mean))[0])
+        for mean in (4096.0, 1024.0)
+    ]
+    assert 0.2 < seconds[1] / seconds[0] < 0.25  # a quarter, and less attention
+
+
+def test_the_peak_is_the_settings_or_the_data_sheets(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    assert gpu_flops(config, "NVIDIA H100 80GB HBM3") == 989.4e12
+    assert gpu_flops(config, "A100") == 312e12
+    with pytest.raises(ConfigError, match="--gpu 'abacus': no peak FLOPs are known"):
+        gpu_flops(config, "abacus")
+    trainer = config.trainer.model_copy(update={"peak_flops": 5e12})
+    assert gpu_flops(config.model_copy(update={"trainer": trainer}), "abacus") == 5e12

@@ -25,7 +25,9 @@ def _statistics(k1: list[float]) -> HeadStatistics:
 
 
 def _report(k1: list[float]) -> LossReport:
-    return report_rows(torch.tensor(3.0), _statistics(k1), has_rollout_logprobs=True)
+    return report_rows(
+        torch.tensor(3.0), _statistics(k1), has_rollout_logprobs=True, has_reference=False
+    )
 
 
 def test_sums_and_maxima_of_three_rows() -> None:
@@ -47,13 +49,12 @@ def test_no_rows_give_zeros() -> None:
     assert report.metric_maxima["loss/logprob_gap_max_nats"].item() == 0.0
 
 
-def test_names_are_those_of_the_reduction_with_and_without_rollout_logprobs() -> None:
-    for has_rollout_logprobs in (False, True):
-        report = report_rows(
-            torch.tensor(0.0), _statistics([0.0]), has_rollout_logprobs=has_rollout_logprobs
-        )
-        names = (tuple(report.metric_sums), tuple(report.metric_maxima))
-        assert names == metric_names(has_rollout_logprobs=has_rollout_logprobs)
+@pytest.mark.parametrize("has_reference", [False, True])
+@pytest.mark.parametrize("has_rollout_logprobs", [False, True])
+def test_names_are_those_of_the_reduction(has_rollout_logprobs: bool, has_reference: bool) -> None:
+    has = {"has_rollout_logprobs": has_rollout_logprobs, "has_reference": has_reference}
+    report = report_rows(torch.tensor(0.0), _statistics([0.0]), **has)
+    assert (tuple(report.metric_sums), tuple(report.metric_maxima)) == metric_names(**has)
 
 
 def test_sums_of_parts_equal_the_sum_of_the_whole() -> None:

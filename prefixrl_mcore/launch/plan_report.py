@@ -1,0 +1,127 @@
+"""Predicted memory and time as tables and lines of ``prefixrl check``."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from prefixrl_mcore.accounting.layouts import Plan
+from prefixrl_mcore.accounting.memory import StageMemory
+from prefixrl_mcore.accounting.step_time import Assumptions, StepTime
+from prefixrl_mcore.config.policy import ParallelConfig, PolicyConfig
+
+_GIB = 1024**3
+
+_PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "buffers",
+    "head",
+    "backward",
+    "embedding",
+    "optimizer_step",
+)
+"""Fields of ``StageMemory``, in its order."""
+
+_NUM_SUGGESTIONS = 5
+
+
+def memory_table(stages: Sequence[StageMemory], usable_bytes: float) -> Table:
+    """Return GiB of one rank by part, a column for each pipeline stage."""
+    table = Table(title="predicted memory of a rank, GiB")
+    table.add_column("")
+    for stage in stages:
+        table.add_column("every rank" if len(stages) == 1 else f"stage {stage.stage}")
+    for part in _PARTS:
+        table.add_row(part.replace("_", " "), *(_gib(getattr(stage, part)) for stage in stages))
+    table.add_section()
+    table.add_row("peak", *(_peak(stage, usable_bytes) for stage in stages))
+    table.caption = (
+        "head, backward, embedding and optimizer step follow one another: the peak has the largest"
+    )
+    return table
+
+
+def knob_lines(turned: Sequence[tuple[str, Plan]], usable_bytes: float) -> Iterator[str]:
+    """Yield what single changes would do, the most helpful first."""
+    for what, plan in sorted(turned, key=lambda entry: entry[1].peak_bytes):
+        verdict = "fits" if plan.peak_bytes <= usable_bytes else "does not fit"
+        yield f"  {what}: {_gib(plan.peak_bytes)} GiB, {verdict}"
+    if not any(plan.peak_bytes <= usable_bytes for _, plan in turned):
+        yield "  no single change is enough; --suggest looks for other layouts"
+
+
+def time_lines(time: StepTime, assumptions: Assumptions) -> Iterator[str]:
+    """Yield the predicted time of a step with what was assumed."""
+    yield (
+        f"predicted step: {time.total:.3g} s = rollout {time.rollout:.3g} + update "
+        f"{time.update:.3g} (computing {time.compute:.3g}, pipeline bubble {time.bubble:.3g}, "
+        f"communication {time.communication:.3g})"
+    )
+    yield (
+        f"  assumed: {assumptions.peak_flops / 1e12:.4g} TFLOP/s a GPU, of it "
+        f"{assumptions.update_efficiency:.0%} in the update and "
+        f"{assumptions.rollout_efficiency:.0%} in sampling; "
+        f"{assumptions.fast_bytes_per_second / 1e9:g} GB/s within "
+        f"{assumptions.gpus_per_node} GPUs, {assumptions.slow_bytes_per_second / 1e9:g} beyond"
+    )
+
+
+def suggestion_lines(plans: Sequence[Plan], usable_bytes: float) -> Iterator[str | Table]:
+    """Yield a table of the best plans, and the best one as lines of a config."""
+    num_fitting = sum(plan.peak_bytes <= usable_bytes for plan in plans)
+    table = Table(title=f"{num_fitting} of {len(plans)} layouts fit")
+    for name in ("", "layout", "recompute", "GiB", "step s", "update s", "bubble s", "network s"):
+        table.add_column(name)
+    for plan in plans[:_NUM_SUGGESTIONS]:
+        time = plan.time
+        table.add_row(
+            "fits" if plan.peak_bytes <= usable_bytes else "too large",
+            layout_name(plan.policy.parallel),
+            plan.policy.recompute,
+            _gib(plan.peak_bytes),
+            *(f"{value:.3g}" for value in (time.total, time.update, time.bubble)),
+            f"{time.communication:.3g}",
+        )
+    yield table
+    for number, plan in enumerate(plans[:_NUM_SUGGESTIONS], 1):
+        yield f"# {number}: {layout_name(plan.policy.parallel)}"
+        yield from config_lines(plan.policy)
+
+
+def layout_name(parallel: ParallelConfig) -> str:
+    """Return a layout in the usual abbreviations, sizes of 1 left out."""
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    sizes = {
+        "TP": parallel.tensor_model_parallel_size,
+        "PP": parallel.pipeline_model_parallel_size,
+        "VPP": virtual or 1,
+        "CP": parallel.context_parallel_size,
+        "EP": parallel.expert_model_parallel_size,
+        "DP": parallel.data_parallel_size,
+    }
+    words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    return " x ".join(words) + (" SP" if parallel.sequence_parallel else "") or "one rank"
+
+
+def config_lines(policy: PolicyConfig) -> Iterator[str]:
+    """Yield a plan's settings as lines of a TOML file, to be pasted."""
+    yield "[policy]"
+    yield f'recompute = "{policy.recompute}"'
+    yield "[policy.parallel]"
+    for name, value in policy.parallel.model_dump(exclude_defaults=True).items():
+        yield f"{name} = {str(value).lower()}"
+    yield "[policy.optimizer]"
+    is_sharded = policy.optimizer.use_distributed_optimizer
+    yield f"use_distributed_optimizer = {str(is_sharded).lower()}"
+
+
+def _gib(num_bytes: float) -> str:
+    """Return bytes as GiB."""
+    return f"{num_bytes / _GIB:.2f}"
+
+
+def _peak(stage: StageMemory, usable_bytes: float) -> str:
+    """Return a stage's peak, marked if it does not fit."""
+    return _gib(stage.total) + (" (too large)" if stage.total > usable_bytes else "")

@@ -1,0 +1,39 @@
+"""An update with a KL term against another model, in any layout."""
+
+from pathlib import Path
+
+import numpy as np
+
+from prefixrl_mcore.config.policy import LossConfig, OptimizerConfig, ParallelConfig
+from prefixrl_mcore.records import UpdateResult
+from tests.support.layouts import ADAM_EPS, batch_for
+from tests.support.policies import NO_CLIPPING, build_policy, max_difference, weights_of
+
+
+def kl_loss(folder: Path, kl: str = "k3") -> LossConfig:
+    """Return REINFORCE with a KL term against the model in ``folder``."""
+    return LossConfig.model_validate({"kl": kl, "kl_coefficient": 0.5, "reference_path": folder})
+
+
+def update_twice(
+    _rank: int, folder: Path, reference: Path, parallel: ParallelConfig, distributed: bool
+) -> list[UpdateResult]:
+    """Return two updates, having seen that the reference leaves the weights as they were."""
+    policy = build_policy(
+        folder,
+        parallel=parallel,
+        loss=kl_loss(reference),
+        optimizer=OptimizerConfig(
+            lr=1e-3,
+            eps=ADAM_EPS,
+            clip_grad=NO_CLIPPING,
+            use_distributed_optimizer=distributed,
+        ),
+    )
+    batch = batch_for(parallel)
+    before = weights_of(policy)
+    policy.reference_logprobs(batch)
+    assert max_difference(before, weights_of(policy)) == 0.0
+    results = [policy.update(batch), policy.update(batch)]
+    assert all(np.isfinite(result.loss) for result in results)
+    return results

@@ -1,0 +1,120 @@
+"""The KL term against a frozen reference: values by transformers, and what it leaves alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from prefixrl_mcore.config.policy import LossConfig
+from tests.support.policies import (
+    build_policy,
+    gradients_of,
+    hf_row_statistics,
+    make_batch,
+    max_difference,
+    weights_of,
+)
+from tests.support.reference_runs import kl_loss
+from tests.support.tiny_models import build_tiny_qwen3, write_model_folder
+
+TOLERANCE = 2e-6
+"""float32, other orders of summation; as for the gradients of every layout."""
+
+
+@pytest.fixture
+def reference(hf_model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    return build_tiny_qwen3(seed=1, tie_word_embeddings=hf_model.config.tie_word_embeddings)
+
+
+@pytest.fixture
+def reference_folder(reference: Qwen3ForCausalLM, tmp_path: Path) -> Path:
+    return write_model_folder(reference, tmp_path / "reference")
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_loss_gradient_and_metrics_are_those_of_the_definition(
+    model_folder: Path,
+    hf_model: Qwen3ForCausalLM,
+    reference: Qwen3ForCausalLM,
+    reference_folder: Path,
+    kl: str,
+) -> None:
+    batch = make_batch()
+    policy = build_policy(model_folder, loss=kl_loss(reference_folder, kl))
+    result = policy.update(batch)
+    gradients = gradients_of(policy)
+
+    hf_model.zero_grad()
+    total, gaps = torch.zeros(()), []
+    for stream in (stream for stream in batch.streams if stream.num_rows):
+        logprobs_R, _ = hf_row_statistics(hf_model, stream)
+        with torch.no_grad():
+            reference_R, _ = hf_row_statistics(reference, stream)
+        gaps_R = logprobs_R - reference_R
+        values = {"k1": gaps_R, "k2": gaps_R**2 / 2, "k3": torch.exp(-gaps_R) - 1 + gaps_R}
+        total = total - (torch.from_numpy(stream.advantages_R) * logprobs_R).sum()
+        total = total + 0.5 * values[kl].sum()
+        gaps.append(gaps_R.detach())
+    loss = total / batch.num_trained_tokens
+    loss.backward()
+
+    assert result.loss == pytest.approx(float(loss), rel=1e-5)
+    all_gaps = torch.cat(gaps)
+    assert result.metrics["loss/reference_k1_nats"] == pytest.approx(
+        float(all_gaps.mean()), abs=1e-5
+    )
+    k3 = torch.exp(-all_gaps) - 1 + all_gaps
+    assert result.metrics["loss/reference_k3_nats"] == pytest.approx(float(k3.mean()), rel=1e-4)
+    expected = {name: p.grad for name, p in hf_model.named_parameters() if p.grad is not None}
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert max_difference(gradients, expected) < TOLERANCE * max(1.0, scale)
+
+
+def test_the_reference_is_the_initial_policy_and_stays_it(model_folder: Path) -> None:
+    batch = make_batch()
+    policy = build_policy(model_folder, loss=LossConfig(kl="k3", kl_coefficient=0.5))
+    first = policy.update(batch)
+    assert first.metrics["loss/reference_k3_nats"] == pytest.approx(0.0, abs=1e-9)
+    assert first.metrics["loss/reference_k1_nats"] == pytest.approx(0.0, abs=1e-6)
+    second = policy.update(batch)
+    assert second.metrics["loss/reference_k3_nats"] > 1e-6
+    assert policy.reference_logprobs(batch) is not None
+    fresh = build_policy(model_folder, loss=LossConfig(kl="k3", kl_coefficient=0.5))
+    kept, initial = policy.reference_logprobs(batch), fresh.reference_logprobs(batch)
+    assert kept is not None
+    assert initial is not None
+    for ours, theirs in zip(kept, initial, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_bfloat16_weights_come_back_bit_for_bit(model_folder: Path, reference_folder: Path) -> None:
+    policy = build_policy(model_folder, loss=kl_loss(reference_folder), dtype="bfloat16")
+    before = weights_of(policy)
+    policy.reference_logprobs(make_batch())
+    assert max_difference(before, weights_of(policy)) == 0.0
+
+
+def test_without_a_kl_term_there_is_no_reference(model_folder: Path) -> None:
+    policy = build_policy(model_folder)
+    assert not any("reference" in name for name in policy.update(make_batch()).metrics)
+    with pytest.raises(ValueError, match=r"a loss with a KL term needs the policy to be built"):
+        policy.update(make_batch(), loss=LossConfig(kl="k1", kl_coefficient=0.1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kl": "k1"},
+        {"kl_coefficient": 0.1},
+    ],
+)
+def test_a_kl_term_and_its_coefficient_go_together(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="do not go together: set both"):
+        LossConfig.model_validate(settings)
+
+
+def test_a_reference_without_a_kl_term_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss\.reference_path = .* is used with loss\.kl only"):
+        LossConfig(reference_path=Path("somewhere"))

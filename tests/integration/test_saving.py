@@ -70,7 +70,7 @@ def test_what_a_checkpoint_remembers(undisturbed: Path) -> None:
     assert state.extra_state["is_evaluated"] is True
     evaluation = metrics_of(undisturbed, "eval")[-1]
     assert state.metrics["eval/train/accuracy"] == evaluation["eval/train/accuracy"]
-    assert state.layout == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "dp": 1}
+    assert state.layout == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
 
 
 def test_a_checkpoint_of_other_settings_is_refused(

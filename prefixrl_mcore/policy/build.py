@@ -11,6 +11,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
@@ -296,6 +298,7 @@ def _te_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
     )
     _attention_of(submodules).core_attention = PackedTransformerEngineAttention
     if config.num_moe_experts:
+        submodules.mlp = build_mixture(config, TESpecProvider())
         submodules.sharded_state_dict_keys_map = {
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"
         }
@@ -310,7 +313,7 @@ def _local_submodules(config: TransformerConfig) -> TransformerLayerSubmodules:
         normalization="RMSNorm",
     )
     if config.num_moe_experts:
-        submodules.mlp = build_mixture(config)
+        submodules.mlp = build_mixture(config, LocalSpecProvider())
     submodules.input_layernorm = RmsNorm
     submodules.pre_mlp_layernorm = RmsNorm
     attention = _attention_of(submodules)

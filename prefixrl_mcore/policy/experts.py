@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own alias)
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import (
@@ -30,6 +30,7 @@ from prefixrl_mcore.config.experts import ExpertsImplementation
 from prefixrl_mcore.config.layout import can_group
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import PolicyConfig
+from prefixrl_mcore.policy.router import BalancedRouter
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,16 @@ def choose_experts(
     return chosen
 
 
-def build_mixture(config: TransformerConfig) -> Callable[..., MoELayer]:
-    """Return the builder of the layer's mixture of experts for Megatron's local spec."""
-    if config.moe_grouped_gemm:
+def build_mixture(
+    config: TransformerConfig, backend: BackendSpecProvider
+) -> Callable[..., MoELayer]:
+    """Return the builder of the layer's mixture of experts, with our router.
+
+    Args:
+        config: says whether experts are grouped.
+        backend: whose matrices; Megatron's local ones have no grouped ones, so that ours are taken.
+    """
+    if config.moe_grouped_gemm and isinstance(backend, LocalSpecProvider):
         experts: ExpertsBuilder = partial(
             TEGroupedMLP,  # in spite of its name, it computes with the matrices that it is given
             submodules=GroupedMLPSubmodules(
@@ -63,8 +71,8 @@ def build_mixture(config: TransformerConfig) -> Callable[..., MoELayer]:
             ),
         )
     else:
-        experts = LocalSpecProvider().grouped_mlp_modules(False)
-    return partial(MoELayer, submodules=MoESubmodules(experts=experts))
+        experts = backend.grouped_mlp_modules(config.moe_grouped_gemm)
+    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=BalancedRouter))
 
 
 class GroupedLinear(torch.nn.Module):

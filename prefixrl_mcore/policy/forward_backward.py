@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from prefixrl_kernels import RowIndex
@@ -26,6 +27,7 @@ from prefixrl_mcore.accounting.model_flops import NO_WORK, Work
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.data.packing import Stream
 from prefixrl_mcore.loss.row_metrics import LossReport, metric_names, report_rows
+from prefixrl_mcore.policy.build import unwrap
 from prefixrl_mcore.policy.context import TokenShares, build_context_share, share_tokens
 from prefixrl_mcore.policy.head import HeadOutput, HeadSettings, HeadTask, RowLoss, compute_head
 from prefixrl_mcore.policy.packed import (
@@ -51,6 +53,9 @@ class Microbatch:
 
     head: HeadTask
     """Rows, targets and loss."""
+
+    padding_mask_BT: Tensor | None
+    """[1, T] bool, True on padding, for routers of experts; None when the model has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +84,9 @@ class StreamSettings:
 
     cp_rank: int
     """This rank among them."""
+
+    has_experts: bool
+    """The model routes tokens to experts."""
 
     device: torch.device
     """Where the tensors are put."""
@@ -143,7 +151,22 @@ def build_microbatch(
         token_ids_BT=to_device(token_ids_T[None]),
         packed=_packed_stream(stream, share, settings),
         head=head,
+        padding_mask_BT=(
+            to_device(is_padding(stream)[share.tokens][None]) if settings.has_experts else None
+        ),
     )
+
+
+def is_padding(stream: Stream) -> np.ndarray:
+    """Return [T] bool, True on tokens that no row sees: behind the last one of each sequence."""
+    starts = np.asarray(stream.sequence_starts, dtype=np.int64)
+    last_rows = np.full(len(starts) - 1, -2, dtype=np.int64)  # a sequence without rows is padding
+    np.maximum.at(last_rows, np.searchsorted(starts, stream.rows_R, "right") - 1, stream.rows_R)
+    is_padding_T = np.ones(len(stream.token_ids_T), dtype=np.bool_)
+    sequence_T = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    # The last row predicts the last token, which is real too.
+    is_padding_T[: starts[-1]] = np.arange(starts[-1]) > last_rows[sequence_T] + 1
+    return is_padding_T
 
 
 def run_schedule[T](
@@ -257,6 +280,7 @@ def run_model(chunk: DistributedDataParallel, microbatch: Microbatch) -> HeadOut
         microbatch.packed.position_ids_T,
         attention_mask=None,
         packed_seq_params=microbatch.packed,
+        padding_mask=_stage_mask(chunk, microbatch.padding_mask_BT),
         output_processor=compute_head,
         output_processor_context=microbatch.head,
     )
@@ -269,6 +293,20 @@ def _announced(
     for microbatch in microbatches:
         on_microbatch()
         yield microbatch
+
+
+def _stage_mask(chunk: DistributedDataParallel, padding_mask_BT: Tensor | None) -> Tensor | None:
+    """Return the padding mask as the chunk takes it.
+
+    With sequence parallelism Megatron gives each rank its share of the mask in the first pipeline
+    stage, and leaves it whole in the others.
+    """
+    model = unwrap(chunk)
+    if padding_mask_BT is None or model.pre_process or not model.config.sequence_parallel:
+        return padding_mask_BT
+    group = parallel_state.get_tensor_model_parallel_group()
+    assert isinstance(group, dist.ProcessGroup), "initialize has built the groups"
+    return padding_mask_BT.chunk(group.size(), dim=1)[group.rank()]
 
 
 def _forward_step[T](
@@ -385,6 +423,11 @@ def count_work(streams: Sequence[Stream], settings: StreamSettings) -> Work:
         num_pairs = int(np.sum(lengths * (lengths + 1) // 2))
         total += Work(num_tokens=num_tokens, num_rows=stream.num_rows, num_pairs=num_pairs)
     return total
+
+
+def count_real_tokens(streams: Sequence[Stream]) -> int:
+    """Return the context and completion tokens of the streams."""
+    return sum(int(np.count_nonzero(~is_padding(stream))) for stream in streams)
 
 
 def _token_count(output: HeadOutput) -> Tensor:

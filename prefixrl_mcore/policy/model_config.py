@@ -45,8 +45,11 @@ def _mixture_settings(
         "moe_router_topk": mixture.num_experts_per_token,
         "moe_router_pre_softmax": not mixture.is_renormalized,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
+        "moe_router_load_balancing_type": (
+            policy.experts.aux_loss_type if policy.experts.aux_loss_coefficient else "none"
+        ),
+        "moe_aux_loss_coeff": policy.experts.aux_loss_coefficient,
+        "moe_z_loss_coeff": policy.experts.z_loss_coefficient or None,
         "moe_grouped_gemm": choose_experts(shape, policy, device) == "grouped",
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,

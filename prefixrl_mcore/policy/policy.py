@@ -25,7 +25,7 @@ from prefixrl_mcore.config.policy import LogitsDtype, LossConfig, PolicyConfig
 from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.observability.phases import Phases
-from prefixrl_mcore.policy import cpu_runtime, topology
+from prefixrl_mcore.policy import cpu_runtime, router, topology
 from prefixrl_mcore.policy.build import build_model_chunks, build_optimizer, build_scheduler
 from prefixrl_mcore.policy.compute_clock import ComputeClock, wait_for_device
 from prefixrl_mcore.policy.forward_backward import (
@@ -33,6 +33,7 @@ from prefixrl_mcore.policy.forward_backward import (
     StreamSettings,
     Totals,
     build_microbatch,
+    count_real_tokens,
     count_work,
     gather_row_reports,
     policy_loss,
@@ -200,10 +201,15 @@ class MegatronPolicy:
                 was_skipped=True,
             )
         self._zero_gradients()
+        num_real_tokens = count_real_tokens(batch.streams)
+        router.begin_update(
+            self.model_chunks, loss_scale=batch.num_trained_tokens / num_real_tokens
+        )
         start = time.perf_counter()
         with self.phases.phase("forward_backward"):
             totals = self._run_loss(batch, loss, forward_only=is_skipped)
             wait_for_device(self.topology.device)
+        balance = self._balance_metrics(num_real_tokens)
         forward_backward_seconds = time.perf_counter() - start
         self._check_finite("loss", totals.loss)
         gradient_norm, optimizer_seconds = 0.0, 0.0
@@ -228,7 +234,7 @@ class MegatronPolicy:
             compute_seconds=self._compute_clock.seconds(),
             optimizer_seconds=optimizer_seconds,
             was_skipped=is_skipped,
-            metrics=_mean_metrics(totals, batch.num_trained_tokens),
+            metrics=_mean_metrics(totals, batch.num_trained_tokens) | balance,
         )
 
     @cpu_runtime.megatron_on_cpu()
@@ -344,6 +350,7 @@ class MegatronPolicy:
             has_padded_layout=self.layers.attention == "sdpa",
             cp_size=self.topology.cp_size,
             cp_rank=self.topology.cp_rank,
+            has_experts=self.shape.mixture is not None,
             device=self.topology.device,
         )
 
@@ -446,6 +453,17 @@ class MegatronPolicy:
         assert config.finalize_model_grads_func is not None, "set by build_transformer_config"
         config.finalize_model_grads_func = self._compute_clock.stopping_before(
             config.finalize_model_grads_func
+        )
+
+    def _balance_metrics(self, num_real_tokens: int) -> dict[str, float]:
+        """Return how evenly the last pass loaded the experts, if there are any."""
+        if self.shape.mixture is None:
+            return {}
+        return router.balance_metrics(
+            self.model_chunks,
+            num_layers=self.shape.num_layers,
+            num_experts=self.shape.mixture.num_experts,
+            num_real_tokens=num_real_tokens,
         )
 
     def _zero_gradients(self) -> None:

@@ -1,13 +1,17 @@
 """What must not matter to the gradient, in every layout: garbage outside completions, packing."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from torch import Tensor
 
+from prefixrl_mcore.config.experts import ExpertsConfig
 from prefixrl_mcore.config.policy import ParallelConfig
 from prefixrl_mcore.policy import topology
+from prefixrl_mcore.records import UpdateResult
+from tests.support.layouts import parallel_config
 from tests.support.masked_rows import with_every_position_a_row
 from tests.support.policies import (
     build_policy,
@@ -17,7 +21,7 @@ from tests.support.policies import (
     max_difference,
 )
 from tests.support.ranks import run_on_ranks
-from tests.support.tiny_models import build_tiny_qwen3, write_model_folder
+from tests.support.tiny_models import build_tiny_qwen3, build_tiny_qwen3_moe, write_model_folder
 
 TOLERANCE = 2e-6
 """float32: other orders of summation; gradients are up to 0.3 in size."""
@@ -40,7 +44,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model_folder(build_tiny_qwen3(), tmp_path_factory.mktemp("model"))
 
 
-def _clean_and_dirty(rank: int, folder: Path, parallel: ParallelConfig) -> tuple[float, float]:
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_folder(build_tiny_qwen3_moe(), tmp_path_factory.mktemp("mixture"))
+
+
+def _clean_and_dirty(
+    rank: int, folder: Path, parallel: ParallelConfig, experts: str | None = None
+) -> tuple[float, float]:
     batch = make_batch(
         num_ranks=parallel.data_parallel_size,
         streams_multiple=parallel.pipeline_model_parallel_size,
@@ -48,7 +59,7 @@ def _clean_and_dirty(rank: int, folder: Path, parallel: ParallelConfig) -> tuple
     )
     outcomes = []
     for garbage, target in ((0.0, 0), (1e6, 17)):
-        policy = build_policy(folder, parallel=parallel)
+        policy = build_policy(folder, parallel=parallel, experts=experts)
         masked = with_every_position_a_row(batch, garbage=garbage, garbage_target=target)
         policy.update(masked)
         outcomes.append(gradients_of(policy))
@@ -69,6 +80,67 @@ def test_prompt_prefix_and_padding_contribute_exactly_nothing(folder: Path, name
     for difference, size in outcomes:
         assert difference == 0.0
         assert size > 0.02
+
+
+MIXTURE_LAYOUTS = {
+    "ep2-dp2": parallel_config(ep=2, dp=2),
+    "ep2-etp2-tp2-sp-pp2-dp2": parallel_config(ep=2, etp=2, tp=2, sp=True, pp=2, dp=2),
+    "ep2-cp2": parallel_config(ep=2, cp=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        pytest.param("ep2-dp2", "grouped"),
+        pytest.param("ep2-cp2", "sequential", marks=pytest.mark.slow),
+        pytest.param("ep2-etp2-tp2-sp-pp2-dp2", "grouped", marks=pytest.mark.slow),
+    ],
+)
+def test_prompt_prefix_and_padding_contribute_nothing_through_experts_elsewhere(
+    mixture: Path, name: str, experts: str
+) -> None:
+    parallel = MIXTURE_LAYOUTS[name]
+    outcomes = run_on_ranks(
+        _clean_and_dirty, mixture, parallel, experts, world_size=parallel.world_size
+    )
+    for difference, size in outcomes:
+        assert difference == 0.0
+        assert size > 0.02
+
+
+def _with_router_losses(
+    rank: int, folder: Path, parallel: ParallelConfig, kind: str
+) -> tuple[dict[str, Tensor], UpdateResult]:
+    settings = {"aux_loss_coefficient": 0.5, "aux_loss_type": kind, "z_loss_coefficient": 0.01}
+    policy = build_policy(folder, parallel=parallel, experts=ExpertsConfig.model_validate(settings))
+    # The same streams in every layout.
+    batch = make_batch(num_ranks=2, streams_multiple=2, sequence_multiple=4)
+    batch = dataclasses.replace(batch, num_ranks=parallel.data_parallel_size)
+    result = policy.update(batch)
+    return gradients_of(policy), result
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param("ep2-dp2", "aux_loss"),
+        pytest.param("ep2-cp2", "global_aux_loss", marks=pytest.mark.slow),
+        pytest.param("ep2-etp2-tp2-sp-pp2-dp2", "aux_loss", marks=pytest.mark.slow),
+    ],
+)
+def test_router_losses_have_the_same_gradient_in_every_layout(
+    mixture: Path, name: str, kind: str
+) -> None:
+    expected, one = _with_router_losses(0, mixture, ParallelConfig(), kind)
+    topology.shut_down()
+    parallel = MIXTURE_LAYOUTS[name]
+    for gradients, result in run_on_ranks(
+        _with_router_losses, mixture, parallel, kind, world_size=parallel.world_size
+    ):
+        assert max_difference(gradients, expected) < TOLERANCE
+        assert result.metrics == pytest.approx(one.metrics, abs=1e-4)
+    assert one.metrics["experts/balance_loss"] > 1.0
 
 
 def _shuffled(rank: int, folder: Path, parallel: ParallelConfig) -> list[dict[str, Tensor]]:

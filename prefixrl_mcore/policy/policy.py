@@ -3,8 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,19 @@ from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.policy import cpu_runtime, router, topology
 from prefixrl_mcore.policy.build import build_model_chunks, build_optimizer, build_scheduler
-from prefixrl_mcore.policy.compute_clock import ComputeClock, wait_for_device
-from prefixrl_mcore.policy.forward_backward import (
-    Microbatch,
-    StreamSettings,
-    Totals,
-    build_microbatch,
-    count_real_tokens,
-    count_work,
-    gather_row_reports,
-    policy_loss,
-    reduce_totals,
-    row_report,
-    run_schedule,
-)
+from prefixrl_mcore.policy.compute_clock import wait_for_device
+from prefixrl_mcore.policy.forward_backward import Totals
 from prefixrl_mcore.policy.head import HeadSettings
 from prefixrl_mcore.policy.layers import choose_layers, describe_machine, log_layers
+from prefixrl_mcore.policy.microbatch import (
+    StreamSettings,
+    check_batch,
+    count_real_tokens,
+    count_work,
+)
 from prefixrl_mcore.policy.model_config import ModelShape, read_hf_config, read_model_shape
 from prefixrl_mcore.policy.nonfinite import Findings, NonFiniteError, find_culprits
+from prefixrl_mcore.policy.passes import Passes
 from prefixrl_mcore.policy.reference import FrozenReference
 from prefixrl_mcore.records import UpdateResult
 
@@ -102,15 +96,18 @@ class MegatronPolicy:
         """Told of the phases of an update; a trainer puts its own here."""
         self._policy = policy
         self._loss = loss
-        self._reference: FrozenReference | None = None
         self._num_steps = num_steps
         self.stream_settings = self._stream_settings(temperature, logits_dtype)
         torch.manual_seed(seed)
         self.model_chunks: list[DistributedDataParallel] = build_model_chunks(
             self.shape, policy, self.layers, self.topology
         )
-        self._compute_clock = ComputeClock(self.topology.device)
-        self._watch_reduction()
+        self._passes = Passes(
+            self.model_chunks,
+            self.stream_settings,
+            self.topology,
+            on_microbatch=lambda: self.phases.beat(),
+        )
         self.optimizer: MegatronOptimizer
         self.scheduler: OptimizerParamScheduler
         self.reset_optimizer(policy.optimizer.lr)
@@ -160,7 +157,7 @@ class MegatronPolicy:
             if loss.kl != "none":
                 folder = loss.reference_path or model_path
                 load_hf_weights(built.model_chunks, folder, hf_config)
-                built._reference = FrozenReference(built.model_chunks)
+                built._passes.reference = FrozenReference(built.model_chunks)
             load_hf_weights(built.model_chunks, model_path, hf_config)
         built.adopt_model_weights()
         return built
@@ -188,7 +185,7 @@ class MegatronPolicy:
                 every rank, before the optimizer has changed anything. ``find_nonfinite`` tells
                 what made it.
         """
-        self._check_batch(batch)
+        check_batch(batch, self._policy.parallel, stream_tokens=self.stream_tokens)
         loss = loss or self._loss
         learning_rate = self.learning_rate
         is_skipped = not _has_gradient(batch, loss)
@@ -207,7 +204,7 @@ class MegatronPolicy:
         )
         start = time.perf_counter()
         with self.phases.phase("forward_backward"):
-            totals = self._run_loss(batch, loss, forward_only=is_skipped)
+            totals = self._passes.run_loss(batch, loss, forward_only=is_skipped)
             wait_for_device(self.topology.device)
         balance = self._balance_metrics(num_real_tokens)
         forward_backward_seconds = time.perf_counter() - start
@@ -231,7 +228,7 @@ class MegatronPolicy:
             num_computed_tokens=work.num_tokens,
             model_flops=flops.forward(work) if is_skipped else flops.forward_backward(work),
             forward_backward_seconds=forward_backward_seconds,
-            compute_seconds=self._compute_clock.seconds(),
+            compute_seconds=self._passes.clock.seconds(),
             optimizer_seconds=optimizer_seconds,
             was_skipped=is_skipped,
             metrics=_mean_metrics(totals, batch.num_trained_tokens) | balance,
@@ -270,12 +267,12 @@ class MegatronPolicy:
         Raises:
             ValueError: if the batch was packed for another layout.
         """
-        self._check_batch(batch)
+        check_batch(batch, self._policy.parallel, stream_tokens=self.stream_tokens)
         random_states = get_rng_state()
         complete_optimizer_state(self.optimizer)
         self._zero_gradients()
         with self.phases.phase("forward_backward"):
-            self._run_loss(batch, self._loss, forward_only=False)
+            self._passes.run_loss(batch, self._loss, forward_only=False)
         with self.phases.phase("optimizer"):
             self._gradient_norm()
         self._zero_gradients()
@@ -292,12 +289,18 @@ class MegatronPolicy:
             ValueError: if the batch was packed for another layout.
         """
         self._check_batch(batch)
-        reports = run_schedule(
-            self.model_chunks, self._microbatches(batch, None), row_report, forward_only=True
-        )
-        return gather_row_reports(
-            reports, self.topology, streams=batch.streams, settings=self.stream_settings
-        )
+        return self._passes.row_statistics(batch)
+
+    @cpu_runtime.megatron_on_cpu()
+    def reference_logprobs(self, batch: PackedBatch) -> list[np.ndarray] | None:
+        """Return the reference's logprobs of this rank's rows, by microbatch.
+
+        None on pipeline stages without the head.
+
+        Raises:
+            ValueError: if the policy was built without a KL term.
+        """
+        return self._passes.reference_logprobs(batch)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, full tensor) of every weight, on every rank.
@@ -355,105 +358,8 @@ class MegatronPolicy:
         )
 
     def _check_batch(self, batch: PackedBatch) -> None:
-        """Refuse a batch that does not fit the layout."""
-        dp_size = self.topology.dp_size
-        if batch.num_ranks != dp_size:
-            raise ValueError(
-                f"batch was packed for {batch.num_ranks} data-parallel rank(s), the policy has "
-                f"{dp_size}; pass num_ranks={dp_size} to pack()"
-            )
-        lengths = {len(stream.token_ids_T) for stream in batch.streams}
-        if lengths != {self.stream_tokens}:
-            raise ValueError(
-                f"batch has streams of {sorted(lengths)} tokens, the policy was built for "
-                f"{self.stream_tokens}"
-            )
-        needed = self._policy.parallel.sequence_multiple
-        if batch.sequence_multiple % needed:
-            raise ValueError(
-                f"batch has sequences of a multiple of {batch.sequence_multiple} tokens, "
-                f"context_parallel_size = {self.topology.cp_size} needs a multiple of {needed} "
-                f"(2 chunks x {self.topology.cp_size}); pass sequence_multiple={needed} to pack()"
-            )
-        per_rank = len(batch.streams) // dp_size
-        stages = self._policy.parallel.pipeline_model_parallel_size
-        if self._policy.parallel.virtual_pipeline_model_parallel_size and per_rank % stages:
-            raise ValueError(
-                f"batch has {per_rank} streams per rank; the interleaved schedule needs a "
-                f"multiple of {stages}; pass streams_multiple={stages} to pack()"
-            )
-
-    def _microbatches(
-        self,
-        batch: PackedBatch,
-        loss: LossConfig | None,
-        reference: Sequence[np.ndarray] | None = None,
-    ) -> list[Microbatch]:
-        """Return this data-parallel rank's streams as tensors; without a loss, to be scored."""
-        streams = batch.rank_streams(self.topology.dp_rank)
-        return [
-            build_microbatch(
-                stream,
-                self.stream_settings,
-                loss=loss,
-                has_rollout_logprobs=batch.has_rollout_logprobs,
-                reference_logprobs_R=None if reference is None else reference[index],
-            )
-            for index, stream in enumerate(streams)
-        ]
-
-    def _run_loss(self, batch: PackedBatch, loss: LossConfig, *, forward_only: bool) -> Totals:
-        """Run the loss over the batch; leaves gradients unless ``forward_only``."""
-        has_reference = loss.kl != "none"
-        reference = self.reference_logprobs(batch) if has_reference else None
-        microbatches = self._microbatches(batch, loss, reference)
-        self._compute_clock.start()
-        reports = run_schedule(
-            self.model_chunks,
-            microbatches,
-            partial(
-                policy_loss,
-                has_rollout_logprobs=batch.has_rollout_logprobs,
-                has_reference=has_reference,
-            ),
-            forward_only=forward_only,
-            on_microbatch=self.phases.beat,
-        )
-        self._compute_clock.stop()  # here when there was no gradient to reduce
-        return reduce_totals(
-            reports,
-            self.topology,
-            has_rollout_logprobs=batch.has_rollout_logprobs,
-            has_reference=has_reference,
-        )
-
-    @cpu_runtime.megatron_on_cpu()
-    def reference_logprobs(self, batch: PackedBatch) -> list[np.ndarray] | None:
-        """Return the reference's logprobs of this rank's rows, by microbatch.
-
-        None on pipeline stages without the head. All ranks must call this.
-        """
-        if self._reference is None:
-            raise ValueError(
-                "a loss with a KL term needs the policy to be built with one: loss.kl was 'none'"
-            )
-        with self._reference.in_place():
-            reports = run_schedule(
-                self.model_chunks,
-                self._microbatches(batch, None),
-                row_report,
-                forward_only=True,
-                on_microbatch=self.phases.beat,
-            )
-        return [logprobs_R for logprobs_R, _ in reports] or None
-
-    def _watch_reduction(self) -> None:
-        """Let the clock know when Megatron's schedule goes on to reduce gradients."""
-        config = self.model_chunks[0].config
-        assert config.finalize_model_grads_func is not None, "set by build_transformer_config"
-        config.finalize_model_grads_func = self._compute_clock.stopping_before(
-            config.finalize_model_grads_func
-        )
+        """Refuse a batch that was packed for another layout."""
+        check_batch(batch, self._policy.parallel, stream_tokens=self.stream_tokens)
 
     def _balance_metrics(self, num_real_tokens: int) -> dict[str, float]:
         """Return how evenly the last pass loaded the experts, if there are any."""
@@ -497,7 +403,7 @@ class MegatronPolicy:
     def _is_finite(self, batch: PackedBatch, loss: LossConfig) -> bool:
         """Return whether loss and gradient of ``batch`` are finite; all ranks must call this."""
         self._zero_gradients()
-        is_finite = math.isfinite(self._run_loss(batch, loss, forward_only=False).loss)
+        is_finite = math.isfinite(self._passes.run_loss(batch, loss, forward_only=False).loss)
         is_finite = is_finite and math.isfinite(self._gradient_norm())
         return not topology.any_rank(not is_finite)
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from prefixrl_mcore.data.packing import Stream
 from prefixrl_mcore.policy import cpu_runtime
 from prefixrl_mcore.policy.build import unwrap
-from prefixrl_mcore.policy.forward_backward import build_microbatch, run_model
+from prefixrl_mcore.policy.forward_backward import run_model
+from prefixrl_mcore.policy.microbatch import build_microbatch
 from prefixrl_mcore.policy.policy import MegatronPolicy
 
 

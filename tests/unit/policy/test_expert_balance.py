@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prefixrl_mcore.config.experts import ExpertsConfig
 from prefixrl_mcore.data.packing import PackedBatch
-from prefixrl_mcore.policy.forward_backward import count_real_tokens, is_padding
+from prefixrl_mcore.policy.microbatch import count_real_tokens, is_padding
 from tests.support.policies import (
     build_policy,
     by_expert,

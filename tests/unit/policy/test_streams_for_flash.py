@@ -10,7 +10,7 @@ from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
 from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
 from prefixrl_mcore.data.packing import Stream
 from prefixrl_mcore.policy.build import unwrap
-from prefixrl_mcore.policy.forward_backward import StreamSettings, build_microbatch
+from prefixrl_mcore.policy.microbatch import StreamSettings, build_microbatch
 from prefixrl_mcore.policy.packed import PackedStream
 from prefixrl_mcore.policy.te_attention import thd_stream
 from tests.support.policies import build_policy, make_batch, make_sequences, max_difference

@@ -35,14 +35,15 @@ def with_initial_model(config: RunConfig, init: Path | None) -> RunConfig:
 
 
 def with_shape_of(config: RunConfig, init: Path | None) -> RunConfig:
-    """Return the config with a ``model.path`` that has the ``config.json`` now.
+    """Return the config with a ``model.path`` that has the ``config.json`` already.
 
     Raises:
         CheckpointError: if ``init`` is no model.
     """
-    return _with_path(
-        config, resolve_checkpoint(init) / HF_FOLDER if _is_checkpoint(init) else init
-    )
+    if init is None:
+        return config
+    is_checkpoint = _is_checkpoint(init)
+    return _with_path(config, resolve_checkpoint(init) / HF_FOLDER if is_checkpoint else init)
 
 
 def provide_initial_model(config: RunConfig, init: Path | None) -> None:

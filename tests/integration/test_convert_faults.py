@@ -63,7 +63,7 @@ HF_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "truncated weights": (cut_off("model.safetensors", 1), "is damaged or truncated"),
     "weights that are none": (overwrite("model.safetensors", b"<html>"), "damaged or truncated"),
-    "config that is none": (overwrite("config.json", b"{"), "is not valid JSON"),
+    "config that is none": (overwrite("config.json", b"{"), "config.json: not valid JSON"),
 }
 
 CHECKPOINT_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
+from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import RunConfig
 
@@ -45,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         logger.debug("raised here (shown by --verbose)", exc_info=True)
         return 2
+    except SaveError as error:  # the storage refused, and the message says what to do
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; start it again to continue (train with --resume)")
         return 130
@@ -103,6 +109,13 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         help="write torch.profiler traces of these steps to profile/ in the run folder: short for "
         "--profile.steps; see also --profile.ranks, --profile.with-stacks, "
         "--profile.memory-snapshot",
+    )
+    train.add_argument(
+        "--init",
+        type=Path,
+        metavar="FOLDER",
+        help="begin with this model in place of the config's model.path: a Hugging Face folder, or "
+        "a checkpoint, of which RUN/model is made first; give it again with --resume",
     )
     again = _add_config_command(
         commands,
@@ -179,20 +192,11 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     """Add the commands that work on files instead of a config."""
     traces = commands.add_parser("traces", help="import, show and check traces of a trace store")
     _add_traces_commands(traces)
-    convert = commands.add_parser(
-        "convert", help="convert between checkpoints and Hugging Face folders"
+    _add_convert_commands(
+        commands.add_parser(
+            "convert", help="convert between checkpoints and Hugging Face folders, and compare them"
+        )
     )
-    directions = convert.add_subparsers(title="directions", required=True, metavar="DIRECTION")
-    to_hf = directions.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
-    to_hf.add_argument("checkpoint", type=Path, help="checkpoint folder (…/step-000040)")
-    to_hf.add_argument("out", type=Path, help="folder to be made")
-    to_hf.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as saved")
-    to_hf.set_defaults(run=_convert_to_hf)
-    from_hf = directions.add_parser("from-hf", help="Hugging Face folder -> checkpoint")
-    from_hf.add_argument("model", type=Path, help="Hugging Face folder")
-    from_hf.add_argument("out", type=Path, help="checkpoint folder to be made")
-    from_hf.set_defaults(run=_convert_from_hf)
-
     _add_checkpoint_commands(
         commands.add_parser("checkpoint", help="list, show and verify the checkpoints of a run")
     )
@@ -214,6 +218,55 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     demo.add_argument("--fresh", action="store_true", help="delete the folder's results first")
     demo.add_argument("--engine", choices=("sglang", "transformers"), help="rollout engine")
     demo.set_defaults(run=_demo)
+
+
+def _add_convert_commands(convert: argparse.ArgumentParser) -> None:
+    """Add ``convert to-hf | from-hf | verify``."""
+    actions = convert.add_subparsers(title="actions", required=True, metavar="ACTION")
+    to_hf = actions.add_parser(
+        "to-hf",
+        help="checkpoint -> Hugging Face folder",
+        description="Write a checkpoint's weights as a Hugging Face folder, without a model, a "
+        "GPU or other ranks. Repeated after a kill, it goes on from the finished files.",
+    )
+    to_hf.add_argument("checkpoint", type=Path, help="checkpoint folder (…/step-000040)")
+    to_hf.add_argument("out", type=Path, help="folder to be made")
+    to_hf.set_defaults(run=_convert_to_hf)
+    from_hf = actions.add_parser(
+        "from-hf",
+        help="Hugging Face folder -> checkpoint",
+        description="Write a Hugging Face folder's weights as a checkpoint that loads in any "
+        "parallel layout. Repeated after a kill, it goes on from the finished files.",
+    )
+    from_hf.add_argument("model", type=Path, help="Hugging Face folder")
+    from_hf.add_argument("out", type=Path, help="checkpoint folder to be made")
+    from_hf.set_defaults(run=_convert_from_hf)
+    for command in (to_hf, from_hf):
+        command.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as it is")
+        command.add_argument(
+            "--shard-size",
+            default="5GB",
+            metavar="SIZE",
+            help="begin a new weight file above this (default 5GB); a kill costs at most one file",
+        )
+    verify = actions.add_parser(
+        "verify",
+        help="compare two models tensor by tensor; exit code 1 if they differ",
+        description="Compare two models, each a Hugging Face folder or a checkpoint: names, "
+        "shapes, types and checksums of all weights, and what the configs say of the computation. "
+        "Exit code 0 if they are the same, bit for bit, 1 if they differ, 2 on bad input.",
+    )
+    verify.add_argument("first", type=Path, help="Hugging Face folder or checkpoint")
+    verify.add_argument("second", type=Path, help="Hugging Face folder or checkpoint")
+    verify.add_argument(
+        "--forward",
+        action="store_true",
+        help="run both with transformers too; needs memory for one of them",
+    )
+    verify.add_argument(
+        "--prompts", type=Path, help="one prompt per line, for --forward, which it implies"
+    )
+    verify.set_defaults(run=_convert_verify)
 
 
 def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
@@ -338,14 +391,22 @@ def _prefixes(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.profile:
         rest = [*rest, "--profile.steps", *map(str, arguments.profile)]
+    if arguments.init and any(flag.startswith("--model.path") for flag in rest):
+        raise ValueError("--init and --model.path say the same thing; give one of them")
     config = _load(arguments, rest)
     if _needs_ranks(config):
         return _start_ranks(config, arguments.argv)
     from prefixrl_mcore.launch.check import predict_rank_bytes
+    from prefixrl_mcore.trainer.initial_model import with_shape_of
     from prefixrl_mcore.trainer.run import run_training
 
-    predicted = predict_rank_bytes(config)
-    return run_training(config, resume=arguments.resume, predicted_bytes=predicted)
+    initial = with_shape_of(config, arguments.init)
+    return run_training(
+        config,
+        resume=arguments.resume,
+        predicted_bytes=predict_rank_bytes(initial),
+        init=arguments.init,
+    )
 
 
 def _replay(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -400,17 +461,34 @@ def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _convert_to_hf(arguments: argparse.Namespace, _rest: list[str]) -> int:
-    from prefixrl_mcore.checkpoint.offline import convert_to_hf
+    from prefixrl_mcore.trainer.convert_commands import run_to_hf
 
-    convert_to_hf(arguments.checkpoint, arguments.out, dtype=arguments.dtype)
+    run_to_hf(
+        arguments.checkpoint,
+        arguments.out,
+        dtype=arguments.dtype,
+        file_size=arguments.shard_size,
+    )
     return 0
 
 
 def _convert_from_hf(arguments: argparse.Namespace, _rest: list[str]) -> int:
-    from prefixrl_mcore.checkpoint.offline import convert_from_hf
+    from prefixrl_mcore.trainer.convert_commands import run_from_hf
 
-    convert_from_hf(arguments.model, arguments.out)
+    run_from_hf(
+        arguments.model, arguments.out, dtype=arguments.dtype, file_size=arguments.shard_size
+    )
     return 0
+
+
+def _convert_verify(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.trainer.verify_models import run_verify
+
+    with_forward = arguments.forward or arguments.prompts is not None
+    are_equal = run_verify(
+        arguments.first, arguments.second, with_forward=with_forward, prompts=arguments.prompts
+    )
+    return 0 if are_equal else 1
 
 
 def _checkpoint_ls(arguments: argparse.Namespace, _rest: list[str]) -> int:

@@ -223,16 +223,35 @@ def verify(
     for name, entry in manifest.files.items():
         _check_size(folder / name, entry)
     if checksums:
-        paths = [folder / name for name in manifest.files]
-        for path, entry, digest in zip(
-            paths, manifest.files.values(), _hash_files(paths, on_bytes), strict=True
-        ):
-            if digest != entry.sha256:
-                raise CheckpointError(
-                    f"{path}: content is damaged, got sha256 {digest}, expected {entry.sha256}; "
-                    "use another checkpoint or restore the file"
-                )
+        verify_contents(folder, manifest.files, on_bytes=on_bytes)
     return manifest
+
+
+def verify_contents(
+    folder: Path,
+    files: Mapping[str, ManifestEntry],
+    *,
+    on_bytes: Callable[[int], object] | None = None,
+) -> None:
+    """Compare files with their checksums.
+
+    Args:
+        folder: a sealed folder.
+        files: some or all entries of its manifest.
+        on_bytes: called with the size of each block that was hashed, from several threads.
+
+    Raises:
+        CheckpointError: naming the first bad file, what it has and what it should have.
+    """
+    paths = [folder / name for name in files]
+    for path, entry, digest in zip(
+        paths, files.values(), _hash_files(paths, on_bytes), strict=True
+    ):
+        if digest != entry.sha256:
+            raise CheckpointError(
+                f"{path}: content is damaged, got sha256 {digest}, expected {entry.sha256}; "
+                "use another checkpoint or restore the file"
+            )
 
 
 def _check_size(path: Path, entry: ManifestEntry) -> None:

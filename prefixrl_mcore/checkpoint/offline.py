@@ -1,27 +1,37 @@
 """Conversion between checkpoints and Hugging Face folders without a model, GPU or other ranks.
 
-One process, one weight at a time: memory is a small multiple of the largest weight.
+One process, one weight at a time. Weights are views of mapped files wherever the two formats hold
+the same bytes in the same order, so memory is at most the largest weight and a block.
 """
 
+import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.convert import layout
+from prefixrl_mcore.checkpoint.convert.checkpoint_weights import (
+    CheckpointWeights,
+    checkpoint_facts,
+)
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
+    CONFIG_NAME,
     HfWeights,
     copy_assets,
     read_hf_config,
+)
+from prefixrl_mcore.checkpoint.convert.hf_writer import (
+    MAX_FILE_BYTES,
     refuse_existing,
     write_hf_folder,
 )
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
-from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.manifest import SaveError
+from prefixrl_mcore.checkpoint.resumable import ResumableFolder
 from prefixrl_mcore.checkpoint.run_checkpoints import (
     HF_FOLDER,
     MEGATRON_FOLDER,
@@ -30,125 +40,204 @@ from prefixrl_mcore.checkpoint.run_checkpoints import (
     resolve_checkpoint,
     write_trainer_state,
 )
-from prefixrl_mcore.checkpoint.torch_dist import Piece, TorchDistReader, write_torch_dist
+from prefixrl_mcore.checkpoint.torch_dist_writer import (
+    Piece,
+    StoredPiece,
+    TorchDistWriter,
+    data_file_name,
+)
+from prefixrl_mcore.config.model_shape import read_model_shape
 
 logger = logging.getLogger(__name__)
 
+OnStart = Callable[[int], Callable[[int], object]]
+"""Called with the bytes of weights that will be written; what it returns, with those of each
+block that was written or found written."""
 
-def convert_to_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
+
+def convert_to_hf(
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    on_start: OnStart | None = None,
+) -> Path:
     """Write the weights of a checkpoint as a Hugging Face folder; return the checkpoint's path.
 
     Config, generation config, tokenizer and template files are those of the initial model, byte
-    for byte. An interrupted call leaves no folder of the name ``out``.
+    for byte. An interrupted call leaves no folder of the name ``out``; repeated, it goes on.
 
     Args:
         checkpoint: a checkpoint, or a folder of checkpoints, whose latest is taken.
         out: folder to make; must not exist, or be empty.
         dtype: type of the written weights; None keeps the checkpoint's.
+        max_file_bytes: size of weights above which a new file is begun.
+        on_start: for progress.
 
     Raises:
         CheckpointError: if the checkpoint is missing, incomplete or damaged, a weight is
             missing or of the wrong shape, or ``out`` holds something.
+        SaveError: if the storage refuses.
     """
     refuse_existing(out)
     path = resolve_checkpoint(checkpoint)
-    manifest.verify(path)
-    hf_config = read_hf_config(path / HF_FOLDER)
-    reader = TorchDistReader(path / MEGATRON_FOLDER)
-    write_hf_folder(_hf_weights(reader, hf_config, path), path / HF_FOLDER, out, dtype=dtype)
+    weights = CheckpointWeights(path)
+    sizes = (
+        torch.Size(i.shape).numel() * (dtype or i.dtype).itemsize for i in weights.infos.values()
+    )
+    write_hf_folder(
+        weights,
+        path / HF_FOLDER,
+        out,
+        dtype=dtype,
+        max_file_bytes=max_file_bytes,
+        task=checkpoint_facts(path),
+        on_bytes=None if on_start is None else on_start(sum(sizes)),
+    )
     logger.info("wrote %s from step %d of %s", out, read_trainer_state(path).step, path)
     return path
 
 
-def convert_from_hf(source: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+def convert_from_hf(
+    source: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    on_start: OnStart | None = None,
+) -> None:
     """Write the weights of a Hugging Face folder as a checkpoint of step 0, without optimizer.
 
     ``load_checkpoint`` loads it in any parallel layout; optimizer and schedule begin anew. An
-    interrupted call leaves no folder of the name ``out``.
+    interrupted call leaves no folder of the name ``out``; repeated, it goes on.
 
     Args:
         source: folder with ``config.json``, safetensors weights and tokenizer files.
         out: checkpoint folder to make; must not exist, or be empty.
         dtype: type of the stored weights; None keeps each as it is.
+        max_file_bytes: size of weights above which a new file is begun.
+        on_start: for progress.
 
     Raises:
+        ConfigError: if ``config.json`` is of an unsupported model or has a field that is not
+            understood.
         CheckpointError: naming a damaged file, or a weight that is missing, unexpected or of the
             wrong shape; or if ``out`` holds something.
+        SaveError: if the storage refuses.
     """
     refuse_existing(out)
     hf_config = read_hf_config(source)
-    with HfWeights(source) as weights, manifest.write_folder(out) as folder:
+    read_model_shape(hf_config)  # refuses what training would refuse, above all unknown fields
+    with HfWeights(source) as weights:
         weights.check(hf_config)
-        (folder / MEGATRON_FOLDER).mkdir()
-        write_torch_dist(folder / MEGATRON_FOLDER, _pieces(weights, hf_config, dtype))
-        copy_assets(source, folder / HF_FOLDER)
-        write_trainer_state(
-            folder,
-            TrainerState(
-                step=0, policy_version=0, has_optimizer=False, world_size=0, extra_state={}
-            ),
-        )
+        conversion = _FromHf(weights, hf_config, dtype)
+        task = {
+            "of": _hf_facts(source, weights),
+            "dtype": str(dtype),
+            "max_file_bytes": max_file_bytes,
+        }
+        with ResumableFolder(out, task) as folder:
+            (folder.path / MEGATRON_FOLDER).mkdir(exist_ok=True)
+            conversion.write(folder, max_file_bytes, on_start)
+            try:
+                copy_assets(source, folder.path / HF_FOLDER)
+                write_trainer_state(
+                    folder.path,
+                    TrainerState(
+                        step=0, policy_version=0, has_optimizer=False, world_size=0, extra_state={}
+                    ),
+                )
+            except OSError as error:
+                raise SaveError(f"{out}: the storage refused: {error}; repeat") from error
+            folder.seal(with_manifest=True)
     logger.info("wrote checkpoint %s from %s", out, source)
 
 
-def _hf_weights(
-    reader: TorchDistReader, hf_config: Mapping[str, Any], path: Path
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) in the order of the family's table."""
-    table, dims = find_table(hf_config), ModelDims.from_hf_config(hf_config)
-    for rule, place in table.weights(dims):
-        full = _read_full(reader, rule, place, dims, path)
-        tensors = layout.full_to_hf(
-            rule.kind, full, rows=rule.rows(dims), num_groups=dims.num_groups
+class _FromHf:
+    """The Megatron weights that a Hugging Face folder makes."""
+
+    def __init__(
+        self, weights: HfWeights, hf_config: Mapping[str, Any], dtype: torch.dtype | None
+    ) -> None:
+        self._weights = weights
+        self._dtype = dtype
+        self._dims = ModelDims.from_hf_config(hf_config)
+        self._all = list(find_table(hf_config).weights(self._dims))
+
+    def write(self, folder: ResumableFolder, max_file_bytes: int, on_start: OnStart | None) -> None:
+        """Write all data files but those that are finished, and their index."""
+        on_bytes = None
+        if on_start is not None:
+            on_bytes = on_start(sum(self._num_bytes(*one) for one in self._all))
+        writer = TorchDistWriter(folder.path / MEGATRON_FOLDER)
+        for number, group in enumerate(self._groups(max_file_bytes)):
+            name = data_file_name(number)
+            path = f"{MEGATRON_FOLDER}/{name}"
+            if path in folder.finished:
+                done = folder.finished[path]
+                writer.adopt(name, [StoredPiece(**piece) for piece in done.notes])
+                if on_bytes is not None:
+                    on_bytes(done.size_bytes)
+                continue
+            file = writer.write_file(name, self._pieces(group), on_bytes)
+            notes = [asdict(piece) for piece in file.pieces]
+            folder.finish(path, size_bytes=file.size_bytes, sha256=file.sha256, notes=notes)
+        writer.finish()
+
+    def _groups(self, max_file_bytes: int) -> Iterator[list[tuple[Rule, Place]]]:
+        """Yield the weights of each data file."""
+        group: list[tuple[Rule, Place]] = []
+        size = 0
+        for rule, place in self._all:
+            num_bytes = self._num_bytes(rule, place)
+            if group and size + num_bytes > max_file_bytes:
+                yield group
+                group, size = [], 0
+            group.append((rule, place))
+            size += num_bytes
+        yield group
+
+    def _num_bytes(self, rule: Rule, place: Place) -> int:
+        infos = [self._weights.infos[hf_name(weight, place)] for weight in rule.hf]
+        return sum(
+            torch.Size(info.shape).numel() * (self._dtype or info.dtype).itemsize for info in infos
         )
-        for weight, tensor in zip(rule.hf, tensors, strict=True):
-            yield hf_name(weight, place), tensor
 
+    def _pieces(self, group: list[tuple[Rule, Place]]) -> Iterator[Piece]:
+        """Yield Megatron weights; layers as pieces of a stack, as Megatron stores them."""
+        for index, (rule, place) in enumerate(group):
+            for weight in (w for r, p in group[index + 1 : index + 2] for w in r.hf):
+                self._weights.prefetch(hf_name(weight, group[index + 1][1]))
+            yield self._piece(rule, place)
 
-def _read_full(
-    reader: TorchDistReader, rule: Rule, place: Place, dims: ModelDims, path: Path
-) -> Tensor:
-    """Return one whole Megatron weight, from a stack of layers or under its own name."""
-    stacks = () if place.layer is None else rule.stacked_checkpoint_names()
-    stacked = [n for n in stacks if reader.shapes.get(n, ())[:1] == (dims.num_layers,)]
-    names = [name for name in rule.checkpoint_names(place) if name in reader.shapes]
-    if not stacked and not names:
-        raise CheckpointError(
-            f"{path}: lacks {rule.checkpoint_names(place)[0]}, expected a model of "
-            f"{dims.num_layers} layers as its config.json says; use another checkpoint"
-        )
-    name = (stacked or names)[0]
-    indices = (place.layer if stacked else None, place.expert)
-    full = reader.read(name, *(index for index in indices if index is not None))
-    expected = rule.full_shape(dims)
-    is_padded = rule.kind == "vocab" and full.shape[0] >= expected[0]
-    if tuple(full.shape[1:]) != expected[1:] or not (full.shape[0] == expected[0] or is_padded):
-        raise CheckpointError(
-            f"{path}: {name} got shape {tuple(full.shape)}, expected {expected} as its "
-            "config.json says; use another checkpoint"
-        )
-    return full
-
-
-def _pieces(
-    weights: HfWeights, hf_config: Mapping[str, Any], dtype: torch.dtype | None
-) -> Iterator[Piece]:
-    """Yield every Megatron weight; layers as pieces of a stack, as Megatron stores them."""
-    table, dims = find_table(hf_config), ModelDims.from_hf_config(hf_config)
-    for rule, place in table.weights(dims):
-        tensors = [weights.read(hf_name(weight, place)).to(dtype=dtype) for weight in rule.hf]
-        full = layout.hf_to_full(rule.kind, tensors, num_groups=dims.num_groups)
-        indices = [
+    def _piece(self, rule: Rule, place: Place) -> Piece:
+        names = [hf_name(weight, place) for weight in rule.hf]
+        tensors = [self._weights.read(name).to(dtype=self._dtype) for name in names]
+        full = layout.hf_to_full(rule.kind, tensors, num_groups=self._dims.num_groups)
+        stacks = [
             (index, number)
             for index, number in (
-                (place.layer, dims.num_layers),
-                (place.expert, dims.num_experts),
+                (place.layer, self._dims.num_layers),
+                (place.expert, self._dims.num_experts),
             )
             if index is not None
         ]
-        yield Piece(
+        return Piece(
             name=rule.stacked_checkpoint_names()[0],
-            full_shape=(*(number for _, number in indices), *full.shape),
-            offsets=(*(index for index, _ in indices), *(0,) * full.dim()),
-            tensor=full[(None,) * len(indices)],
+            full_shape=(*(number for _, number in stacks), *full.shape),
+            offsets=(*(index for index, _ in stacks), *(0,) * full.dim()),
+            tensor=full[(None,) * len(stacks)],
         )
+
+
+def _hf_facts(source: Path, weights: HfWeights) -> dict[str, Any]:
+    """Return what tells this model folder's content from any other's, JSON.
+
+    Weight files by size and time: hashing them would take as long as converting them.
+    """
+    stats = {path.name: path.stat() for path in weights.files}
+    return {
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "config": hashlib.sha256((source / CONFIG_NAME).read_bytes()).hexdigest(),
+    }

@@ -1,17 +1,15 @@
-"""Reading and writing ``torch_dist`` weights in one process, without a model or process group.
+"""Reading ``torch_dist`` weights in one process, without a model or process group.
 
 The format stores whole tensors in pieces: ``.metadata`` says which piece of which tensor lies at
-which bytes of which ``*.distcp`` file. One tensor (or one layer of a stack of layers) is held in
-memory at a time.
+which bytes of which ``*.distcp`` file. Files are mapped: a tensor that was stored in one piece is
+not copied.
 """
 
 import io
-import json
-import os
+import itertools
+import mmap
 import pathlib
 import pickle
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,12 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.torch_archive import (
+    ArchiveError,
+    advise_of_read,
+    map_file,
+    read_tensor,
+)
 
 SHARDING_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -30,12 +34,7 @@ SHARDING_METADATA = {
 }
 """How Megatron names and cuts the tensors: the variant that any other layout can load."""
 
-_METADATA_NAME = ".metadata"
-_DATA_NAME = "__0_0.distcp"
-_BACKEND_NAME = "metadata.json"
-_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-_COMMON_STATE_KEY = "common_state/shard_0_1"  # Megatron's name of what is not a tensor
-_DCP_VERSION = "1.0.0"
+METADATA_NAME = ".metadata"
 
 _SAFE_CLASSES = frozenset(
     {
@@ -58,23 +57,6 @@ _SAFE_CLASSES = frozenset(
 """All that a ``.metadata`` file may name; anything else could run code."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A part of a whole tensor, to be written."""
-
-    name: str
-    """Name of the whole tensor."""
-
-    full_shape: tuple[int, ...]
-    """Shape of the whole tensor."""
-
-    offsets: tuple[int, ...]
-    """Where the part begins in the whole."""
-
-    tensor: Tensor
-    """The part, with as many dimensions as the whole."""
-
-
 class TorchDistReader:
     """The tensors of one ``torch_dist`` folder."""
 
@@ -86,7 +68,7 @@ class TorchDistReader:
         """
         self.folder = folder
         """What is read."""
-        self._metadata = _read_metadata(folder / _METADATA_NAME)
+        self._metadata = _read_metadata(folder / METADATA_NAME)
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(entry.size)
             for name, entry in self._metadata.state_dict_metadata.items()
@@ -105,32 +87,39 @@ class TorchDistReader:
             if isinstance(entry, dcp.BytesStorageMetadata)
         )
         """Names of what is stored besides tensors."""
+        self._mappings: dict[Path, mmap.mmap] = {}
+        self._chunks: dict[
+            tuple[str, int], dict[tuple[int, ...], list[dcp.ChunkStorageMetadata]]
+        ] = {}
 
     def read(self, name: str, *indices: int) -> Tensor:
         """Return a whole tensor, or the entry ``indices`` along its first dimensions.
 
+        Where one stored piece is all of it, the result is a view of the mapped file and must not
+        be written to.
+
         Raises:
             CheckpointError: if a piece is missing or its file is damaged.
         """
-        entry = self._metadata.state_dict_metadata[name]
-        if not isinstance(entry, dcp.TensorStorageMetadata):
-            raise CheckpointError(f"{self.folder}: {name} is no tensor; use another checkpoint")
+        entry = self._entry(name)
         shape = tuple(entry.size)[len(indices) :]
+        pieces = [
+            (chunk, self._read_chunk(name, chunk)[_inside(chunk, indices)])
+            for chunk in self._chunks_at(name, indices)
+        ]
+        num_filled = sum(piece.numel() for _, piece in pieces)
+        if num_filled != torch.Size(shape).numel():
+            raise CheckpointError(
+                f"{self.folder}: {name}{list(indices) or ''} has pieces of {num_filled} numbers, "
+                f"expected {torch.Size(shape).numel()}; use another checkpoint"
+            )
+        if len(pieces) == 1:
+            return pieces[0][1]
         result = torch.empty(shape, dtype=entry.properties.dtype)
-        num_filled = 0
-        for chunk in entry.chunks:
-            piece = self._read_chunk_part(name, chunk, indices)
-            if piece is None:
-                continue
+        for chunk, piece in pieces:
             offsets = tuple(chunk.offsets)[len(indices) :]
             part = result[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))]
             part.copy_(piece)
-            num_filled += piece.numel()
-        if num_filled != result.numel():
-            raise CheckpointError(
-                f"{self.folder}: {name}{list(indices) or ''} has pieces of {num_filled} numbers, "
-                f"expected {result.numel()}; use another checkpoint"
-            )
         return result
 
     def read_piece(self, name: str, offsets: tuple[int, ...]) -> Tensor:
@@ -149,81 +138,79 @@ class TorchDistReader:
             f"{len(chunks)}; use another checkpoint"
         )
 
-    def _read_chunk_part(
-        self, name: str, chunk: dcp.ChunkStorageMetadata, indices: tuple[int, ...]
-    ) -> Tensor | None:
-        """Return a stored piece, or its share of ``indices``; None if it has none."""
-        inside = tuple(i - o for i, o in zip(indices, chunk.offsets, strict=False))
-        if any(not 0 <= i < size for i, size in zip(inside, chunk.sizes, strict=False)):
-            return None
-        return self._read_chunk(name, chunk)[inside]
+    def prefetch(self, name: str, *indices: int) -> None:
+        """Let the operating system read ahead what ``read`` of the same arguments will want."""
+        for chunk in self._chunks_at(name, indices):
+            place = self._place(name, chunk)
+            advise_of_read(self._mapping(self._path(place)), place.offset, place.length)
+
+    def _entry(self, name: str) -> dcp.TensorStorageMetadata:
+        entry = self._metadata.state_dict_metadata[name]
+        if not isinstance(entry, dcp.TensorStorageMetadata):
+            raise CheckpointError(f"{self.folder}: {name} is no tensor; use another checkpoint")
+        return entry
+
+    def _chunks_at(self, name: str, indices: tuple[int, ...]) -> list[dcp.ChunkStorageMetadata]:
+        """Return the pieces that have a share of ``indices``.
+
+        Looked up and not searched for, because a stack of experts has thousands of pieces.
+        """
+        key = (name, len(indices))
+        if key not in self._chunks:
+            by_place: dict[tuple[int, ...], list[dcp.ChunkStorageMetadata]] = {}
+            for chunk in self._entry(name).chunks:
+                ranges = zip(chunk.offsets, chunk.sizes, strict=True)
+                covered = [range(o, o + size) for o, size in ranges][: len(indices)]
+                for place in itertools.product(*covered):
+                    by_place.setdefault(place, []).append(chunk)
+            self._chunks[key] = by_place
+        return self._chunks[key].get(indices, [])
 
     def _read_chunk(self, name: str, chunk: dcp.ChunkStorageMetadata) -> Tensor:
-        place = self._metadata.storage_data.get(dcp.MetadataIndex(name, chunk.offsets))
-        if place is None or place.transform_descriptors:
-            raise CheckpointError(
-                f"{self.folder / _METADATA_NAME}: does not say where {name} at "
-                f"{tuple(chunk.offsets)} lies, expected a plain piece; use another checkpoint"
-            )
-        path = self.folder / Path(place.relative_path).name
+        place = self._place(name, chunk)
+        path = self._path(place)
         try:
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                content = file.read(place.length)
-            tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle raises almost anything
+            tensor = read_tensor(self._mapping(path), place.offset, place.length)
+        except ArchiveError as error:
             raise CheckpointError(
-                f"{path}: {name} cannot be read ({error}); use another checkpoint"
+                f"{path}: {error} in {name} at {tuple(chunk.offsets)}; use another checkpoint or "
+                "restore the file"
             ) from None
-        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+        expected = (chunk.sizes, self.dtypes[name])
+        if (tensor.shape, tensor.dtype) != expected:
             raise CheckpointError(
-                f"{path}: {name} got {getattr(tensor, 'shape', type(tensor))}, expected "
-                f"{tuple(chunk.sizes)}; use another checkpoint"
+                f"{path}: {name} got {tuple(tensor.shape)} {tensor.dtype}, expected "
+                f"{tuple(expected[0])} {expected[1]}; use another checkpoint"
             )
         return tensor
 
-
-def write_torch_dist(folder: Path, pieces: Iterable[Piece]) -> None:
-    """Write pieces of tensors, one at a time, into an existing, empty folder.
-
-    Megatron loads the result as it loads its own. Files are not made durable here.
-    """
-    tensors: dict[str, Any] = {}
-    places: dict[dcp.MetadataIndex, Any] = {}
-    with (folder / _DATA_NAME).open("wb") as file:
-        for piece in pieces:
-            entry = tensors.setdefault(
-                piece.name,
-                dcp.TensorStorageMetadata(
-                    properties=dcp.TensorProperties(dtype=piece.tensor.dtype),
-                    size=torch.Size(piece.full_shape),
-                    chunks=[],
-                ),
+    def _place(self, name: str, chunk: dcp.ChunkStorageMetadata) -> filesystem._StorageInfo:
+        place = self._metadata.storage_data.get(dcp.MetadataIndex(name, chunk.offsets))
+        if place is None or place.transform_descriptors:
+            raise CheckpointError(
+                f"{self.folder / METADATA_NAME}: does not say where {name} at "
+                f"{tuple(chunk.offsets)} lies, expected a plain piece; use another checkpoint"
             )
-            offsets, sizes = torch.Size(piece.offsets), piece.tensor.shape
-            index = dcp.MetadataIndex(piece.name, offsets, len(entry.chunks))
-            entry.chunks.append(dcp.ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-            places[index] = _append(file, piece.tensor.contiguous().clone())
-        # Megatron reads the first entry of a list.
-        places[dcp.MetadataIndex(_COMMON_STATE_KEY)] = _append(
-            file, [{"content_metadata": SHARDING_METADATA}]
-        )
-    metadata = dcp.Metadata(
-        state_dict_metadata={**tensors, _COMMON_STATE_KEY: dcp.BytesStorageMetadata()},
-        storage_data=places,
-        storage_meta=dcp.StorageMeta(),
-        version=_DCP_VERSION,
-    )
-    (folder / _METADATA_NAME).write_bytes(pickle.dumps(metadata))
-    (folder / _BACKEND_NAME).write_text(json.dumps(_BACKEND), encoding="utf-8")
+        return place
+
+    def _path(self, place: filesystem._StorageInfo) -> Path:
+        return self.folder / Path(place.relative_path).name
+
+    def _mapping(self, path: Path) -> mmap.mmap:
+        """Return a data file, mapped once."""
+        if path not in self._mappings:
+            try:
+                self._mappings[path] = map_file(path)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path}: cannot be read ({error}); use another checkpoint"
+                ) from None
+        return self._mappings[path]
 
 
-def _append(file: io.BufferedWriter, value: object) -> filesystem._StorageInfo:
-    offset = file.seek(0, os.SEEK_END)
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    file.write(buffer.getbuffer())
-    return filesystem._StorageInfo(_DATA_NAME, offset, buffer.tell())
+def _inside(chunk: dcp.ChunkStorageMetadata, indices: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the place of ``indices`` in a piece."""
+    return tuple(i - o for i, o in zip(indices, chunk.offsets, strict=False))
 
 
 def _read_metadata(path: Path) -> dcp.Metadata:

@@ -24,6 +24,7 @@ from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer import dry_run
+from prefixrl_mcore.trainer.initial_model import provide_initial_model, with_initial_model
 from prefixrl_mcore.trainer.loop import train
 from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.run_policy import build_policy
@@ -35,7 +36,13 @@ from prefixrl_mcore.trainer.step_metrics import read_hardware
 logger = logging.getLogger(__name__)
 
 
-def run_training(config: RunConfig, *, resume: bool, predicted_bytes: float | None = None) -> int:
+def run_training(
+    config: RunConfig,
+    *,
+    resume: bool,
+    predicted_bytes: float | None = None,
+    init: Path | None = None,
+) -> int:
     """Train as the config says and return the exit code; every rank calls this.
 
     Args:
@@ -43,17 +50,20 @@ def run_training(config: RunConfig, *, resume: bool, predicted_bytes: float | No
         resume: continue the run of the folder.
         predicted_bytes: memory of a rank that ``prefixrl check`` predicts, told beside what is
             measured.
+        init: initial model in place of ``model.path``; see ``initial_model.py``.
 
     Raises:
         ConfigError: if the folder holds another run, or one that ``resume`` was not given for.
     """
     start, started = time.perf_counter(), time.time()
+    config = with_initial_model(config, init)
     folder = RunFolder(config.run_folder)
     _check_start(folder, config, resume=resume)
     with ExitStack() as stack:
         topology = initialize(config.policy.parallel, seed=config.seed)
         stack.callback(shut_down)
         run_on_first(lambda: folder.check(config))
+        run_on_first(lambda: provide_initial_model(config, init))
         stop = StopSignal(TimeLimit(config.trainer, started=started))
         session = build_session(config, folder, topology, stack, predicted_bytes=predicted_bytes)
         checkpoint = None

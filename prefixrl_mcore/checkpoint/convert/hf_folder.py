@@ -1,13 +1,13 @@
-"""Reading and writing Hugging Face model folders, one tensor at a time.
+"""Reading Hugging Face model folders, one tensor at a time.
 
 Only weights are interpreted. ``config.json``, the generation config, tokenizer files and chat
 templates are copied byte for byte: a library that reads and writes them again changes them.
 """
 
 import json
-import logging
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,23 +15,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.fused_experts import FusedPart, fused_parts
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, write_folder
+from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo, dtype_of, read_places
+from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.config.json_files import read_json_object
 
-logger = logging.getLogger(__name__)
-
 CONFIG_NAME = "config.json"
-_SINGLE_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 )
-_MAX_SHARD_BYTES = 4 * 1024**3
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -70,7 +67,6 @@ def copy_assets(source: Path, target: Path) -> None:
 class HfWeights:
     """The weights of a Hugging Face folder; a tensor is read when it is asked for.
 
-    Experts that are stored fused appear as weights of single experts (``fused_experts.py``).
     Use as a context manager: files stay open, mapped into memory, until it ends.
     """
 
@@ -85,11 +81,14 @@ class HfWeights:
         self._stack = ExitStack()
         self._file_of: dict[str, Any] = {}
         self._fused: dict[str, FusedPart] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        """Shape of each weight, by name."""
+        self.infos: dict[str, TensorInfo] = {}
+        """Shape and type of each weight, by name."""
+        self._places: dict[str, tuple[Path, int, int]] = {}
         self.index: dict[str, str] | None = _read_index(folder)
+        self.files = _weight_files(folder, self.index)
+        """The files that hold them."""
         try:
-            for path in _weight_files(folder, self.index):
+            for path in self.files:
                 self._open(path)
             self._check_index()
             self._split_fused()
@@ -123,6 +122,15 @@ class HfWeights:
             )
         return self._file_of[name].get_tensor(name)
 
+    def prefetch(self, name: str) -> None:
+        """Let the operating system read one weight ahead."""
+        path, begin, length = self._places[name]
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, begin, length, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+
     def check(self, hf_config: Mapping[str, Any]) -> None:
         """Refuse weights that are not exactly those of ``hf_config``.
 
@@ -133,25 +141,34 @@ class HfWeights:
             CheckpointError: naming missing, unexpected and wrongly shaped weights.
         """
         table, dims = find_table(hf_config), ModelDims.from_hf_config(hf_config)
-        expected = table.hf_shapes(dims)
-        found = dict(self.shapes)
+        self.leave_out_tied_copy(hf_config)
+        found = {name: info.shape for name, info in self.infos.items()}
+        check_hf_shapes(found, table.hf_shapes(dims), where=str(self.folder))
+
+    def leave_out_tied_copy(self, hf_config: Mapping[str, Any]) -> None:
+        """Forget the copy of its embedding that a tied model may carry as its output head.
+
+        Raises:
+            CheckpointError: if it is no copy.
+        """
+        table, dims = find_table(hf_config), ModelDims.from_hf_config(hf_config)
         head = next(rule for rule in table.rules if rule.is_output_head).hf[0].name
-        if dims.is_tied and head in found:
-            embedding = table.embedding.hf[0].name
-            if not torch.equal(self.read(head), self.read(embedding)):
-                raise CheckpointError(
-                    f"{self.folder}: {head} differs from {embedding} although config.json ties "
-                    "them; set tie_word_embeddings to false or remove the extra weight"
-                )
-            del found[head]
-        check_hf_shapes(found, expected, where=str(self.folder))
+        embedding = table.embedding.hf[0].name
+        if not dims.is_tied or head not in self.infos or embedding not in self.infos:
+            return
+        if not torch.equal(self.read(head), self.read(embedding)):
+            raise CheckpointError(
+                f"{self.folder}: {head} differs from {embedding} although config.json ties "
+                "them; set tie_word_embeddings to false or remove the extra weight"
+            )
+        del self.infos[head]
 
     def _open(self, path: Path) -> None:
         try:
             file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         except FileNotFoundError:
             raise CheckpointError(
-                f"{path}: is missing, expected it because {_INDEX} names it; download it again"
+                f"{path}: is missing, expected it because {INDEX_NAME} names it; download it again"
             ) from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
@@ -165,7 +182,16 @@ class HfWeights:
                     "weight files that do not belong to the model"
                 )
             self._file_of[name] = file
-            self.shapes[name] = tuple(file.get_slice(name).get_shape())
+            stored = file.get_slice(name)
+            dtype = dtype_of(stored.get_dtype())
+            if dtype is None:
+                raise CheckpointError(
+                    f"{path}: weight {name} has type {stored.get_dtype()}, expected plain numbers "
+                    "such as BF16; quantized weights cannot be converted"
+                )
+            self.infos[name] = TensorInfo(shape=tuple(stored.get_shape()), dtype=dtype)
+        for name, (begin, length) in read_places(path).items():
+            self._places[name] = (path, begin, length)
 
     def _check_index(self) -> None:
         if self.index is None:
@@ -174,145 +200,33 @@ class HfWeights:
         absent = sorted(self.index.keys() - self._file_of.keys())
         if unlisted or absent:
             raise CheckpointError(
-                f"{self.folder / _INDEX}: does not fit the files: lists {absent[:3]} that no file "
-                f"has, lacks {unlisted[:3]}; download the folder again"
+                f"{self.folder / INDEX_NAME}: does not fit the files: lists {absent[:3]} that no "
+                f"file has, lacks {unlisted[:3]}; download the folder again"
             )
 
     def _split_fused(self) -> None:
         """Let fused experts appear as single ones."""
-        for stored_name, shape in list(self.shapes.items()):
-            parts = list(fused_parts(stored_name, shape))
+        for stored_name, info in list(self.infos.items()):
+            parts = list(fused_parts(stored_name, info.shape))
+            path, begin, _ = self._places[stored_name]
             for part in parts:
-                if part.name in self.shapes:
+                if part.name in self.infos:
                     raise CheckpointError(
                         f"{self.folder}: has {part.name} as well as {stored_name}, expected one of "
                         "them; remove weight files that do not belong to the model"
                     )
                 self._fused[part.name] = part
-                self.shapes[part.name] = (part.num_rows, part.num_columns)
+                shape = (part.num_rows, part.num_columns)
+                self.infos[part.name] = TensorInfo(shape=shape, dtype=info.dtype)
+                row = part.expert * info.shape[1] + part.first_row
+                row_bytes = part.num_columns * info.dtype.itemsize
+                self._places[part.name] = (path, begin + row * row_bytes, part.num_rows * row_bytes)
             if parts:
-                del self.shapes[stored_name]
-
-
-def write_hf_folder(
-    weights: Iterable[tuple[str, Tensor]],
-    source_folder: Path,
-    out: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    is_writer: bool = True,
-    max_shard_bytes: int = _MAX_SHARD_BYTES,
-) -> None:
-    """Write a complete Hugging Face folder: weights, and the other files of ``source_folder``.
-
-    Written under a temporary name and renamed at the end, so an interrupted call leaves nothing
-    that looks complete. At most one file's worth of weights is held in memory.
-
-    Args:
-        weights: (Hugging Face name, tensor); exhausted on every rank, because making them may
-            take collectives.
-        source_folder: folder with ``config.json`` and tokenizer files; its weights are ignored.
-        out: folder to make; must not exist, or be empty.
-        dtype: type of the written weights; None keeps each as it comes.
-        is_writer: False on the ranks that only take part in making ``weights``.
-        max_shard_bytes: size above which a new weight file is begun.
-
-    Raises:
-        CheckpointError: if ``out`` holds something, or ``weights`` are not exactly those that
-            ``config.json`` describes; missing, unexpected and wrongly shaped ones are named.
-    """
-    if not is_writer:
-        for _ in weights:
-            pass
-        return
-    refuse_existing(out)
-    hf_config = read_hf_config(source_folder)
-    expected = find_table(hf_config).hf_shapes(ModelDims.from_hf_config(hf_config))
-    with write_folder(out, with_manifest=False) as folder:
-        writer = _ShardWriter(folder, expected, dtype, max_shard_bytes)
-        for name, tensor in weights:
-            writer.add(name, tensor)
-        writer.finish(where=str(out))
-        copy_assets(source_folder, folder)
-    _warn_of_other_dtype(hf_config, writer.dtypes, out)
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise CheckpointError if ``out`` is a file or a folder that holds something."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise CheckpointError(
-            f"{out}: exists, expected a new or empty folder; remove it or name another one"
-        )
-    if out.is_dir():
-        out.rmdir()
-
-
-class _ShardWriter:
-    """Collects weights into files of bounded size and keeps the index."""
-
-    def __init__(
-        self,
-        folder: Path,
-        expected: Mapping[str, tuple[int, ...]],
-        dtype: torch.dtype | None,
-        max_shard_bytes: int,
-    ) -> None:
-        self._folder = folder
-        self._expected = expected
-        self._dtype = dtype
-        self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._files: list[tuple[Path, list[str]]] = []
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: set[torch.dtype] = set()
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one weight; a name that comes twice is refused at once."""
-        if name in self._shapes:
-            raise CheckpointError(f"weight {name} was exported twice, expected it once")
-        self._shapes[name] = tuple(tensor.shape)
-        if self._expected.get(name) != self._shapes[name]:
-            check_hf_shapes({**self._expected, **self._shapes}, self._expected, where="export")
-        # A copy: the exporter may reuse the memory, and safetensors wants no shared storage.
-        kept = tensor.detach().to(device="cpu", dtype=self._dtype, copy=True).contiguous()
-        num_bytes = kept.numel() * kept.element_size()
-        if self._pending and self._pending_bytes + num_bytes > self._max_shard_bytes:
-            self._flush()
-        self._pending[name] = kept
-        self._pending_bytes += num_bytes
-        self._total_bytes += num_bytes
-        self.dtypes.add(kept.dtype)
-
-    def finish(self, *, where: str) -> None:
-        """Write what is left, give the files their final names, and write the index."""
-        check_hf_shapes(self._shapes, self._expected, where=where)
-        self._flush()
-        if len(self._files) == 1:
-            self._files[0][0].rename(self._folder / _SINGLE_FILE)
-            return
-        weight_map: dict[str, str] = {}
-        for number, (path, names) in enumerate(self._files, start=1):
-            file_name = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
-            path.rename(self._folder / file_name)
-            weight_map |= dict.fromkeys(names, file_name)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self._folder / _INDEX).write_text(text, encoding="utf-8")
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        path = self._folder / f"part-{len(self._files):05d}.safetensors"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        self._files.append((path, list(self._pending)))
-        self._pending = {}
-        self._pending_bytes = 0
+                del self.infos[stored_name]
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    path = folder / _INDEX
+    path = folder / INDEX_NAME
     if not path.exists():
         return None
     try:
@@ -327,23 +241,10 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 def _weight_files(folder: Path, index: dict[str, str] | None) -> list[Path]:
     if index is not None:
         return sorted({folder / name for name in index.values()})
-    path = folder / _SINGLE_FILE
+    path = folder / SINGLE_FILE
     if not path.exists():
         raise CheckpointError(
-            f"{folder}: has neither {_SINGLE_FILE} nor {_INDEX}; only safetensors weights can be "
-            "read, convert the folder's weights to them"
+            f"{folder}: has neither {SINGLE_FILE} nor {INDEX_NAME}; only safetensors weights can "
+            "be read, convert the folder's weights to them"
         )
     return [path]
-
-
-def _warn_of_other_dtype(hf_config: Mapping[str, Any], dtypes: set[torch.dtype], out: Path) -> None:
-    stated = hf_config.get("dtype") or hf_config.get("torch_dtype")
-    written = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    if stated is not None and written != [stated]:
-        logger.warning(
-            "%s: weights are %s but config.json, copied unchanged, says %s; readers that follow "
-            "config.json will cast them (choose a dtype to write another type)",
-            out,
-            " and ".join(written),
-            stated,
-        )

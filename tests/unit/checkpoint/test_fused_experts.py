@@ -41,8 +41,10 @@ def rewrite(folder: Path, **changes: Tensor) -> None:
 def test_single_experts_are_read_out_of_fused_ones(fused: Path, truth: dict[str, Tensor]) -> None:
     with HfWeights(fused) as weights:
         weights.check(read_hf_config(fused))
-        found = {name: weights.read(name) for name in weights.shapes}
-        assert {name: tuple(tensor.shape) for name, tensor in found.items()} == weights.shapes
+        found = {name: weights.read(name) for name in weights.infos}
+        assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+            name: info.shape for name, info in weights.infos.items()
+        }
     assert max_difference(found, truth) == 0.0
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefixrl_mcore.checkpoint.convert.hf_folder import HfWeights, write_hf_folder
+from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, read_manifest, verify
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
-from prefixrl_mcore.checkpoint.torch_dist import Piece, TorchDistReader, write_torch_dist
+from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
+from prefixrl_mcore.checkpoint.torch_dist_writer import Piece, TorchDistWriter, data_file_name
 from tests.support.policies import build_policy, make_batch, max_difference, weights_of
 from tests.support.tiny_models import write_tiny_qwen3
+from tests.support.weights import HeldWeights, weights_in
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -32,11 +34,6 @@ def trained(
     policy.update(make_batch())
     path = save_checkpoint(tmp_path_factory.mktemp("run"), 1, policy, {})
     return path, weights_of(policy)
-
-
-def weights_in(folder: Path) -> dict[str, Tensor]:
-    with HfWeights(folder) as weights:
-        return {name: weights.read(name) for name in weights.shapes}
 
 
 def test_the_folder_equals_the_live_export_bit_for_bit(
@@ -83,7 +80,7 @@ def test_there_and_back_again_gives_the_same_bits(source: Path, tmp_path: Path) 
 
 def test_a_folder_of_several_files_converts_alike(source: Path, tmp_path: Path) -> None:
     split = tmp_path / "split"
-    write_hf_folder(weights_in(source).items(), source, split, max_shard_bytes=60_000)
+    write_hf_folder(HeldWeights(weights_in(source)), source, split, max_file_bytes=60_000)
     assert len(list(split.glob("*.safetensors"))) > 3
     convert_from_hf(split, tmp_path / "checkpoint")
     convert_to_hf(tmp_path / "checkpoint", tmp_path / "out")
@@ -126,11 +123,11 @@ def test_no_model_and_no_process_group_are_needed(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_makes_no_folder(source: Path, tmp_path: Path) -> None:
     convert_from_hf(source, tmp_path / "checkpoint")
-    data = tmp_path / "checkpoint" / "megatron" / "__0_0.distcp"
+    data = tmp_path / "checkpoint" / "megatron" / "__0_1.distcp"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: content is damaged"):
+    with pytest.raises(CheckpointError, match=r"__0_1\.distcp: content is damaged"):
         convert_to_hf(tmp_path / "checkpoint", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -139,7 +136,7 @@ def test_a_failing_conversion_makes_no_checkpoint(source: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"config\.json: does not exist"):
         convert_from_hf(tmp_path / "nowhere", tmp_path / "checkpoint")
     broken = tmp_path / "broken"
-    write_hf_folder(weights_in(source).items(), source, broken)
+    write_hf_folder(HeldWeights(weights_in(source)), source, broken)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"11 missing: model\.layers\.2\."):
@@ -165,9 +162,15 @@ def piece(name: str, full_shape: tuple[int, ...], offsets: tuple[int, ...], *row
     return Piece(name=name, full_shape=full_shape, offsets=offsets, tensor=tensor)
 
 
+def write_pieces(folder: Path, pieces: list[Piece]) -> None:
+    writer = TorchDistWriter(folder)
+    writer.write_file(data_file_name(0), pieces)
+    writer.finish()
+
+
 def test_pieces_are_put_together_in_their_places(tmp_path: Path) -> None:
     pieces = [piece("w", (3, 1), (2, 0), 7), piece("w", (3, 1), (0, 0), 5, 6)]
-    write_torch_dist(tmp_path, pieces)
+    write_pieces(tmp_path, pieces)
     reader = TorchDistReader(tmp_path)
     assert reader.shapes == {"w": (3, 1)}
     assert reader.read("w").tolist() == [[5], [6], [7]]
@@ -175,7 +178,7 @@ def test_pieces_are_put_together_in_their_places(tmp_path: Path) -> None:
 
 
 def test_a_hole_in_a_tensor_is_refused(tmp_path: Path) -> None:
-    write_torch_dist(tmp_path, [piece("w", (3, 1), (0, 0), 5, 6)])
+    write_pieces(tmp_path, [piece("w", (3, 1), (0, 0), 5, 6)])
     with pytest.raises(CheckpointError, match=r": w has pieces of 2 .* expected 3"):
         TorchDistReader(tmp_path).read("w")
 

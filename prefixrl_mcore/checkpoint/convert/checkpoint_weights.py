@@ -1,0 +1,118 @@
+"""The weights of a checkpoint under their Hugging Face names, one by one, without a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prefixrl_mcore.checkpoint import manifest
+from prefixrl_mcore.checkpoint.convert import layout
+from prefixrl_mcore.checkpoint.convert.hf_folder import read_hf_config
+from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
+from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo
+from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, MEGATRON_FOLDER
+from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
+
+_DATA_SUFFIX = ".distcp"
+
+
+class CheckpointWeights:
+    """The weights of one checkpoint as Hugging Face has them; read when they are asked for.
+
+    Sizes of all files, and contents of all but the tensors, are compared with the manifest at
+    once. Tensors are compared with their own checksums when they are read: a checkpoint of a run
+    is mostly optimizer state, which nobody needs to read for this.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what is not a tensor.
+
+        Raises:
+            CheckpointError: if the checkpoint is incomplete or damaged, or its weights are not
+                those of its ``config.json``.
+        """
+        self.path = path
+        """The checkpoint."""
+        listed = manifest.verify(path, checksums=False)
+        manifest.verify_contents(
+            path, {n: file for n, file in listed.files.items() if not n.endswith(_DATA_SUFFIX)}
+        )
+        self.hf_config: dict[str, Any] = read_hf_config(path / HF_FOLDER)
+        """Content of ``config.json``."""
+        self.infos: dict[str, TensorInfo] = {}
+        """Shape and type of each weight, by name, in the order of the family's table."""
+        self._table, self._dims = (
+            find_table(self.hf_config),
+            ModelDims.from_hf_config(self.hf_config),
+        )
+        self._reader = TorchDistReader(path / MEGATRON_FOLDER)
+        self._sources: dict[str, tuple[Rule, Place, int]] = {}
+        self._last: tuple[tuple[Rule, Place] | None, list[Tensor]] = (None, [])
+        for rule, place in self._table.weights(self._dims):
+            dtype = self._reader.dtypes[self._stored_as(rule, place)[0]]
+            for index, weight in enumerate(rule.hf):
+                name = hf_name(weight, place)
+                self.infos[name] = TensorInfo(shape=weight.shape(self._dims), dtype=dtype)
+                self._sources[name] = (rule, place, index)
+
+    def read(self, name: str) -> Tensor:
+        """Return one weight; it may share memory with the file and must not be written to.
+
+        Weights that are one in Megatron are cheapest to read one after the other.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        rule, place, index = self._sources[name]
+        if self._last[0] != (rule, place):
+            self._last = (None, [])  # not held while the next one is put together
+            stored, indices = self._stored_as(rule, place)
+            tensors = layout.full_to_hf(
+                rule.kind,
+                self._reader.read(stored, *indices),
+                rows=rule.rows(self._dims),
+                num_groups=self._dims.num_groups,
+            )
+            self._last = ((rule, place), tensors)
+        return self._last[1][index]
+
+    def prefetch(self, name: str) -> None:
+        """Let the operating system read one weight ahead."""
+        rule, place, _ = self._sources[name]
+        if self._last[0] != (rule, place):
+            stored, indices = self._stored_as(rule, place)
+            self._reader.prefetch(stored, *indices)
+
+    def _stored_as(self, rule: Rule, place: Place) -> tuple[str, tuple[int, ...]]:
+        """Return the name of a whole Megatron weight and its place in a stack of layers."""
+        stacks = () if place.layer is None else rule.stacked_checkpoint_names()
+        shapes, num_layers = self._reader.shapes, self._dims.num_layers
+        stacked = [name for name in stacks if shapes.get(name, ())[:1] == (num_layers,)]
+        names = [name for name in rule.checkpoint_names(place) if name in shapes]
+        if not stacked and not names:
+            raise CheckpointError(
+                f"{self.path}: lacks {rule.checkpoint_names(place)[0]}, expected a model of "
+                f"{num_layers} layers as its config.json says; use another checkpoint"
+            )
+        name = (stacked or names)[0]
+        places = (place.layer if stacked else None, place.expert)
+        indices = tuple(index for index in places if index is not None)
+        self._check_shape(rule, name, shapes[name][len(indices) :])
+        return name, indices
+
+    def _check_shape(self, rule: Rule, name: str, shape: tuple[int, ...]) -> None:
+        expected = rule.full_shape(self._dims)
+        rows = shape[0] if shape else 0
+        is_padded = rule.kind == "vocab" and rows >= expected[0]
+        if shape[1:] != expected[1:] or not (rows == expected[0] or is_padded):
+            raise CheckpointError(
+                f"{self.path}: {name} got shape {shape}, expected {expected} as its config.json "
+                "says; use another checkpoint"
+            )
+
+
+def checkpoint_facts(path: Path) -> Mapping[str, Any]:
+    """Return what tells this checkpoint's content from any other's, JSON."""
+    return {"manifest": manifest.hash_file(path / manifest.MANIFEST_NAME)}

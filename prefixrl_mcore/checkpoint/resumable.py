@@ -1,0 +1,191 @@
+"""A folder of large files whose writing can be killed and taken up again.
+
+The folder is written under the name ``.<final name>.converting``. A file counts as finished when
+it is durable and the journal beside that folder lists its checksum; after a kill the finished
+files are compared with it and kept, everything else is removed. The folder gets its final name
+when it is complete, so that an unfinished one is never taken for a result.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from prefixrl_mcore.checkpoint import manifest
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
+from prefixrl_mcore.observability.atomic import write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedFile:
+    """A file that is complete and durable."""
+
+    size_bytes: int
+    """Its length."""
+
+    sha256: str
+    """Hexadecimal digest of its content."""
+
+    notes: Any
+    """What the writer wants to know of the file when it goes on after a kill; JSON."""
+
+
+class ResumableFolder:
+    """The folder while it is written; use as a context manager, and ``seal`` it at the end."""
+
+    def __init__(self, final: Path, task: Mapping[str, Any]) -> None:
+        """Name the folder; nothing is touched before the block begins.
+
+        Args:
+            final: its final name.
+            task: what decides its content, JSON: the files of another task are not kept.
+        """
+        self.path = final.with_name(f".{final.name}.converting")
+        """Where the files are written."""
+        self._journal = final.with_name(f".{final.name}.converting.json")
+        self.finished: dict[str, FinishedFile] = {}
+        """By path relative to the folder, with forward slashes."""
+        self._final = final
+        self._task = hashlib.sha256(json.dumps(dict(task), sort_keys=True).encode()).hexdigest()
+        self._lock: int | None = None
+
+    def __enter__(self) -> "ResumableFolder":
+        """Make the folder, or take up the one that a killed writer left.
+
+        Raises:
+            CheckpointError: if it cannot be made, or another process is writing it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._final}: cannot be written, got {error}; name a folder that can be created"
+            ) from None
+        try:
+            self._take_lock(self._lock)
+            self._take_up()
+        except BaseException:
+            self._unlock()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Keep finished files for the next try, unless the input is what is wrong."""
+        if isinstance(error, CheckpointError) or not self.finished:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._journal.unlink(missing_ok=True)
+        elif error is not None:
+            logger.warning(
+                "%s: %d finished files are kept there; the same command goes on from them",
+                self.path,
+                len(self.finished),
+            )
+        self._unlock()
+
+    def finish(self, name: str, *, size_bytes: int, sha256: str, notes: Any = None) -> None:  # noqa: ANN401  (JSON)
+        """Take note of a file that is complete and durable."""
+        self.finished[name] = FinishedFile(size_bytes=size_bytes, sha256=sha256, notes=notes)
+        self._write_journal()
+
+    def seal(self, *, with_manifest: bool) -> None:
+        """Make the folder durable and give it its final name.
+
+        Raises:
+            SaveError: if the storage refuses.
+        """
+        digests = {name: file.sha256 for name, file in self.finished.items()}
+        try:
+            manifest.seal_folder(
+                self.path, self._final, with_manifest=with_manifest, digests=digests
+            )
+            self._journal.unlink()
+        except OSError as error:
+            raise SaveError(f"{self._final}: the storage refused: {error}") from error
+
+    def _take_lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{self._final}: is being written by another process; wait for it or stop it"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning(
+                "%s: cannot be locked (%s); let only one process write", self.path, error
+            )
+
+    def _take_up(self) -> None:
+        """Keep the finished files of the same task; remove everything else."""
+        for path in self._journal.parent.glob(f".{self._journal.name}.tmp-*"):
+            path.unlink()
+        journal = self._read_journal()
+        if journal is not None and journal["task"] == self._task:
+            for name, entry in journal["files"].items():
+                self._keep(name, FinishedFile(**entry))
+        elif any(self.path.iterdir()):
+            logger.warning(
+                "%s: begins anew, what lies there was of other input or settings, or unfinished",
+                self.path,
+            )
+        self._remove_unfinished()
+        self._write_journal()
+        if self.finished:
+            logger.info(
+                "%s: kept %d finished files of a killed conversion, %d bytes, checksums right",
+                self.path,
+                len(self.finished),
+                sum(file.size_bytes for file in self.finished.values()),
+            )
+
+    def _keep(self, name: str, file: FinishedFile) -> None:
+        path = self.path / name
+        is_right = (
+            path.is_file()
+            and path.stat().st_size == file.size_bytes
+            and manifest.hash_file(path) == file.sha256
+        )
+        if is_right:
+            self.finished[name] = file
+        else:
+            logger.warning("%s: changed since it was finished, is written again", path)
+
+    def _remove_unfinished(self) -> None:
+        for path in sorted(self.path.rglob("*"), reverse=True):
+            if path.is_file() and path.relative_to(self.path).as_posix() not in self.finished:
+                path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+    def _read_journal(self) -> dict[str, Any] | None:
+        """Return the journal; None if there is none that can be read."""
+        try:
+            return json.loads(self._journal.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _write_journal(self) -> None:
+        files = {name: asdict(file) for name, file in self.finished.items()}
+        try:
+            write_json_atomic(self._journal, {"task": self._task, "files": files})
+        except OSError as error:
+            raise SaveError(f"{self._journal}: the storage refused: {error}") from error
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None

@@ -1,0 +1,126 @@
+"""``prefixrl convert to-hf | from-hf``: conversion with progress, speed and memory shown."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
+from prefixrl_mcore.observability.memory import MemoryWatch
+
+_DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[KMGT]?i?B?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(kw_only=True, slots=True)
+class _Work:
+    """What a conversion did."""
+
+    num_bytes: int = 0
+    """Bytes of weights."""
+
+
+def run_to_hf(checkpoint: Path, out: Path, *, dtype: str | None, file_size: str) -> None:
+    """Convert a checkpoint to a Hugging Face folder and say what it took.
+
+    Args:
+        checkpoint: a checkpoint, or a folder of checkpoints.
+        out: folder to make.
+        dtype: ``bf16``, ``fp32`` or None for the checkpoint's own.
+        file_size: such as ``5GB``, size above which a new weight file is begun.
+
+    Raises:
+        ValueError: as ``convert_to_hf``, or if the size is not one.
+    """
+    max_file_bytes = parse_size(file_size)
+    with _shown("to-hf", out) as on_start:
+        convert_to_hf(
+            checkpoint, out, _DTYPES[dtype], max_file_bytes=max_file_bytes, on_start=on_start
+        )
+
+
+def run_from_hf(model: Path, out: Path, *, dtype: str | None, file_size: str) -> None:
+    """Convert a Hugging Face folder to a checkpoint and say what it took.
+
+    Args:
+        model: Hugging Face folder.
+        out: checkpoint folder to make.
+        dtype: ``bf16``, ``fp32`` or None for the folder's own.
+        file_size: such as ``5GB``, size above which a new data file is begun.
+
+    Raises:
+        ValueError: as ``convert_from_hf``, or if the size is not one.
+    """
+    max_file_bytes = parse_size(file_size)
+    with _shown("from-hf", out) as on_start:
+        convert_from_hf(
+            model, out, _DTYPES[dtype], max_file_bytes=max_file_bytes, on_start=on_start
+        )
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``5GB``, ``500 MB`` or ``4GiB``.
+
+    Raises:
+        ValueError: if it is no size of at least one byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    units = _BINARY_UNITS if match and "i" in match["unit"].lower() else _UNITS
+    prefix = match["unit"].upper().rstrip("IB") if match else ""
+    size = int(float(match["number"]) * units[prefix]) if match else 0
+    if size < 1:
+        raise ValueError(f"size {text!r}: expected a number of bytes such as 5GB or 500MB")
+    return size
+
+
+@contextmanager
+def _shown(direction: str, out: Path) -> Iterator[Callable[[int], Callable[[int], object]]]:
+    """Show progress, and at the end bytes, seconds and memory."""
+    console = Console(stderr=True)
+    progress = byte_progress(console)
+    work = _Work()
+
+    def on_start(total: int) -> Callable[[int], object]:
+        work.num_bytes = total
+        task = progress.add_task(f"{direction} {out.name}", total=total)
+        return lambda number: progress.advance(task, number)
+
+    start = time.perf_counter()
+    with progress, MemoryWatch() as memory:
+        yield on_start
+    seconds = time.perf_counter() - start
+    console.print(
+        f"{out}: {work.num_bytes / 1e9:.2f} GB of weights in {seconds:.1f} s "
+        f"({work.num_bytes / 1e9 / seconds:.2f} GB/s), peak memory "
+        f"{memory.peak_bytes / 1e9:.2f} GB ({memory.start_bytes / 1e9:.2f} GB before it began)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def byte_progress(console: Console) -> Progress:
+    """Return a display that counts bytes."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

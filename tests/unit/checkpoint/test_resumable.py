@@ -1,0 +1,161 @@
+"""What is kept of a killed conversion, and what is not."""
+
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
+from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
+from prefixrl_mcore.checkpoint.resumable import ResumableFolder
+from tests.support.tiny_models import write_tiny_qwen3
+from tests.support.weights import weights_in
+
+MAX_FILE_BYTES = 60_000
+
+
+class StoppedError(Exception):
+    """Stands for a kill: nothing is caught and mended."""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    source = write_tiny_qwen3(tmp_path / "source")
+    convert_from_hf(source, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def stop_after(num_bytes: int) -> Callable[[int], Callable[[int], object]]:
+    """Return an ``on_start`` that stops the conversion after so many bytes."""
+    done = 0
+
+    def on_bytes(number: int) -> None:
+        nonlocal done
+        done += number
+        if done > num_bytes:
+            raise StoppedError
+
+    return lambda _total: on_bytes
+
+
+def stopped(checkpoint: Path, out: Path) -> Path:
+    """Convert two files and a half; return the folder that is left."""
+    with pytest.raises(StoppedError):
+        convert_to_hf(checkpoint, out, max_file_bytes=MAX_FILE_BYTES, on_start=stop_after(100_000))
+    folder = out.with_name(f".{out.name}.converting")
+    assert not out.exists()
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    return folder
+
+
+def test_other_settings_begin_anew_and_say_so(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped(checkpoint, tmp_path / "out")
+    convert_to_hf(checkpoint, tmp_path / "out", torch.bfloat16, max_file_bytes=MAX_FILE_BYTES)
+    assert "begins anew" in caplog.text
+    assert {tensor.dtype for tensor in weights_in(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_another_checkpoint_begins_anew_and_says_so(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped(checkpoint, tmp_path / "out")
+    other = write_tiny_qwen3(tmp_path / "other-source", seed=1)
+    convert_from_hf(other, tmp_path / "other")
+    convert_to_hf(tmp_path / "other", tmp_path / "out", max_file_bytes=MAX_FILE_BYTES)
+    assert "begins anew" in caplog.text
+    assert all(
+        torch.equal(tensor, weights_in(other)[name])
+        for name, tensor in weights_in(tmp_path / "out").items()
+    )
+
+
+def test_a_finished_file_that_changed_is_written_again(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = stopped(checkpoint, tmp_path / "out")
+    damaged = sorted(folder.glob("*.safetensors"))[1]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with caplog.at_level("INFO"):
+        convert_to_hf(checkpoint, tmp_path / "out", max_file_bytes=MAX_FILE_BYTES)
+    assert f"{damaged.name}: changed since it was finished" in caplog.text
+    assert "kept 1 finished files" in caplog.text
+    truth = weights_in(tmp_path / "source")
+    assert all(torch.equal(t, truth[name]) for name, t in weights_in(tmp_path / "out").items())
+
+
+def test_two_processes_do_not_write_one_folder(checkpoint: Path, tmp_path: Path) -> None:
+    with ResumableFolder(tmp_path / "out", {}) as folder:
+        with pytest.raises(CheckpointError, match="out: is being written by another process"):
+            convert_to_hf(checkpoint, tmp_path / "out")
+        assert folder.path.is_dir()
+
+
+def test_bad_input_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    data = checkpoint / "megatron" / "__0_1.distcp"
+    content = bytearray(data.read_bytes())
+    content[-5000] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"__0_1\.distcp: content is damaged, got CRC-32"):
+        convert_to_hf(checkpoint, tmp_path / "out", max_file_bytes=MAX_FILE_BYTES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "source"]
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[], None]]:
+    """A storage that refuses files beyond 200,000 bytes, until the fixture's value is called."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def mend() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    yield mend
+    mend()
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+def test_a_storage_that_refuses_is_named_and_what_is_finished_is_kept(
+    checkpoint: Path,
+    tmp_path: Path,
+    direction: str,
+    small_disk: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    convert, source, suffix = {
+        "to-hf": (convert_to_hf, checkpoint, ".safetensors"),
+        "from-hf": (convert_from_hf, tmp_path / "source", ".distcp"),
+    }[direction]
+    out = tmp_path / "out"
+    # One file of half the size fits, and one of all weights does not.
+    with pytest.raises(SaveError, match=rf"{suffix}: the storage refused: .*File too large"):
+        convert(source, out, max_file_bytes=10**9)
+    assert not out.exists()
+    convert(source, out, max_file_bytes=100_000)
+    assert out.is_dir()
+    small_disk()
+
+
+def test_an_error_of_the_storage_keeps_the_finished_files(tmp_path: Path) -> None:
+    def fail() -> None:
+        with ResumableFolder(tmp_path / "out", {"a": 1}) as folder:
+            (folder.path / "one").write_text("1")
+            folder.finish("one", size_bytes=1, sha256=SHA_OF_1)
+            (folder.path / "two").write_text("2")
+            raise SaveError("full")
+
+    with pytest.raises(SaveError, match="full"):
+        fail()
+    with ResumableFolder(tmp_path / "out", {"a": 1}) as folder:
+        assert list(folder.finished) == ["one"]
+        assert not (folder.path / "two").exists()
+        folder.seal(with_manifest=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["one"]
+
+
+SHA_OF_1 = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"

@@ -22,7 +22,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from torch import Tensor
 
 from prefixrl_mcore.config.policy import OptimizerConfig, PolicyConfig
 from prefixrl_mcore.policy import cpu_runtime
@@ -254,13 +255,23 @@ def _fuse_weight_gradients(model: GPTModel) -> None:
 
 
 def _let_norms_be_recomputed() -> None:
-    """Repair a default of megatron-core 0.19.2 where Transformer Engine is missing.
+    """Repair two things of megatron-core 0.19.2.
 
-    ``CheckpointWithoutOutput(fp8=False)`` takes FP8 for on (it asks ``fp8 is not None``) and then
-    calls Transformer Engine. Can go when it asks for the value.
+    Without Transformer Engine, ``CheckpointWithoutOutput(fp8=False)`` takes FP8 for on (it asks
+    ``fp8 is not None``) and calls it. And a C++ extension, which lets a tensor share the
+    recomputed storage, is compiled in the first backward pass: that needs a compiler, and waits
+    for ever for the lock of a killed process. A copy takes its place.
     """
     if not HAVE_TE:
-        CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+        random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+    random._get_share_storage = lambda: _refill_storage
+
+
+def _refill_storage(released: Tensor, recomputed: Tensor) -> None:
+    """Give a tensor, and all its views, the data that it had before its storage was emptied."""
+    source = recomputed.untyped_storage()
+    released.untyped_storage().resize_(source.nbytes())
+    released.untyped_storage().copy_(source)
 
 
 def _block_spec(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import random
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
@@ -150,6 +151,18 @@ def test_selective_recomputation_changes_no_number(
     difference = max_difference(gradients_of_float32(selective), expected)
     assert difference <= (ORDER_TOLERANCE if "layernorm" in (modules or ()) else 0.0)
     assert max(float(g.abs().max()) for g in expected.values()) > 0.05
+
+
+def test_recomputed_norms_need_no_compiler(
+    tied_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise AssertionError("compiles in the backward pass")
+
+    monkeypatch.setattr(random, "load_inline", refuse)
+    monkeypatch.setattr(random, "_share_storage_ext", None)
+    policy = build_policy(tied_folder, recompute="selective", recompute_modules=("layernorm",))
+    assert policy.update(make_batch()).gradient_norm > 0
 
 
 def test_selective_recomputation_of_a_mixture_changes_no_bit(tmp_path: Path) -> None:

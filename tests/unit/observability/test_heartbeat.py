@@ -52,6 +52,7 @@ def _wait_until(is_so: Callable[[], bool]) -> None:
 def test_a_silent_rank_0_is_named_alone_in_one_report(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (tmp_path / "rank-00000.json").write_text('{"rank": ')  # cannot be read
     with _ranks(tmp_path, [1, 2, 3], world_size=4):
         _wait_until((tmp_path / "stall-00001.txt").exists)
     headline, *lines = (tmp_path / "stall-00001.txt").read_text().splitlines()
@@ -84,7 +85,6 @@ def test_what_lies_in_the_folder_is_no_request(
 ) -> None:
     (tmp_path / "stall-00007.request").touch()  # of an earlier start
     (tmp_path / "stall-x.request").write_text("?")
-    (tmp_path / "rank-00001.json").write_text('{"rank": ')
     assert last_request(tmp_path) == 7
     assert last_request(tmp_path / "none") == 0
     with (

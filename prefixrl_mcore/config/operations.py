@@ -15,7 +15,8 @@ class PhaseLimitsConfig(Config):
     """Seconds without progress that are too long, by phase; None is ``limit_seconds``."""
 
     start: float | None = Field(default=3600.0, gt=0.0)
-    """Loading a checkpoint, the dry-run step, what the supervised phase does between updates."""
+    """Loading the model, starting the engine (it has a limit of its own), loading a checkpoint, the
+    dry-run step, what the supervised phase does between updates."""
 
     sync: float | None = Field(default=None, gt=0.0)
     """Weights into the engine."""
@@ -36,7 +37,8 @@ class PhaseLimitsConfig(Config):
     """Gradient norm, optimizer step."""
 
     save: float | None = Field(default=3600.0, gt=0.0)
-    """One checkpoint."""
+    """One checkpoint, or the dump of an update that was not finite, with the search for what made
+    it; each microbatch of the search begins anew."""
 
     eval: float | None = Field(default=14400.0, gt=0.0)
     """One evaluation of all sets."""
@@ -55,6 +57,10 @@ class StallConfig(Config):
 
     phases: PhaseLimitsConfig = Field(default_factory=PhaseLimitsConfig)
     """Limits of phases that may take longer."""
+
+    answer_seconds: float = Field(default=90.0, gt=0.0)
+    """Time that ranks are given to answer with their stacks before they count as silent; a shared
+    file system may show a new file a minute late."""
 
     action: Literal["report", "stop"] = "report"
     """``report`` logs and goes on, again when twice the time has passed; ``stop`` logs and ends

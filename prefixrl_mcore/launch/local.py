@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from prefixrl_mcore.config.operations import STALL_EXIT_CODE
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ def launch_ranks(
         grace_seconds: how long ranks may go on after another one has failed.
 
     Returns:
-        2 (bad input) if any rank returned it, else rank 0's exit code, else the first that is not
-        0; ``128 + n`` for a rank that died of signal ``n``.
+        2 (bad input) if any rank returned it, else 76 (stalled) if any did, because the rank that
+        hangs has to be killed, else rank 0's exit code, else the first that is not 0; ``128 + n``
+        for a rank that died of signal ``n``.
     """
     with _noted_signals() as received:
         ranks: list[subprocess.Popen[bytes]] = []
@@ -66,8 +68,9 @@ def launch_ranks(
     _report(codes, failed, log_folder)
     if received.count(signal.SIGINT) > 1:
         return 128 + signal.SIGINT
-    if _BAD_INPUT in codes:
-        return _BAD_INPUT
+    for code in (_BAD_INPUT, STALL_EXIT_CODE):
+        if code in codes:
+            return code
     return next((code for code in codes if code != 0), 0)
 
 

@@ -2,10 +2,11 @@
 
 A thread of each rank looks at the rank's phase every few seconds, writes it to
 ``RUN/heartbeats/rank-<n>.json``, and when it has lasted too long asks all ranks for their stacks
-by a file, ``stall-request.json``. Each rank's thread answers with ``rank-<n>.stacks``, and the
-lowest rank that answers writes the report. So the training step pays nothing but an attribute per
-phase, no collective is needed when ranks hang in one, no signal has to reach another node, and a
-rank that is late finds itself when all others merely wait.
+by a file, ``stall-<number>.request``. Each rank's thread answers with ``rank-<n>.stacks``, and the
+lowest rank that answers writes the report, ``stall-<number>.txt``. So the training step pays
+nothing but an attribute per phase, no collective is needed when ranks hang in one, no signal has to
+reach another node, no decision rests on two clocks, and a rank that is late finds itself when all
+others merely wait.
 
 A thread cannot run while a call holds Python's global lock for good; for that case a timer of
 ``faulthandler``, which needs no lock, is armed at each look, and writes the same stacks.
@@ -18,7 +19,8 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, get_args
@@ -32,15 +34,43 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_PERIOD_SECONDS = 5.0
 _PERIODS_PER_LIMIT = 5.0
-_PERIODS_TO_ANSWER = 4.0
-_REQUEST = "stall-request.json"
+_REQUEST = "stall-{:05d}.request"
+_REPORT = "stall-{:05d}.txt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """A request that this rank has answered and that is not reported yet."""
+
+    request: int
+    """Its number."""
+
+    state: PhaseState
+    """Where the rank was: its stacks are of this moment."""
+
+    since: float
+    """Monotonic seconds of the answer."""
+
+
+def last_request(folder: Path) -> int:
+    """Return the number of the last request for stacks in a folder of heartbeats; 0 for none."""
+    numbers = (path.stem.rpartition("-")[2] for path in folder.glob("stall-*.request"))
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 class Heartbeat:
     """Publishes this rank's phase and takes part in finding stalls; a context manager."""
 
     def __init__(
-        self, folder: Path, *, rank: int, world_size: int, phases: Phases, config: StallConfig
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        stage: int,
+        phases: Phases,
+        config: StallConfig,
+        last_request: int,
     ) -> None:
         """Describe this rank; nothing is written before the context is entered.
 
@@ -48,12 +78,15 @@ class Heartbeat:
             folder: ``RUN/heartbeats``, seen by all ranks.
             rank: this rank.
             world_size: ranks in all.
+            stage: its pipeline stage.
             phases: where this rank is.
             config: limits, and what to do.
+            last_request: number of the last request of earlier starts, the same on every rank.
         """
         self._folder = folder
         self._rank = rank
         self._world_size = world_size
+        self._stage = stage
         self._phases = phases
         self._config = config
         self._limits = {phase: config.limit_of(phase) for phase in get_args(Phase)}
@@ -63,7 +96,9 @@ class Heartbeat:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._stacks: IO[str] | None = None
-        self._handled = ""
+        self._handled = last_request
+        self._answer: _Answer | None = None
+        self._trouble = ""
         self._reported: PhaseState | None = None
         self._num_reports = 0
 
@@ -72,7 +107,6 @@ class Heartbeat:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stacks = self._file("stacks").open("a+", encoding="utf-8")
         self._begin_stacks()
-        self._handled = self._read_request()  # what is there now is of an earlier start
         self._write(self._phases.state)
         self._thread.start()
         return self
@@ -94,20 +128,29 @@ class Heartbeat:
         while not self._end.wait(self._period):
             try:
                 self._look()
-            except OSError as error:  # the storage; watching must not end the run
-                logger.warning("heartbeat of rank %d: %s", self._rank, error)
+            except Exception as error:  # of whatever kind: watching must not end, nor end the run
+                self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        """Log what keeps this rank from watching, once while it stays the same."""
+        if self._trouble != (trouble := f"{type(error).__name__}: {error}"):
+            self._trouble = trouble
+            logger.warning("heartbeat of rank %d: %s", self._rank, trouble)
 
     def _look(self) -> None:
         """Publish, ask for stacks if this rank makes no progress, answer if any rank asks."""
         state = self._phases.state
         self._tell_of_recovery(state)
-        self._write(state)
+        # Until the report, where the rank was when it answered: its stacks are of that moment.
+        self._write(state if self._answer is None else self._answer.state)
         self._arm()
-        request = self._read_request()
-        if request == self._handled and self._is_stalled(state):
+        request = self._newest_request()
+        if request == self._handled and self._answer is None and self._is_stalled(state):
             request = self._ask()
         if request != self._handled:
-            self._answer(request, state)
+            self._give_stacks(request, state)
+        if self._answer is not None:
+            self._see_to_report(self._answer)
 
     def _is_stalled(self, state: PhaseState) -> bool:
         """Whether the phase has lasted too long: its limit, then twice, four times the limit."""
@@ -123,60 +166,71 @@ class Heartbeat:
         if self._shortest < float("inf"):
             faulthandler.dump_traceback_later(self._shortest + self._period, file=self._open_stacks)
 
-    def _ask(self) -> str:
-        """Ask all ranks for their stacks; return the request."""
-        request = f"{self._rank}-{time.time_ns()}"
-        write_json_atomic(self._folder / _REQUEST, {"request": request}, durable=False)
+    def _ask(self) -> int:
+        """Ask all ranks for their stacks; return the request's number.
+
+        Of ranks that ask at once, the one whose file is there first has asked for all.
+        """
+        request = self._handled + 1
+        with suppress(FileExistsError):
+            (self._folder / _REQUEST.format(request)).touch(exist_ok=False)
         return request
 
-    def _read_request(self) -> str:
-        """Return the last request; empty when there was none."""
-        try:
-            return json.loads((self._folder / _REQUEST).read_text(encoding="utf-8"))["request"]
-        except FileNotFoundError:
-            return ""
+    def _newest_request(self) -> int:
+        """Return the number of the newest request; the last handled one if there is no other."""
+        newest = self._handled
+        while (self._folder / _REQUEST.format(newest + 1)).exists():
+            newest += 1
+        return newest
 
-    def _answer(self, request: str, state: PhaseState) -> None:
-        """Write stacks, have the lowest rank that can report them, and do what is configured."""
-        self._handled = request
+    def _give_stacks(self, request: int, state: PhaseState) -> None:
+        """Answer a request: write this rank's stacks, and say so in its heartbeat."""
+        self._write_stacks()
         self._num_reports = self._num_reports + 1 if self._reported == state else 1
         self._reported = state
-        self._write_stacks()
-        self._write(state, answers=request)
-        report = self._folder / f"stall-{request}.txt"
-        if self._rank == 0 or not self._is_reported(report, request):
-            self._report(report, request)
-        # Ranks that stalled together may all have asked: one report is enough.
-        self._handled = self._read_request()
+        self._handled = request
+        self._answer = _Answer(request=request, state=state, since=time.monotonic())
+        self._write(state)
+
+    def _see_to_report(self, answer: _Answer) -> None:
+        """Once there is a report, by this rank if it is its turn, do what is configured."""
+        report = self._folder / _REPORT.format(answer.request)
+        if not report.exists():
+            if not self._has_to_report(answer):
+                return
+            self._report(report, answer.request)
+        self._answer = None
         if self._config.action == "stop":
             logging.shutdown()
             os._exit(STALL_EXIT_CODE)  # the main thread may never return from where it is
 
-    def _is_reported(self, report: Path, request: str) -> bool:
-        """Wait for the report of a lower rank; return False if this is the lowest that answers."""
-        deadline = time.monotonic() + 3 * _PERIODS_TO_ANSWER * self._period
-        while time.monotonic() < deadline and not self._end.is_set():
-            if report.exists():
-                return True
-            self._end.wait(self._period / 4)
-        return any(self._has_answered(rank, request) for rank in range(self._rank))
+    def _has_to_report(self, answer: _Answer) -> bool:
+        """Whether this rank writes the report now.
 
-    def _report(self, path: Path, request: str) -> None:
-        """Wait a while for all answers, then log and write the report."""
-        deadline = time.monotonic() + _PERIODS_TO_ANSWER * self._period
-        ranks = range(self._world_size)
-        while time.monotonic() < deadline and not self._end.is_set():
-            if all(self._has_answered(rank, request) for rank in ranks):
-                break
-            self._end.wait(self._period / 4)
-        reports = [self._read_rank(rank, request) for rank in ranks]
+        The lowest rank that answered does, when all have answered or were given the time to. If it
+        died meanwhile the next ones do, one after the other.
+        """
+        waited = time.monotonic() - answer.since
+        if any(self._has_answered(rank, answer.request) for rank in range(self._rank)):
+            return waited > 2 * self._config.answer_seconds + self._rank * self._period
+        others = range(self._rank, self._world_size)
+        return waited > self._config.answer_seconds or (
+            self._rank == 0 and all(self._has_answered(rank, answer.request) for rank in others)
+        )
+
+    def _report(self, path: Path, request: int) -> None:
+        """Log and write the report of what all ranks have answered."""
+        reports = [self._read_rank(rank, request) for rank in range(self._world_size)]
         text = render(reports, limits=self._limits, folder=str(self._folder))
-        write_text_atomic(path, text + "\n")
         logger.error("%s", text)
         if self._config.action == "stop":
             logger.error("trainer.stall.action is stop: ending all ranks; start with --resume")
+        try:
+            write_text_atomic(path, text + "\n")
+        except OSError as error:  # it is logged, and the others write their own
+            self._warn(error)
 
-    def _read_rank(self, rank: int, request: str) -> RankReport:
+    def _read_rank(self, rank: int, request: int) -> RankReport:
         """Return what is known of a rank."""
         try:
             stacks = self._file("stacks", rank).read_text(encoding="utf-8")
@@ -191,36 +245,32 @@ class Heartbeat:
             frames=main_frames(stacks),
         )
 
-    def _has_answered(self, rank: int, request: str) -> bool:
-        """Whether a rank has written its stacks for this request, or for one of the same stall.
-
-        Ranks that find the stall at the same moment may each ask.
-        """
+    def _has_answered(self, rank: int, request: int) -> bool:
+        """Whether a rank has written its stacks for this request or a later one."""
         beat = self._read_beat(rank)
-        if beat is None or not beat.answers:
-            return False
-        apart = abs(_time_of(beat.answers) - _time_of(request))
-        return apart < 2 * _PERIODS_TO_ANSWER * self._period
+        return beat is not None and beat.answers >= request
 
     def _read_beat(self, rank: int) -> Beat | None:
-        """Return a rank's last heartbeat; None when there is none."""
+        """Return a rank's last heartbeat; None when there is none that can be read."""
         try:
             return Beat(**json.loads(self._file("json", rank).read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):  # the last two: of another version
             return None
 
-    def _write(self, state: PhaseState, *, answers: str = "") -> None:
+    def _write(self, state: PhaseState) -> None:
         """Publish this rank's heartbeat."""
         beat = Beat(
             rank=self._rank,
             host=socket.gethostname(),
             pid=os.getpid(),
+            stage=self._stage,
             step=state.step,
             phase=state.phase,
+            num_changes=state.num_changes,
             num_beats=state.num_beats,
             seconds=time.monotonic() - state.since,
             time=time.time(),
-            answers=answers,
+            answers=self._handled,
         )
         write_json_atomic(self._file("json"), asdict(beat), durable=False)
 
@@ -256,8 +306,3 @@ class Heartbeat:
     def _file(self, suffix: str, rank: int | None = None) -> Path:
         """Return a file of a rank, this one when not said otherwise."""
         return self._folder / f"rank-{self._rank if rank is None else rank:05d}.{suffix}"
-
-
-def _time_of(request: str) -> float:
-    """Return when a request was made, unix seconds."""
-    return int(request.rpartition("-")[2]) / 1e9

@@ -30,11 +30,15 @@ TIMED: tuple[Phase, ...] = (
 class PhaseState:
     """Where a rank is; replaced as a whole, so that another thread reads it consistently."""
 
-    step: int | None
-    """Optimizer step under way; None before the first."""
+    step: str
+    """Step under way, such as ``step 3`` or ``supervised step 3``; empty before the first."""
 
     phase: Phase
     """Innermost phase under way."""
+
+    num_changes: int
+    """Phases begun or left since the start, inner ones not counted: ranks take the same ones in the
+    same order, so that a rank with fewer is behind (rank 0 alone has inner phases)."""
 
     num_beats: int
     """Signs of progress within the phase: microbatches begun."""
@@ -69,7 +73,9 @@ class Phases:
         self._seconds: dict[str, float] = {}
         self._open: list[Phase] = ["start"]
         self._start = self._last = clock()
-        self._state = PhaseState(step=None, phase="start", num_beats=0, since=time.monotonic())
+        self._state = PhaseState(
+            step="", phase="start", num_changes=0, num_beats=0, since=time.monotonic()
+        )
 
     @property
     def state(self) -> PhaseState:
@@ -80,8 +86,9 @@ class Phases:
     def phase(self, name: Phase) -> Iterator[None]:
         """Count the time spent inside as ``name``."""
         self._switch()
+        is_inner = len(self._open) > 1
         self._open.append(name)
-        self._announce()
+        self._announce(is_inner=is_inner)
         try:
             with self.annotate(name):
                 self.failed = None
@@ -92,7 +99,7 @@ class Phases:
         finally:
             self._switch()
             self._open.pop()
-            self._announce()
+            self._announce(is_inner=is_inner)
 
     def beat(self) -> None:
         """Note a sign of progress within the phase; costs less than a microsecond."""
@@ -106,9 +113,13 @@ class Phases:
         self._last = self._start
         self._announce()
 
-    def begin_step(self, step: int) -> None:
-        """Say which step the coming phases belong to."""
-        self._state = replace(self._state, step=step)
+    def begin_step(self, step: int, *, kind: str = "step") -> None:
+        """Say which step the coming phases belong to, of those called ``kind``."""
+        self._state = replace(self._state, step=f"{kind} {step}")
+
+    def end_steps(self) -> None:
+        """Say that the coming phases belong to no step."""
+        self._state = replace(self._state, step="")
 
     def seconds(self, name: Phase) -> float:
         """Return the seconds spent in ``name`` since the last ``take``."""
@@ -137,8 +148,13 @@ class Phases:
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
 
-    def _announce(self) -> None:
-        """Publish the phase that is under way now."""
+    def _announce(self, *, is_inner: bool = False) -> None:
+        """Publish the phase that is under way now, after one was begun or left."""
+        state = self._state
         self._state = PhaseState(
-            step=self._state.step, phase=self._open[-1], num_beats=0, since=time.monotonic()
+            step=state.step,
+            phase=self._open[-1],
+            num_changes=state.num_changes + (not is_inner),
+            num_beats=0,
+            since=time.monotonic(),
         )

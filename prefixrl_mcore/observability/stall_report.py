@@ -4,26 +4,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_ORDER = {
-    "start": 0,
-    "sync": 1,
-    "rollout": 2,
-    "verify": 2,  # rank 0 verifies while the others are in rollout
-    "pack": 3,
-    "forward_backward": 4,
-    "optimizer": 5,
-    "other": 6,
-    "eval": 7,
-    "save": 8,
-}
-"""Phases in the order of a step; ranks are as far as each other where it is equal."""
-
 _SECTION = re.compile(r"^(?:Current thread|Thread) (0x[0-9a-f]+).*\(most recent call first\):$")
 _MAIN = re.compile(r"^main thread (0x[0-9a-f]+)$")
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\S+) in (?P<name>.*)$')
-_WAITING = re.compile(r"/torch/distributed/|/multiprocessing/connection\.py")
+_WAITING = re.compile(
+    r"/torch/distributed/|/multiprocessing/connection\.py"
+    r"|/megatron/core/pipeline_parallel/p2p_communication\.py"
+    r"|/param_and_grad_buffer\.py\", line \d+ in finish_(?:grad|param)_sync$"
+)
 _DEPTH_OF_WAITING = 3
-"""Innermost frames among which a call of ``torch.distributed`` means waiting for other ranks."""
+"""Innermost frames among which such a call means waiting for other ranks. A handle's ``wait`` has
+no frame of its own: Megatron's callers of it are named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +30,17 @@ class Beat:
     pid: int
     """Its process."""
 
-    step: int | None
-    """Step under way; None before the first."""
+    stage: int
+    """Its pipeline stage: the stages run a step's microbatches in different orders."""
+
+    step: str
+    """Step under way, such as ``step 3``; empty before the first."""
 
     phase: str
     """Phase under way."""
+
+    num_changes: int
+    """Phases begun or left since the start, the same on all ranks that are equally far."""
 
     num_beats: int
     """Microbatches begun within the phase."""
@@ -54,8 +51,8 @@ class Beat:
     time: float
     """Unix seconds when it was written."""
 
-    answers: str
-    """The request for stacks that it answers; empty when none."""
+    answers: int
+    """Number of the last request for stacks that it has answered; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +76,19 @@ class RankReport:
     """Main thread's stack, innermost first, as faulthandler writes it; empty when unknown."""
 
     @property
-    def progress(self) -> tuple[int, int, int]:
-        """How far the rank is: step, phase in the order of a step, microbatches."""
-        if self.beat is None:
-            return (-1, -1, -1)
-        step = -1 if self.beat.step is None else self.beat.step
-        return (step, _ORDER.get(self.beat.phase, -1), self.beat.num_beats)
+    def stage(self) -> int:
+        """Pipeline stage; -1 when unknown."""
+        return -1 if self.beat is None else self.beat.stage
+
+    @property
+    def num_changes(self) -> int:
+        """Phases begun or left; -1 when unknown."""
+        return -1 if self.beat is None else self.beat.num_changes
+
+    @property
+    def num_beats(self) -> int:
+        """Microbatches begun within the phase."""
+        return 0 if self.beat is None else self.beat.num_beats
 
     @property
     def is_waiting(self) -> bool:
@@ -126,16 +130,29 @@ def main_frames(stacks: str) -> tuple[str, ...]:
 def late_ranks(reports: Sequence[RankReport]) -> list[RankReport]:
     """Return the ranks that the others wait for, as far as can be told.
 
-    Those that did not answer; else those that are least far; of these, those that are not in a
-    collective, where some are.
+    Those that did not answer; else those that have begun and left the fewest phases; of these,
+    those that do not wait for others, where some do not; of these, those that have begun fewer
+    microbatches than another rank of their pipeline stage, where some have.
     """
     silent = [report for report in reports if not report.has_answered]
     if silent:
         return silent
-    least = min(report.progress for report in reports)
-    behind = [report for report in reports if report.progress == least]
-    working = [report for report in behind if not report.is_waiting]
-    return working or behind
+    least = min(report.num_changes for report in reports)
+    behind = [report for report in reports if report.num_changes == least]
+    working = [report for report in behind if not report.is_waiting] or behind
+    return _fewest_beats(working) or working
+
+
+def _fewest_beats(reports: Sequence[RankReport]) -> list[RankReport]:
+    """Return the ranks with the fewest microbatches of a stage whose ranks differ."""
+    beats: dict[int, list[int]] = {}
+    for report in reports:
+        beats.setdefault(report.stage, []).append(report.num_beats)
+    return [
+        report
+        for report in reports
+        if report.num_beats == min(beats[report.stage]) < max(beats[report.stage])
+    ]
 
 
 def render(
@@ -202,4 +219,4 @@ def _one_line(report: RankReport, late: Sequence[RankReport]) -> str:
 
 def _of_step(beat: Beat) -> str:
     """Return the step of a heartbeat."""
-    return "" if beat.step is None else f" of step {beat.step}"
+    return f" of {beat.step}" if beat.step else ""

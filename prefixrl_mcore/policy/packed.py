@@ -24,7 +24,7 @@ from torch import Tensor
 from prefixrl_mcore.config.model_shape import Llama3Scaling
 from prefixrl_mcore.policy.context import ContextShare
 
-_MIN_FILL = 0.75
+MIN_FILL = 0.75
 """Sequences shorter than this part of a bucket's longest one start a new bucket, which bounds the
 attention work at ``1 / 0.75**2 = 1.8`` times the least possible."""
 
@@ -135,7 +135,7 @@ def _lay_out(
     while first < len(order):
         longest = int(lengths[order[first]])
         last = first
-        while last < len(order) and lengths[order[last]] >= _MIN_FILL * longest:
+        while last < len(order) and lengths[order[last]] >= MIN_FILL * longest:
             last += 1
         members = order[first:last]
         offsets = np.arange(longest)

@@ -1,5 +1,6 @@
 """The trained policy: a Megatron model, its optimizer, and one update per packed batch."""
 
+import gc
 import logging
 import math
 import time
@@ -262,7 +263,8 @@ class MegatronPolicy:
 
         Weights, moments, schedule, random states and ``policy_version`` are bit for bit as before
         (moments that did not exist are zero, as the first step would make them); gradients are
-        cleared.
+        cleared. With ``fp8_recipe = "delayed"`` alone the scales have seen the batch: Transformer
+        Engine keeps their history itself, and the first steps replace it.
 
         Raises:
             ValueError: if the batch was packed for another layout.
@@ -312,8 +314,14 @@ class MegatronPolicy:
     def reset_optimizer(self, lr: float) -> None:
         """Start the optimizer anew: empty moments, schedule at its beginning with peak ``lr``.
 
-        Weights and ``policy_version`` stay.
+        Weights and ``policy_version`` stay. The old optimizer is gone before the new one is built:
+        a rank need not have room for both.
         """
+        if hasattr(self, "optimizer"):
+            del self.optimizer, self.scheduler
+            gc.collect()  # Megatron's optimizers are part of reference cycles
+            if self.topology.device.type == "cuda":
+                torch.cuda.empty_cache()
         self.optimizer = build_optimizer(self.model_chunks, self._policy, lr=lr)
         self.scheduler = build_scheduler(
             self.optimizer, self._policy.optimizer, lr=lr, num_steps=self._num_steps

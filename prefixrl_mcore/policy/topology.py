@@ -30,6 +30,10 @@ _DEFAULT_GROUP_TIMEOUT = datetime.timedelta(hours=24)
 evaluates; a rank that dies is noticed at once all the same. Megatron's groups keep 30 minutes."""
 
 
+FROM_FIRST = "raised on rank 0, which did this for all ranks"
+"""Note of an error that ``run_on_first`` passed on to another rank."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
     """This process's place among the trainer's ranks."""
@@ -170,7 +174,8 @@ def run_on_first[T](function: Callable[[], T]) -> T:
 
     Raises:
         Exception: whatever ``function`` raised on rank 0, on every rank; as a ``RuntimeError``
-            with the same text on the other ranks if it cannot be pickled.
+            with the same text on the other ranks if it cannot be pickled. ``is_from_first`` tells
+            it from an error of the rank itself.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return function()
@@ -180,8 +185,14 @@ def run_on_first[T](function: Callable[[], T]) -> T:
     dist.broadcast_object_list(message, src=0)
     result, error = pickle.loads(message[0])
     if error is not None:
+        error.add_note(FROM_FIRST)
         raise error
     return result
+
+
+def is_from_first(error: BaseException) -> bool:
+    """Return whether another rank's ``run_on_first`` raised ``error``, passed on to this one."""
+    return FROM_FIRST in getattr(error, "__notes__", ())
 
 
 def any_rank(flag: bool) -> bool:

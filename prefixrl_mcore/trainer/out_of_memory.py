@@ -1,7 +1,7 @@
 """Running out of memory, told with the step's numbers and the settings to turn."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import torch
 
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.packing import PackedBatch
-from prefixrl_mcore.policy.topology import Topology
+from prefixrl_mcore.observability.phases import Phase, Phases
+from prefixrl_mcore.policy.topology import Topology, is_from_first
 from prefixrl_mcore.trainer.memory import read_peaks
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,24 @@ logger = logging.getLogger(__name__)
 _GIB = 1024**3
 _MAX_TENSOR_PARALLEL = 8
 """Ranks of one machine, normally: tensor parallelism over more is slow."""
+
+_ENGINE_PHASES: tuple[Phase, ...] = ("rollout", "verify", "eval")
+"""Phases in which rank 0's engine or verifier computes, not the trainer."""
+
+_MESSAGES = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUDA out of memory",  # of rank 0, where the error itself could not be passed on
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+    "Failed to CUDA calloc",  # NCCL
+    "Failed to CUDA host alloc",
+    "Cuda failure 'out of memory'",
+    "Cuda failure 2 'out of memory'",
+)
+"""What is in the text of a RuntimeError when memory outside torch's allocator has run out."""
 
 
 class TrainerMemoryError(RuntimeError):
@@ -27,8 +46,9 @@ class TrainerMemoryError(RuntimeError):
 def explained(
     config: RunConfig,
     topology: Topology,
+    phases: Phases,
     *,
-    what: Callable[[], str],
+    what: str | None = None,
     batch: PackedBatch | None = None,
     predicted_bytes: float | None = None,
     snapshots: Path | None = None,
@@ -40,7 +60,8 @@ def explained(
     Args:
         config: the run's settings, which the advice is taken from.
         topology: this rank's place.
-        what: returns what was under way, asked when it happens ("step 3, phase optimizer").
+        phases: asked when it happens for step and phase, which the advice depends on.
+        what: what is under way; None says step and phase.
         batch: what was computed, if that is known.
         predicted_bytes: what ``prefixrl check`` says of a rank.
         snapshots: folder for a snapshot of GPU memory (https://pytorch.org/memory_viz).
@@ -53,7 +74,13 @@ def explained(
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        doing = what()
+        phase = phases.failed or "other"
+        doing = what or f"{phases.state.step or 'the start'}, phase {phase}"
+        if is_from_first(error):
+            raise TrainerMemoryError(
+                f"out of memory on rank 0 in {doing}: {_first_line(error)}; the output of rank 0 "
+                "says what to turn"
+            ) from error
         snapshot = _write_snapshot(snapshots, topology, doing)
         raise TrainerMemoryError(
             "\n".join(
@@ -63,7 +90,7 @@ def explained(
                     f"memory: {_describe_memory(topology.device, predicted_bytes)}",
                     *([] if snapshot is None else [f"snapshot of memory: {snapshot}"]),
                     "turn one of these, the cheapest first:",
-                    *(f"  {line}" for line in advice(config)),
+                    *(f"  {line}" for line in _advice_in(phase, config, topology)),
                 ]
             )
         ) from error
@@ -73,8 +100,37 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a device or the host has no memory left."""
     if isinstance(error, TrainerMemoryError):
         return False  # told already
-    is_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+
+
+def _advice_in(phase: Phase, config: RunConfig, topology: Topology) -> list[str]:
+    """Return the settings that save memory where it ran out, the cheapest first."""
+    if phase in _ENGINE_PHASES and topology.is_first:
+        return engine_advice(config)
+    if phase == "save" and config.checkpoint.in_background:
+        in_background = (
+            "checkpoint.in_background = false: no copy of weights and optimizer in host memory "
+            "beside the training steps"
+        )
+        return [in_background, *advice(config)]
+    return advice(config)
+
+
+def engine_advice(config: RunConfig) -> list[str]:
+    """Return the settings that save memory of the rollout engine, the cheapest first."""
+    rollout = config.rollout
+    lines = [f"rollout.max_total_tokens below {rollout.max_total_tokens}: shorter sequences"]
+    if rollout.engine == "transformers":
+        size = rollout.transformers.max_batch_size
+        return [f"rollout.transformers.max_batch_size below {size}: fewer at once", *lines]
+    return [
+        f"rollout.sglang.memory_fraction below {rollout.sglang.memory_fraction:g}, if the engine "
+        "shares the trainer's GPUs",
+        "rollout.sglang.max_kv_tokens: a smaller KV cache",
+        *lines,
+    ]
 
 
 def advice(config: RunConfig) -> list[str]:

@@ -17,8 +17,9 @@ from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource, original_problems, union
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
-from prefixrl_mcore.observability.heartbeat import Heartbeat
+from prefixrl_mcore.observability.heartbeat import Heartbeat, last_request
 from prefixrl_mcore.observability.metrics import MetricsWriter
+from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
@@ -65,21 +66,26 @@ def run_training(
         run_on_first(lambda: folder.check(config))
         run_on_first(lambda: provide_initial_model(config, init))
         stop = StopSignal(TimeLimit(config.trainer, started=started))
-        session = build_session(config, folder, topology, stack, predicted_bytes=predicted_bytes)
-        checkpoint = None
-        if resume:
-            every_steps = config.checkpoint.every_steps
-            checkpoint = run_on_first(lambda: _recover(folder, every_steps))
-        run_on_first(lambda: folder.claim(config))
+        phases = Phases()
         stack.enter_context(
             Heartbeat(
                 folder.heartbeats,
                 rank=topology.rank,
                 world_size=topology.world_size,
-                phases=session.phases,
+                stage=topology.pp_rank,
+                phases=phases,
                 config=config.trainer.stall,
+                last_request=run_on_first(lambda: last_request(folder.heartbeats)),
             )
         )
+        session = build_session(
+            config, folder, topology, stack, phases=phases, predicted_bytes=predicted_bytes
+        )
+        checkpoint = None
+        if resume:
+            every_steps = config.checkpoint.every_steps
+            checkpoint = run_on_first(lambda: _recover(folder, every_steps))
+        run_on_first(lambda: folder.claim(config))
         if checkpoint is not None:
             restore(session, checkpoint)
         _open_outputs(session, is_continued=checkpoint is not None)
@@ -153,9 +159,13 @@ def build_session(
     topology: Topology,
     stack: ExitStack,
     *,
+    phases: Phases,
     predicted_bytes: float | None = None,
 ) -> Session:
-    """Build this rank's session at step 0; rank 0 also starts the engine and the verifier."""
+    """Build this rank's session at step 0; rank 0 also starts the engine and the verifier.
+
+    ``phases`` become the policy's.
+    """
     renderer = PromptRenderer(config.model.path, config.data.prompt)
     sets = read_evaluation_sets(config)
     originals = original_problems(renderer.render(problem) for problem in sets["train"])
@@ -164,7 +174,8 @@ def build_session(
         prefixed = _read_prefixed(config, renderer, sets["train"])
     policy = build_policy(config)
     profiler = stack.enter_context(StepProfiler(config.profile, folder.profile, topology))
-    policy.phases.annotate = profiler.annotate
+    policy.phases = phases
+    phases.annotate = profiler.annotate
     evaluator = None
     if topology.is_first:
         evaluator = stack.enter_context(
@@ -197,7 +208,7 @@ def build_session(
         evaluator=evaluator,
         metrics=None,
         progress=Progress("train", total=config.trainer.num_steps, enabled=False),
-        phases=policy.phases,
+        phases=phases,
         profiler=profiler,
         predicted_bytes=predicted_bytes,
         hardware=read_hardware(

@@ -225,6 +225,7 @@ class Session:
         Raises:
             NonFiniteError: as ``update``; the dump lies in ``RUN/dumps/sft``.
         """
+        self.phases.begin_step(step, kind="supervised step")
         return self._update(step, batch, loss=loss, dumps=self.folder.dumps / SFT_FOLDER)
 
     def _update(
@@ -235,24 +236,26 @@ class Session:
             with self._memory_explained(batch):
                 return self.policy.update(batch, loss=loss)
         except NonFiniteError as error:
-            with self.refusal_counted():  # the older state is worth more than the dump
-                self.saver.finish(wait=True)
-            raise dump_and_explain(
-                error,
-                self.policy,
-                batch,
-                loss=loss,
-                folder=dumps,
-                step=step,
-                state=self.state(step),
-            ) from error
+            with self.phases.phase("save"):
+                with self.refusal_counted():  # the older state is worth more than the dump
+                    self.saver.finish(wait=True)
+                explained_error = dump_and_explain(
+                    error,
+                    self.policy,
+                    batch,
+                    loss=loss,
+                    folder=dumps,
+                    step=step,
+                    state=self.state(step),
+                )
+            raise explained_error from error
 
     def _memory_explained(self, batch: PackedBatch | None = None) -> AbstractContextManager[None]:
         """Return a context that says what to turn when memory runs out."""
         return explained(
             self.config,
             self.topology,
-            what=lambda: f"step {self.phases.state.step}, phase {self.phases.failed or 'other'}",
+            self.phases,
             batch=batch,
             predicted_bytes=self.predicted_bytes,
             snapshots=self.folder.profile,
@@ -300,9 +303,10 @@ class Session:
 
     def evaluate(self, step: int) -> None:
         """Evaluate policy version ``step`` and write an ``eval`` line; all ranks call this."""
-        self.sync_weights()
-        with self.phases.phase("eval"):
-            run_on_first(lambda: self._evaluate(step))
+        with self._memory_explained():
+            self.sync_weights()
+            with self.phases.phase("eval"):
+                run_on_first(lambda: self._evaluate(step))
 
     def _evaluate(self, step: int) -> None:
         """Do the work of ``evaluate`` on rank 0."""
@@ -328,7 +332,7 @@ class Session:
         is_due = is_last or step % self.config.checkpoint.every_steps == 0
         if not is_due and not self.saver.is_under_way:
             return
-        with self.phases.phase("save"):
+        with self._memory_explained(), self.phases.phase("save"):
             with self.refusal_counted():
                 self.saver.finish(wait=is_due)
             if not is_due:

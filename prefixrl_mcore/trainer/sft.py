@@ -80,6 +80,7 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
         if stop.is_set():
             logger.warning("sft: stopped after epoch %d; --resume goes on from here", epoch + 1)
             return
+    session.phases.end_steps()
     best = latest_checkpoint(folder)
     assert best is not None, "epoch 0 was saved before the first epoch"
     best_epoch, _ = load_checkpoint(best, session.policy)

@@ -1,5 +1,6 @@
 """A dry-run step changes nothing, bit for bit, on every rank of every kind of layout."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,19 @@ import torch
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.random_states import get_rng_state
-from prefixrl_mcore.config.policy import OptimizerConfig, ParallelConfig
+from prefixrl_mcore.config.policy import LossConfig, OptimizerConfig, ParallelConfig
 from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.policy import topology
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from tests.support.policies import build_policy, make_batch, make_sequences
 from tests.support.ranks import run_on_ranks
-from tests.support.tiny_models import write_tiny_qwen3
+from tests.support.tiny_models import (
+    build_tiny_qwen3,
+    build_tiny_qwen3_moe,
+    write_model_folder,
+    write_tiny_qwen3,
+)
 
 
 class _DrawingPhases(Phases):
@@ -75,12 +81,13 @@ def _batch(policy: MegatronPolicy, *, seed: int) -> PackedBatch:
 
 
 def dry_run_between_steps(
-    rank: int, folder: Path, parallel: ParallelConfig, dtype: str, sharded: bool
+    rank: int, folder: Path, parallel: ParallelConfig, dtype: str, sharded: bool, loss: LossConfig
 ) -> None:
     policy = build_policy(
         folder,
         parallel=parallel,
         dtype=dtype,
+        loss=loss,
         optimizer=OptimizerConfig(
             lr=1e-3, schedule="linear", weight_decay=0.1, use_distributed_optimizer=sharded
         ),
@@ -96,28 +103,61 @@ def dry_run_between_steps(
     assert_equal_states(before, state_of(policy))
 
 
+def _write_mixture(folder: Path) -> Path:
+    return write_model_folder(build_tiny_qwen3_moe(), folder)
+
+
+def _write_four_layers(folder: Path) -> Path:
+    return write_model_folder(build_tiny_qwen3(num_layers=4), folder)
+
+
 @pytest.mark.parametrize(
-    ("parallel", "dtype", "sharded"),
+    ("parallel", "dtype", "sharded", "loss", "write_model"),
     [
         pytest.param(
             ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
             "float32",
             False,
-            id="TP2 SP",
+            LossConfig(kl="k3", kl_coefficient=0.1),
+            write_tiny_qwen3,
+            id="TP2 SP KL",
         ),
         pytest.param(
-            ParallelConfig(pipeline_model_parallel_size=2), "bfloat16", False, id="PP2 bfloat16"
+            ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+            "bfloat16",
+            False,
+            LossConfig(),
+            _write_four_layers,
+            id="PP2 VPP2 bfloat16",
         ),
         pytest.param(
-            ParallelConfig(data_parallel_size=2), "bfloat16", True, id="DP2 sharded bfloat16"
+            ParallelConfig(data_parallel_size=2, expert_model_parallel_size=2),
+            "bfloat16",
+            True,
+            LossConfig(),
+            _write_mixture,
+            id="DP2 EP2 mixture sharded bfloat16",
+        ),
+        pytest.param(
+            ParallelConfig(context_parallel_size=2),
+            "float32",
+            True,
+            LossConfig(),
+            write_tiny_qwen3,
+            id="CP2 sharded",
         ),
     ],
 )
 def test_a_dry_run_leaves_every_rank_as_it_was(
-    tmp_path: Path, parallel: ParallelConfig, dtype: str, sharded: bool
+    tmp_path: Path,
+    parallel: ParallelConfig,
+    dtype: str,
+    sharded: bool,
+    loss: LossConfig,
+    write_model: Callable[[Path], Path],
 ) -> None:
-    folder = write_tiny_qwen3(tmp_path / "model")
-    run_on_ranks(dry_run_between_steps, folder, parallel, dtype, sharded, world_size=2)
+    folder = write_model(tmp_path / "model")
+    run_on_ranks(dry_run_between_steps, folder, parallel, dtype, sharded, loss, world_size=2)
 
 
 @pytest.fixture

@@ -68,7 +68,8 @@ def _error_of(function: Callable[[], object]) -> str:
     try:
         topology.run_on_first(function)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        passed_on = " (passed on)" if topology.is_from_first(error) else ""
+        return f"{type(error).__name__}: {error}{passed_on}"
     return "no error"
 
 
@@ -90,8 +91,8 @@ def test_results_errors_and_flags_of_one_rank_reach_every_rank() -> None:
     assert first[:3] == ({"rank": 0}, missing, "_NotPicklableError: bad answer")
     assert second[:3] == (
         {"rank": 0},
-        missing,
-        "RuntimeError: rank 0 raised _NotPicklableError: bad answer",
+        f"{missing} (passed on)",
+        "RuntimeError: rank 0 raised _NotPicklableError: bad answer (passed on)",
     )
     for outcome in (first, second):
         assert "pickle" in outcome[3]  # a result that cannot be sent is an error everywhere

@@ -36,13 +36,49 @@ def test_the_dry_run_step_runs_out_first(
         tiny_task.run("train", tmp_path / "run", "--trainer.dry-run-step", "True")
     text = str(raised.value)
     assert text.startswith(
-        f"out of memory on rank 0 in the dry-run step before step 0: {_MESSAGE}\n"
+        f"out of memory on rank 0 in the dry-run step before step 0 (longest "
+        f"sequences): {_MESSAGE}\n"
         "batch: 1 streams of 256 tokens over 1 data-parallel rank(s), 4 sequences, longest 64 "
         "tokens, at most 128 completion tokens in a stream\nmemory: "
     )
     assert "GiB predicted; peak of the process " in text
     assert "batch.stream_tokens = 64 (now 256" in text
     assert metrics_of(tmp_path / "run", "eval") == []
+
+
+def test_the_dry_run_step_takes_both_batches(
+    tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fail_at(2, monkeypatch)
+    with pytest.raises(TrainerMemoryError) as raised:
+        tiny_task.run("train", tmp_path / "run", "--trainer.dry-run-step", "True")
+    # 33 tokens, 8 x 25 (at least 0.75 x 33), and the rest of 256; one token of each is context.
+    text = str(raised.value)
+    assert "in the dry-run step before step 0 (most trained tokens): " in text
+    assert "10 sequences, longest 33 tokens, at most 246 completion tokens" in text
+
+
+def test_a_supervised_step_says_that_it_is_one(
+    tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fail_at(3, monkeypatch)  # the first was the validation loss
+    flags = ("--method", "sft_then_rl", "--sft.validation-fraction", "0.25")
+    flags += ("--sft.traces-per-step", "4")
+    with pytest.raises(TrainerMemoryError, match="in supervised step 1, phase forward_backward"):
+        tiny_task.run("train", tmp_path / "run", *flags)
+
+
+def test_an_evaluation_says_that_it_is_one(
+    tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object, **_settings: object) -> None:
+        raise torch.OutOfMemoryError(_MESSAGE)
+
+    monkeypatch.setattr("prefixrl_mcore.trainer.session.evaluate_in_training", fail)
+    with pytest.raises(TrainerMemoryError) as raised:
+        tiny_task.run("train", tmp_path / "run")
+    assert str(raised.value).startswith("out of memory on rank 0 in the start, phase eval: ")
+    assert "rollout.transformers.max_batch_size below" in str(raised.value)
 
 
 def test_a_later_step_says_which(

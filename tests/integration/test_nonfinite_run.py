@@ -8,6 +8,7 @@ import pytest
 
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.policy.nonfinite import NonFiniteError
+from prefixrl_mcore.policy.policy import MegatronPolicy
 from tests.support.tiny_run import TinyTask, metrics_of
 
 OVERFLOWING = ("--loss.entropy-coefficient", "3e38")
@@ -66,6 +67,22 @@ def test_a_dump_is_replayed_in_another_layout_by_the_command_line(
     assert process.returncode == 0, output
     assert dump["error"] in output
     assert "packed again for this layout" in output
+
+
+def test_the_dump_has_the_time_of_a_save(
+    tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stall's limit for the phase ``other`` would end the search."""
+    phases: list[str] = []
+
+    def dump(error: NonFiniteError, policy: MegatronPolicy, *_: object, **__: object) -> Exception:
+        phases.append(policy.phases.state.phase)
+        return error
+
+    monkeypatch.setattr("prefixrl_mcore.trainer.session.dump_and_explain", dump)
+    with pytest.raises(NonFiniteError):
+        tiny_task.run("train", tmp_path / "run", *OVERFLOWING)
+    assert phases == ["save"]
 
 
 def test_a_supervised_phase_dumps_too(

@@ -179,6 +179,8 @@ def test_a_mistyped_path_claims_no_folder(tiny_task: TinyTask, tmp_path: Path) -
     assert tiny_task.run("train", run, "--data.prefixes", str(tmp_path / "nowhere")) == 2
     assert tiny_task.run("prefixes", run, "--data.traces", str(tmp_path / "nowhere")) == 2
     assert not (run / "config.json").exists()
+    # Watched from before the model is loaded and the engine started.
+    assert json.loads((run / "heartbeats" / "rank-00000.json").read_text())["phase"] == "start"
 
 
 def test_a_run_killed_before_its_first_checkpoint_has_each_line_once(

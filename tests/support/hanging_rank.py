@@ -1,6 +1,7 @@
-"""A rank for tests of stalls, without torch: ``python -m tests.support.hanging_rank FOLDER HOW``.
+"""A rank for tests of stalls, without torch: ``python -m tests.support.hanging_rank FOLDER HOW
+RANK``.
 
-Rank 1 hangs in ``pack``: for good (``sleep``), or in a C call that keeps Python's global lock
+That rank hangs in ``pack``: for good (``sleep``), or in a C call that keeps Python's global lock
 (``lock``). The other ranks wait in ``forward_backward``.
 """
 
@@ -16,6 +17,7 @@ from prefixrl_mcore.observability.heartbeat import Heartbeat
 from prefixrl_mcore.observability.phases import Phases
 
 LIMIT_SECONDS = 1.0
+ANSWER_SECONDS = 1.5
 HANG_SECONDS = 60
 
 
@@ -33,27 +35,38 @@ def wait_for_the_others() -> None:
     time.sleep(HANG_SECONDS)
 
 
-def main(folder: Path, how: str) -> None:
+def main(folder: Path, how: str, hanging: int) -> None:
     """Be one rank of a step."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     phases = Phases()
     config = StallConfig(
-        limit_seconds=LIMIT_SECONDS, phases=PhaseLimitsConfig(start=30.0), action="stop"
+        limit_seconds=LIMIT_SECONDS,
+        phases=PhaseLimitsConfig(start=30.0),
+        answer_seconds=ANSWER_SECONDS,
+        action="stop",
     )
     # All begin together: an interpreter may start seconds after another.
     (folder / f"started-{rank}").touch()
     while not all((folder / f"started-{other}").exists() for other in range(world_size)):
         time.sleep(0.01)
-    with Heartbeat(folder, rank=rank, world_size=world_size, phases=phases, config=config):
+    with Heartbeat(
+        folder,
+        rank=rank,
+        world_size=world_size,
+        stage=0,
+        phases=phases,
+        config=config,
+        last_request=0,
+    ):
         phases.begin_steps()
         phases.begin_step(3)
-        if rank == 1:
-            with phases.phase("pack"):
+        with phases.phase("pack"):
+            if rank == hanging:
                 hang_in_pack(how)
         with phases.phase("forward_backward"):
             wait_for_the_others()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

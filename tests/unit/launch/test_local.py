@@ -98,6 +98,7 @@ def test_only_rank_0_is_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str])
         ("sys.exit([2, 1][rank])", 2, 0),
         ("sys.exit([2, 2][rank])", 2, 0),
         ("os.kill(os.getpid(), 9 if rank else 0)", 137, 1),
+        ("sys.exit(76) if rank else os.kill(os.getpid(), 9)", 76, None),
     ],
 )
 def test_which_exit_code_counts_and_which_rank_is_named(

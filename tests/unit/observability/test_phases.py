@@ -62,7 +62,7 @@ def test_time_cannot_be_taken_inside_a_phase() -> None:
 
 def test_the_state_names_step_phase_and_progress() -> None:
     phases = Phases()
-    assert (phases.state.step, phases.state.phase) == (None, "start")
+    assert (phases.state.step, phases.state.phase) == ("", "start")
     phases.begin_steps()
     phases.begin_step(3)
     with phases.phase("forward_backward"):
@@ -70,9 +70,32 @@ def test_the_state_names_step_phase_and_progress() -> None:
         phases.beat()
         phases.beat()
         state = phases.state
-    assert (state.step, state.phase, state.num_beats) == (3, "forward_backward", 2)
+    assert (state.step, state.phase, state.num_beats) == ("step 3", "forward_backward", 2)
     assert state.since >= entered.since
     assert (phases.state.phase, phases.state.num_beats) == ("other", 0)
+    phases.begin_step(4, kind="supervised step")
+    assert phases.state.step == "supervised step 4"
+    phases.end_steps()
+    assert phases.state.step == ""
+
+
+def test_changes_of_phase_are_counted_but_not_inner_ones() -> None:
+    """Rank 0 alone verifies within rollout, and is as far as the ranks that wait for it."""
+    first, other = Phases(), Phases()
+    counts: list[list[int]] = [[], []]
+    for phases, seen in zip((first, other), counts, strict=True):
+        phases.begin_steps()
+        with phases.phase("rollout"):
+            seen.append(phases.state.num_changes)
+            if phases is first:
+                with phases.phase("verify"):
+                    assert phases.state.phase == "verify"
+                    seen[-1] = phases.state.num_changes
+        phases.beat()
+        seen.append(phases.state.num_changes)
+        with phases.phase("sync"):  # as of an evaluation: further than what came before
+            seen.append(phases.state.num_changes)
+    assert counts == [[2, 3, 4], [2, 3, 4]]
 
 
 def test_a_phase_that_fails_is_left() -> None:

@@ -13,6 +13,11 @@ from prefixrl_mcore.observability.stall_report import (
 )
 
 COLLECTIVE = '  File "/site-packages/torch/distributed/distributed_c10d.py", line 4 in barrier'
+RECEIVE = (
+    '  File "/site-packages/megatron/core/pipeline_parallel/p2p_communication.py", line 413 in '
+    "_communicate"
+)
+REDUCE = '  File "/x/distributed/param_and_grad_buffer.py", line 823 in finish_grad_sync'
 SLEEP = '  File "/src/pack.py", line 7 in pack'
 
 
@@ -20,7 +25,9 @@ def _report(
     rank: int,
     phase: str,
     *,
-    step: int | None = 3,
+    step: str = "step 3",
+    changes: int = 5,
+    stage: int = 0,
     beats: int = 0,
     answered: bool = True,
     frames: Sequence[str] = (SLEEP,),
@@ -29,12 +36,14 @@ def _report(
         rank=rank,
         host="node",
         pid=10 + rank,
+        stage=stage,
         step=step,
         phase=phase,
+        num_changes=changes,
         num_beats=beats,
         seconds=601.0,
         time=0.0,
-        answers="0-1" if answered else "",
+        answers=int(answered),
     )
     return RankReport(
         rank=rank, beat=beat, silent_seconds=42.0, has_answered=answered, frames=tuple(frames)
@@ -45,14 +54,46 @@ def _report(
     ("reports", "late"),
     [
         pytest.param(
-            [_report(0, "forward_backward"), _report(1, "pack")], [1], id="the least far phase"
+            [_report(0, "forward_backward", changes=6), _report(1, "pack")],
+            [1],
+            id="the least far phase",
         ),
         pytest.param(
-            [_report(0, "sync", step=4), _report(1, "save", step=3)], [1], id="the least step"
+            [_report(0, "sync", step="step 4", changes=6), _report(1, "save")],
+            [1],
+            id="the least step",
+        ),
+        pytest.param(
+            [_report(0, "sync", changes=9), _report(1, "other", changes=8)],
+            [1],
+            id="an evaluation's sync comes after the step",
+        ),
+        pytest.param(
+            [_report(0, "start", changes=4), _report(1, "optimizer", changes=3)],
+            [1],
+            id="between supervised updates",
         ),
         pytest.param(
             [
-                _report(0, "optimizer"),
+                _report(0, "forward_backward", stage=0, beats=5),
+                _report(1, "forward_backward", stage=1, beats=2, frames=[RECEIVE]),
+            ],
+            [0],
+            id="the last stage waits for the first",
+        ),
+        pytest.param(
+            [
+                _report(0, "forward_backward", stage=0, beats=5),
+                _report(1, "forward_backward", stage=0, beats=5),
+                _report(2, "forward_backward", stage=1, beats=2),
+                _report(3, "forward_backward", stage=1, beats=1),
+            ],
+            [3],
+            id="the least microbatch of a stage",
+        ),
+        pytest.param(
+            [
+                _report(0, "optimizer", changes=6),
                 _report(1, "forward_backward", beats=2),
                 _report(2, "forward_backward", beats=3),
             ],
@@ -82,9 +123,15 @@ def test_the_late_rank(reports: list[RankReport], late: list[int]) -> None:
     assert [report.rank for report in late_ranks(reports)] == late
 
 
+@pytest.mark.parametrize("frame", [COLLECTIVE, RECEIVE, REDUCE])
+def test_waiting_for_other_ranks_is_recognised(frame: str) -> None:
+    assert _report(0, "forward_backward", frames=[frame, SLEEP]).is_waiting
+    assert not _report(0, "forward_backward", frames=[SLEEP] * 3 + [frame]).is_waiting
+
+
 def test_a_rank_that_never_lived_is_late() -> None:
     dead = RankReport(rank=1, beat=None, silent_seconds=0.0, has_answered=False, frames=())
-    text = render([_report(0, "start", step=None), dead], limits={}, folder="f")
+    text = render([_report(0, "start", step=""), dead], limits={}, folder="f")
     assert text.splitlines()[0] == "stall: rank 1 never gave a sign of life"
     assert "  rank 1: no heartbeat" in text
 
@@ -97,7 +144,9 @@ def test_a_silent_rank_was_last_seen_somewhere() -> None:
 
 
 def test_the_report_names_rank_phase_time_and_stack_and_joins_equal_stacks() -> None:
-    reports = [_report(rank, "forward_backward", frames=[COLLECTIVE]) for rank in (0, 2, 3)]
+    reports = [
+        _report(rank, "forward_backward", changes=6, frames=[COLLECTIVE]) for rank in (0, 2, 3)
+    ]
     reports.insert(1, _report(1, "pack"))
     lines = render(reports, limits={"pack": 600.0}, folder="/run/heartbeats").splitlines()
     assert lines[0] == (

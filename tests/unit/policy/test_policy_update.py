@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from prefixrl_mcore.accounting.model_flops import ModelFlops, sequence_work
 from prefixrl_mcore.config.policy import LossConfig, OptimizerConfig
 from prefixrl_mcore.data.packing import PackedBatch
+from prefixrl_mcore.policy.build import build_optimizer
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from tests.support.policies import (
     NO_CLIPPING,
@@ -221,6 +224,35 @@ def test_reset_optimizer_forgets_moments_and_schedule_but_not_the_weights(
     # The first step of AdamW with empty moments is the sign of the gradient, of size lr.
     change = weights_of(policy)["model.embed_tokens.weight"] - weights["model.embed_tokens.weight"]
     assert change.abs().max().item() == pytest.approx(2e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_the_old_optimizer_is_gone_before_the_new_one_is_built(
+    tied_folder: Path, monkeypatch: pytest.MonkeyPatch, is_sharded: bool
+) -> None:
+    settings = OptimizerConfig(lr=1e-3, use_distributed_optimizer=is_sharded)
+    policy = build_policy(tied_folder, optimizer=settings, dtype="bfloat16")
+    policy.update(make_batch())
+    parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    old = [weakref.ref(policy.optimizer), *(weakref.ref(part) for part in parts)]
+    old += [
+        weakref.ref(moment)
+        for part in parts
+        for state in part.optimizer.state.values()
+        for moment in state.values()
+        if isinstance(moment, torch.Tensor)
+    ]
+    assert len(old) > 10
+    alive: list[int] = []
+
+    def build(*arguments: Any, **settings: Any) -> object:
+        alive.append(sum(reference() is not None for reference in old))
+        return build_optimizer(*arguments, **settings)
+
+    monkeypatch.setattr("prefixrl_mcore.policy.policy.build_optimizer", build)
+    del parts
+    policy.reset_optimizer(1e-3)
+    assert alive == [0]
 
 
 def test_a_batch_for_another_layout_is_refused(tied_folder: Path) -> None:

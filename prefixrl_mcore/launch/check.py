@@ -138,6 +138,8 @@ def step_work(config: RunConfig, mean_tokens: float | None) -> StepWork:
         mean_tokens=mean,
         mean_completion_tokens=mean * rollout.max_completion_tokens / rollout.max_total_tokens,
         stream_tokens=config.stream_tokens,
+        group_size=config.batch.group_size,
+        has_reference=config.loss.kl != "none",
     )
 
 

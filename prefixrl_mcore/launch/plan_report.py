@@ -55,9 +55,10 @@ def knob_lines(turned: Sequence[tuple[str, Plan]], usable_bytes: float) -> Itera
 def time_lines(time: StepTime, assumptions: Assumptions) -> Iterator[str]:
     """Yield the predicted time of a step with what was assumed."""
     yield (
-        f"predicted step: {time.total:.3g} s = rollout {time.rollout:.3g} + update "
-        f"{time.update:.3g} (computing {time.compute:.3g}, pipeline bubble {time.bubble:.3g}, "
-        f"communication {time.communication:.3g})"
+        f"predicted step: {time.total:.3g} s = rollout {time.rollout:.3g} + "
+        + (f"reference {time.reference:.3g} + " if time.reference else "")
+        + f"update {time.update:.3g} (computing {time.compute:.3g}, pipeline bubble "
+        f"{time.bubble:.3g}, communication {time.communication:.3g})"
     )
     yield (
         f"  assumed: {assumptions.peak_flops / 1e12:.4g} TFLOP/s a GPU, of it "

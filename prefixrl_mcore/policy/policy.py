@@ -246,12 +246,10 @@ class MegatronPolicy:
         """
         if topology.any_rank(not self._has_finite_weights()):
             return Findings(has_finite_weights=False)
-        parallel = self._policy.parallel
-        is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         findings = find_culprits(
             batch,
             lambda part: self._is_finite(part, loss or self._loss),
-            microbatch_multiple=parallel.pipeline_model_parallel_size if is_interleaved else 1,
+            microbatch_multiple=self._policy.parallel.microbatch_multiple,
         )
         self._zero_gradients()
         return findings

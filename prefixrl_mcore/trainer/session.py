@@ -197,7 +197,7 @@ class Session:
             sequences,
             stream_tokens=run.stream_tokens,
             num_ranks=run.policy.parallel.data_parallel_size,
-            streams_multiple=run.policy.parallel.pipeline_model_parallel_size,
+            streams_multiple=run.policy.parallel.microbatch_multiple,
             sequence_multiple=run.policy.parallel.sequence_multiple,
             aggregation=aggregation,
             max_completion_tokens=run.rollout.max_completion_tokens,

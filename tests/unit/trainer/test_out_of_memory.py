@@ -67,7 +67,7 @@ def test_streams_are_full_of_the_longest_sequences(
         sequences,
         stream_tokens=160,
         num_ranks=layout.data_parallel_size,
-        streams_multiple=layout.pipeline_model_parallel_size,
+        streams_multiple=layout.microbatch_multiple,
         sequence_multiple=layout.sequence_multiple,
         max_completion_tokens=40,
     )

@@ -1,7 +1,6 @@
 """Throughput, MFU, balance and memory against numbers worked out by hand."""
 
 import numpy as np
-import pytest
 import torch
 
 from prefixrl_mcore.policy.topology import Topology
@@ -100,6 +99,5 @@ def test_host_memory_counts_what_was_touched() -> None:
     before = read_peaks(torch.device("cpu"))
     block = np.ones(before.rss // 8 + 8_000_000)  # larger than all that was resident so far
     after = read_peaks(torch.device("cpu"))
-    assert after.rss >= block.nbytes
+    assert block.nbytes <= after.rss <= before.rss + block.nbytes + 2**24
     assert (after.allocated, after.device) == (0, after.rss)
-    assert after.rss == pytest.approx(block.nbytes, rel=2.0)

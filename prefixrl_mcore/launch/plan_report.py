@@ -69,13 +69,42 @@ def time_lines(time: StepTime, assumptions: Assumptions) -> Iterator[str]:
     )
 
 
-def suggestion_lines(plans: Sequence[Plan], usable_bytes: float) -> Iterator[str | Table]:
-    """Yield a table of the best plans, and the best one as lines of a config."""
-    num_fitting = sum(plan.peak_bytes <= usable_bytes for plan in plans)
-    table = Table(title=f"{num_fitting} of {len(plans)} layouts fit")
+def suggestion_lines(
+    plans: Sequence[Plan], usable_bytes: float, policy: PolicyConfig, *, num_gpus: int
+) -> Iterator[str | Table]:
+    """Yield a table of the best plans, and those that fit as lines of a config.
+
+    Args:
+        plans: the best first.
+        usable_bytes: what a rank may use.
+        policy: the settings at hand, which the lines change.
+        num_gpus: trainer ranks of the plans.
+    """
+    if not plans:
+        yield f"no layout of {num_gpus} GPUs can run this model; try another number of GPUs"
+        return
+    fitting = [plan for plan in plans if plan.peak_bytes <= usable_bytes]
+    yield _plan_table(plans[:_NUM_SUGGESTIONS], usable_bytes, len(fitting), len(plans))
+    if not fitting:
+        smallest = min(plan.peak_bytes for plan in plans)
+        yield (
+            f"no layout of {num_gpus} GPUs fits: the smallest needs {_gib(smallest)} GiB of "
+            f"{_gib(usable_bytes)}; take more GPUs or larger ones, or shorter streams "
+            "(rollout.max_total_tokens, batch.stream_tokens)"
+        )
+    for number, plan in enumerate(fitting[:_NUM_SUGGESTIONS], 1):
+        yield f"# {number}: {layout_name(plan.policy.parallel)}"
+        yield from config_lines(plan.policy, policy)
+
+
+def _plan_table(
+    plans: Sequence[Plan], usable_bytes: float, num_fitting: int, num_plans: int
+) -> Table:
+    """Return what plans need, one a row."""
+    table = Table(title=f"{num_fitting} of {num_plans} layouts fit")
     for name in ("", "layout", "recompute", "GiB", "step s", "update s", "bubble s", "network s"):
         table.add_column(name)
-    for plan in plans[:_NUM_SUGGESTIONS]:
+    for plan in plans:
         time = plan.time
         table.add_row(
             "fits" if plan.peak_bytes <= usable_bytes else "too large",
@@ -85,10 +114,7 @@ def suggestion_lines(plans: Sequence[Plan], usable_bytes: float) -> Iterator[str
             *(f"{value:.3g}" for value in (time.total, time.update, time.bubble)),
             f"{time.communication:.3g}",
         )
-    yield table
-    for number, plan in enumerate(plans[:_NUM_SUGGESTIONS], 1):
-        yield f"# {number}: {layout_name(plan.policy.parallel)}"
-        yield from config_lines(plan.policy)
+    return table
 
 
 def layout_name(parallel: ParallelConfig) -> str:
@@ -106,11 +132,20 @@ def layout_name(parallel: ParallelConfig) -> str:
     return " x ".join(words) + (" SP" if parallel.sequence_parallel else "") or "one rank"
 
 
-def config_lines(policy: PolicyConfig) -> Iterator[str]:
-    """Yield a plan's settings as lines of a TOML file, to be pasted."""
+def config_lines(policy: PolicyConfig, present: PolicyConfig) -> Iterator[str]:
+    """Yield a plan's settings as lines of a TOML file, in place of the present ones.
+
+    What has to go because TOML cannot set it to nothing is named in comments.
+
+    Args:
+        policy: the plan's.
+        present: the config's.
+    """
     yield "[policy]"
     yield f'recompute = "{policy.recompute}"'
-    yield "[policy.parallel]"
+    if present.recompute_modules is not None and policy.recompute_modules is None:
+        yield "# without recompute_modules"
+    yield "[policy.parallel]  # with nothing else in it"
     for name, value in policy.parallel.model_dump(exclude_defaults=True).items():
         yield f"{name} = {str(value).lower()}"
     yield "[policy.optimizer]"

@@ -139,6 +139,17 @@ def test_advice_leaves_out_what_was_turned_already() -> None:
     assert "policy.head.memory_gb" in text
 
 
+def test_advice_is_a_config_that_training_accepts() -> None:
+    config = _config(
+        recompute="selective",
+        recompute_modules=("mlp",),
+        parallel={"context_parallel_size": 4},
+    )
+    text = "\n".join(advice(config))
+    assert "batch.stream_tokens = 64 (now 160; the longest sequence needs 60)" in text
+    assert 'policy.recompute = "full" without recompute_modules (now "selective")' in text
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -10,11 +10,12 @@ _ORDER = {
     "rollout": 2,
     "verify": 2,  # rank 0 verifies while the others are in rollout
     "pack": 3,
-    "forward_backward": 4,
-    "optimizer": 5,
-    "other": 6,
-    "eval": 7,
-    "save": 8,
+    "reference": 4,
+    "forward_backward": 5,
+    "optimizer": 6,
+    "other": 7,
+    "eval": 8,
+    "save": 9,
 }
 """Phases in the order of a step; ranks are as far as each other where it is equal."""
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from prefixrl_mcore.accounting.flops import sampling_flops, update_flops
 from prefixrl_mcore.accounting.hardware import peak_flops
+from prefixrl_mcore.accounting.host_memory import estimate_host
 from prefixrl_mcore.accounting.layouts import Plan, full_workload, make_plan, search
 from prefixrl_mcore.accounting.memory import estimate_stages
 from prefixrl_mcore.accounting.parameters import ModelSize, model_size
@@ -31,6 +32,7 @@ from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.knobs import knobs
 from prefixrl_mcore.launch.plan_report import (
+    host_line,
     knob_lines,
     memory_table,
     suggestion_lines,
@@ -231,8 +233,12 @@ def _print_plan(
             for what, changed in _accepted_knobs(config, shape)
         ]
         _print_lines(knob_lines(turned, machine.usable_bytes), console)
+    parallel = config.policy.parallel
+    host = estimate_host(shape, config.policy, has_reference=work.has_reference)
+    num_together = min(parallel.world_size, machine.assumptions.gpus_per_node)
+    _print_lines([host_line(host, num_together)], console)
     _print_lines(time_lines(plan.time, machine.assumptions), console)
-    num_ranks = config.policy.parallel.data_parallel_size
+    num_ranks = parallel.data_parallel_size
     if num_ranks > work.num_units:
         console.print(
             f"{num_ranks - work.num_units} of {num_ranks} data-parallel ranks have nothing to do: "

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from prefixrl_mcore.accounting.host_memory import HostMemory
 from prefixrl_mcore.accounting.layouts import Plan
 from prefixrl_mcore.accounting.memory import StageMemory
 from prefixrl_mcore.accounting.step_time import Assumptions, StepTime
@@ -50,6 +51,17 @@ def knob_lines(turned: Sequence[tuple[str, Plan]], usable_bytes: float) -> Itera
         yield f"  {what}: {_gib(plan.peak_bytes)} GiB, {verdict}"
     if not any(plan.peak_bytes <= usable_bytes for _, plan in turned):
         yield "  no single change is enough; --suggest looks for other layouts"
+
+
+def host_line(host: HostMemory, num_ranks: int) -> str:
+    """Return what a rank needs of its machine's memory."""
+    parts = {"reference": host.reference, "offloaded optimizer": host.offloaded, "save": host.save}
+    terms = " + ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+    return (
+        f"host memory of a rank: at most {_gib(host.total)} GiB = {terms} (of it "
+        f"{_gib(host.written)} until the save is on disk), besides Python and the engine; "
+        f"{num_ranks} rank(s) a machine take up to {_gib(num_ranks * host.total)}"
+    )
 
 
 def time_lines(time: StepTime, assumptions: Assumptions) -> Iterator[str]:

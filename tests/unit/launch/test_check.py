@@ -315,6 +315,27 @@ def test_a_config_that_does_not_fit_names_the_knobs_with_what_they_would_do(tmp_
     assert "no single change is enough; --suggest" in _printed(config, memory_gib=20.0)
 
 
+def test_host_memory_is_told_with_its_parts(tmp_path: Path) -> None:
+    config = _config(tmp_path, ONE_NODE)
+    loss = config.loss.model_copy(update={"kl": "k3", "kl_coefficient": 0.1})
+    printed = _printed(config.model_copy(update={"loss": loss}))
+    # 2.01e9 parameters: 4 bytes of reference, 28 in a save, 8 ranks a machine
+    found = re.search(
+        r"^host memory of a rank: at most ([0-9.]+) GiB = reference ([0-9.]+) \+ save ([0-9.]+) "
+        r"\(of it ([0-9.]+) .*; 8 rank\(s\) a machine take up to ([0-9.]+)$",
+        printed,
+        re.M,
+    )
+    assert found is not None
+    total, reference, save, written, machine = map(float, found.groups())
+    assert reference == pytest.approx(7.5, abs=0.1)
+    assert save == pytest.approx(7 * reference, abs=0.1)
+    assert written == pytest.approx(save / 2, abs=0.01)
+    assert total == pytest.approx(reference + save, abs=0.02)
+    assert machine == pytest.approx(8 * total, abs=0.1)
+    assert " + reference " in printed  # of the step's time
+
+
 def test_every_stage_has_a_column(tmp_path: Path) -> None:
     printed = _printed(_config(tmp_path, {"pipeline_model_parallel_size": 4}))
     assert all(f"stage {stage}" in printed for stage in range(4))

@@ -58,23 +58,43 @@ class StepWork:
     stream_tokens: int
     """Length of a stream."""
 
+    group_size: int = 1
+    """Rollouts that stay together in one stream if they fit."""
+
+    has_reference: bool = False
+    """A frozen reference scores the sequences before the update (``loss.kl``)."""
+
     @property
     def num_tokens(self) -> float:
         """Tokens of all sequences."""
         return self.num_rollouts * self.mean_tokens
 
-    def num_microbatches(self, parallel: ParallelConfig) -> int:
-        """Return ``M``: full streams, shared by the data-parallel ranks.
+    @property
+    def num_units(self) -> int:
+        """Groups, or sequences where a group does not fit into a stream; they are not cut."""
+        return -(-self.num_rollouts // self._unit_sequences)
 
-        Under the interleaved schedule it is a multiple of ``pp``.
-        """
-        sequences = max(1, int(self.stream_tokens // self.mean_tokens))
-        streams = -(-self.num_rollouts // sequences)
+    def num_microbatches(self, parallel: ParallelConfig) -> int:
+        """Return ``M``: full streams, shared by the data-parallel ranks, as they are packed."""
+        streams = -(-self.num_units // self._units_per_stream)
         number = -(-streams // parallel.data_parallel_size)
-        if parallel.virtual_pipeline_model_parallel_size is None:
-            return number
-        stages = parallel.pipeline_model_parallel_size
-        return -(-number // stages) * stages
+        multiple = parallel.microbatch_multiple
+        return -(-number // multiple) * multiple
+
+    def busiest_tokens(self, parallel: ParallelConfig) -> float:
+        """Return the tokens of the data-parallel rank that has most of the sequences."""
+        units = -(-self.num_units // parallel.data_parallel_size)
+        return min(self.num_rollouts, units * self._unit_sequences) * self.mean_tokens
+
+    @property
+    def _unit_sequences(self) -> int:
+        """Sequences that are placed together."""
+        return self.group_size if self.group_size * self.mean_tokens <= self.stream_tokens else 1
+
+    @property
+    def _units_per_stream(self) -> int:
+        """Units that fit into a stream."""
+        return max(1, int(self.stream_tokens // (self._unit_sequences * self.mean_tokens)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +114,9 @@ class StepTime:
     """Collectives, none of them hidden behind computation: tensor parallel, context parallel,
     exchange of routed tokens, gradients."""
 
+    reference: float
+    """The reference's forward passes; 0 without one. Its weights' way to the GPU is left out."""
+
     @property
     def update(self) -> float:
         """Forward, backward and gradients."""
@@ -102,7 +125,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """The whole step; verification, weight sync, optimizer and saving are left out."""
-        return self.rollout + self.update
+        return self.rollout + self.reference + self.update
 
 
 def estimate_step_time(
@@ -113,20 +136,24 @@ def estimate_step_time(
     num_microbatches = work.num_microbatches(parallel)
     tokens = _microbatch_tokens(work, parallel, num_microbatches)
     rate = assumptions.peak_flops * assumptions.update_efficiency
-    slowest = max(
-        _stage_flops(shape, policy, work, stage, tokens)
-        for stage in range(parallel.pipeline_model_parallel_size)
-    )
-    chunks = parallel.virtual_pipeline_model_parallel_size or 1
-    idle = (parallel.pipeline_model_parallel_size - 1) / chunks
-    per_microbatch = _microbatch_seconds(shape, policy, tokens, assumptions)
+    stages = range(parallel.pipeline_model_parallel_size)
+    slowest = max(_stage_flops(shape, policy, work, stage, tokens) for stage in stages)
+    idle = (len(stages) - 1) / (parallel.virtual_pipeline_model_parallel_size or 1)
+    forward = _forward_seconds(shape, policy, tokens, assumptions)
+    communication = (2 + (policy.recompute == "full")) * forward
+    communication += _gathered_again_seconds(shape, policy, tokens, assumptions)
+    reference = 0.0
+    if work.has_reference:
+        flops = max(_forward_flops(shape, policy, work, stage, tokens) for stage in stages)
+        reference = (num_microbatches + idle) * (flops / rate + forward)
     return StepTime(
         rollout=_sampling_flops(shape, work)
         / (parallel.world_size * assumptions.peak_flops * assumptions.rollout_efficiency),
         compute=num_microbatches * slowest / rate,
         bubble=idle * slowest / rate,
-        communication=(num_microbatches + idle) * per_microbatch
+        communication=(num_microbatches + idle) * communication
         + _gradient_seconds(shape, policy, assumptions),
+        reference=reference,
     )
 
 
@@ -139,11 +166,26 @@ def _sampling_flops(shape: ModelShape, work: StepWork) -> float:
 
 
 def _microbatch_tokens(work: StepWork, parallel: ParallelConfig, num_microbatches: int) -> float:
-    """Return ``T``: whole streams under pipeline parallelism, elsewhere without the padding."""
+    """Return ``T``: whole streams under pipeline parallelism, elsewhere without the padding.
+
+    Of the data-parallel rank with most sequences, which the others wait for.
+    """
     if parallel.pipeline_model_parallel_size > 1:
         return work.stream_tokens / parallel.context_parallel_size
-    ranks = parallel.data_parallel_size * parallel.context_parallel_size
-    return work.num_tokens / (num_microbatches * ranks)
+    return work.busiest_tokens(parallel) / (num_microbatches * parallel.context_parallel_size)
+
+
+def _forward_flops(
+    shape: ModelShape, policy: PolicyConfig, work: StepWork, stage: int, tokens: float
+) -> float:
+    """Return the FLOPs of one microbatch's forward pass on a rank of a stage."""
+    parallel = policy.parallel
+    flops = ModelFlops.of(shape)
+    share = stage_layers(shape, parallel)[stage] / shape.num_layers
+    total = share * tokens * (flops.per_token + flops.per_pair * work.mean_tokens / 2)
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        total += tokens * work.mean_completion_tokens / work.mean_tokens * flops.per_row
+    return total / parallel.tensor_model_parallel_size
 
 
 def _stage_flops(
@@ -154,48 +196,61 @@ def _stage_flops(
     flops = ModelFlops.of(shape)
     share = stage_layers(shape, parallel)[stage] / shape.num_layers
     attention = flops.per_pair * work.mean_tokens / 2
-    per_token = 3 * (flops.per_token + attention)
-    if policy.recompute == "full":
-        per_token += flops.per_token + attention
+    again = flops.per_token + attention if policy.recompute == "full" else 0.0
     modules = recomputed_modules(policy, shape)
     if {"mlp", "moe"} & set(modules):
         copies = shape.mixture.num_experts_per_token if shape.mixture else 1
-        per_token += 6 * shape.num_layers * copies * shape.ffn_hidden_size * shape.hidden_size
+        again += 6 * shape.num_layers * copies * shape.ffn_hidden_size * shape.hidden_size
     if "core_attn" in modules:
-        per_token += attention
-    total = share * tokens * per_token
-    if stage == parallel.pipeline_model_parallel_size - 1:
-        rows = tokens * work.mean_completion_tokens / work.mean_tokens
-        total += 3 * rows * flops.per_row
-    return total / parallel.tensor_model_parallel_size
+        again += attention
+    recomputed = share * tokens * again / parallel.tensor_model_parallel_size
+    return 3 * _forward_flops(shape, policy, work, stage, tokens) + recomputed
 
 
-def _microbatch_seconds(
+def _forward_seconds(
     shape: ModelShape, policy: PolicyConfig, tokens: float, assumptions: Assumptions
 ) -> float:
-    """Return the seconds of a microbatch's collectives on the stage with most layers.
+    """Return the seconds of a forward pass's collectives on the stage with most layers.
 
-    Per layer, with ``w T H`` bytes of hidden states: an all-reduce (which sends ``2 (tp - 1) / tp``
-    of it) twice forward, twice backward, once more for the inputs that sequence parallelism gathers
-    again, twice more in recomputation; keys and values of the other ``cp - 1`` ranks forward and
-    their gradients back; routed copies there and back, forward and backward.
+    Per layer, with ``w T H`` bytes of hidden states: two all-reduces (each sends
+    ``2 (tp - 1) / tp`` of it); keys and values of the other ``cp - 1`` ranks; routed copies there
+    and back. A backward pass takes as long, and so does recomputing the layer.
     """
     parallel = policy.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     width = 2 if policy.dtype == "bfloat16" else 4
-    hidden = width * tokens * shape.hidden_size
-    again = policy.recompute == "full"
-    sums = 4 + 2 * again + parallel.sequence_parallel
-    seconds = sums * 2 * (tensor - 1) / tensor * hidden / _bandwidth(assumptions, tensor)
+    seconds = 2 * _all_reduce_seconds(shape, policy, tokens, assumptions)
     heads = 2 * shape.num_query_groups // tensor * shape.kv_channels
     gathered = (context - 1) * width * tokens * heads
-    seconds += (2 + again) * gathered / _bandwidth(assumptions, tensor * context)
+    seconds += gathered / _bandwidth(assumptions, tensor * context)
     if shape.mixture:
         ranks = parallel.expert_model_parallel_size
-        copies = shape.mixture.num_experts_per_token * hidden / tensor
-        sent = copies * (ranks - 1) / ranks
-        seconds += (4 + 2 * again) * sent / _bandwidth(assumptions, ranks)
+        copies = shape.mixture.num_experts_per_token * width * tokens * shape.hidden_size / tensor
+        seconds += 2 * copies * (ranks - 1) / ranks / _bandwidth(assumptions, ranks)
     return seconds * max(stage_layers(shape, parallel))
+
+
+def _gathered_again_seconds(
+    shape: ModelShape, policy: PolicyConfig, tokens: float, assumptions: Assumptions
+) -> float:
+    """Return the seconds in which backward gathers the inputs that sequence parallelism cut.
+
+    Two all-gathers a layer, of attention and feed-forward: what one all-reduce sends.
+    """
+    parallel = policy.parallel
+    if not parallel.sequence_parallel:
+        return 0.0
+    layers = max(stage_layers(shape, parallel))
+    return layers * _all_reduce_seconds(shape, policy, tokens, assumptions)
+
+
+def _all_reduce_seconds(
+    shape: ModelShape, policy: PolicyConfig, tokens: float, assumptions: Assumptions
+) -> float:
+    """Return the seconds of summing hidden states over the tensor-parallel ranks."""
+    tensor = policy.parallel.tensor_model_parallel_size
+    hidden = (2 if policy.dtype == "bfloat16" else 4) * tokens * shape.hidden_size
+    return 2 * (tensor - 1) / tensor * hidden / _bandwidth(assumptions, tensor)
 
 
 def _gradient_seconds(shape: ModelShape, policy: PolicyConfig, assumptions: Assumptions) -> float:

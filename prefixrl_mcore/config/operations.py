@@ -30,6 +30,9 @@ class PhaseLimitsConfig(Config):
     pack: float | None = Field(default=None, gt=0.0)
     """Packing into streams."""
 
+    reference: float | None = Field(default=None, gt=0.0)
+    """One microbatch of one model chunk under the reference's weights (``loss.kl``)."""
+
     forward_backward: float | None = Field(default=None, gt=0.0)
     """One microbatch of one model chunk: each begins anew."""
 

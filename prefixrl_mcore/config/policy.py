@@ -95,6 +95,15 @@ class ParallelConfig(Config):
         tensor = self.tensor_model_parallel_size if self.sequence_parallel else 1
         return math.lcm(self.sequence_multiple, self.context_parallel_size * tensor)
 
+    @property
+    def microbatch_multiple(self) -> int:
+        """Microbatches of a data-parallel rank are a multiple of this.
+
+        The interleaved schedule goes around the stages; the plain one takes any number.
+        """
+        is_interleaved = self.virtual_pipeline_model_parallel_size is not None
+        return self.pipeline_model_parallel_size if is_interleaved else 1
+
     @model_validator(mode="after")
     def _sequence_parallel_needs_tensor_parallel(self) -> "ParallelConfig":
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:

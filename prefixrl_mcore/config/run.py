@@ -227,6 +227,12 @@ class RunConfig(Config):
         return self.batch.stream_tokens or self.rollout.max_total_tokens
 
     @property
+    def shortest_stream_tokens(self) -> int:
+        """Least length of a stream that holds the longest sequence and that the layout can cut."""
+        multiple = self.policy.stream_multiple
+        return -(-self.rollout.max_total_tokens // multiple) * multiple
+
+    @property
     def traces_folder(self) -> Path:
         """Folder of the trace store."""
         return self.data.traces or self.run_folder / "traces"

@@ -4,6 +4,7 @@ Memory and time are arithmetic (``accounting.memory``, ``accounting.step_time``)
 ``docs/memory.md`` compares the former with measured peaks.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from prefixrl_mcore.accounting.flops import sampling_flops, update_flops
 from prefixrl_mcore.accounting.hardware import peak_flops
+from prefixrl_mcore.accounting.host_memory import estimate_host
 from prefixrl_mcore.accounting.layouts import Plan, full_workload, make_plan, search
 from prefixrl_mcore.accounting.memory import estimate_stages
 from prefixrl_mcore.accounting.parameters import ModelSize, model_size
@@ -28,7 +30,9 @@ from prefixrl_mcore.config.layout import (
 from prefixrl_mcore.config.model_shape import ModelShape, read_hf_config, read_model_shape
 from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.launch.knobs import knobs
 from prefixrl_mcore.launch.plan_report import (
+    host_line,
     knob_lines,
     memory_table,
     suggestion_lines,
@@ -55,6 +59,33 @@ class Machine:
     mean_tokens: float | None
     """Mean length of a sequence; None takes ``rollout.max_total_tokens``, which is the most."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no machine is.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        speeds = self.assumptions
+        for flag, value, is_possible, expected in (
+            ("--gpus", self.num_gpus, self.num_gpus is None or self.num_gpus >= 1, "at least 1"),
+            ("--gpu-memory", self.memory_gib, 0 < self.memory_gib < math.inf, "GiB above 0"),
+            (
+                "--reserved",
+                self.reserved_fraction,
+                0 <= self.reserved_fraction < 1,
+                "a fraction from 0 to below 1",
+            ),
+            *(
+                (flag, value, 0 < value <= 1, "a fraction above 0, at most 1")
+                for flag, value in (
+                    ("--update-efficiency", speeds.update_efficiency),
+                    ("--rollout-efficiency", speeds.rollout_efficiency),
+                )
+            ),
+        ):
+            if not is_possible:
+                raise ConfigError(f"{flag} must be {expected}, got {value:g}")
+
     @property
     def usable_bytes(self) -> float:
         """What weights, state and step may take."""
@@ -75,7 +106,7 @@ def print_check(
     console = console or Console()
     shape = read_shape(config)
     layout_ranks = config.policy.parallel.world_size
-    num_gpus = machine.num_gpus or layout_ranks
+    num_gpus = layout_ranks if machine.num_gpus is None else machine.num_gpus
     work = step_work(config, machine.mean_tokens)
     if num_gpus == layout_ranks:
         check_layout(config, shape)
@@ -138,6 +169,8 @@ def step_work(config: RunConfig, mean_tokens: float | None) -> StepWork:
         mean_tokens=mean,
         mean_completion_tokens=mean * rollout.max_completion_tokens / rollout.max_total_tokens,
         stream_tokens=config.stream_tokens,
+        group_size=config.batch.group_size,
+        has_reference=config.loss.kl != "none",
     )
 
 
@@ -197,10 +230,23 @@ def _print_plan(
         )
         turned = [
             (what, _plan(changed, shape, step_work(changed, machine.mean_tokens), machine))
-            for what, changed in _knobs(config)
+            for what, changed in _accepted_knobs(config, shape)
         ]
         _print_lines(knob_lines(turned, machine.usable_bytes), console)
+    parallel = config.policy.parallel
+    host = estimate_host(shape, config.policy, has_reference=work.has_reference)
+    num_together = min(parallel.world_size, machine.assumptions.gpus_per_node)
+    _print_lines([host_line(host, num_together)], console)
     _print_lines(time_lines(plan.time, machine.assumptions), console)
+    num_ranks = parallel.data_parallel_size
+    if num_ranks > work.num_units:
+        console.print(
+            f"{num_ranks - work.num_units} of {num_ranks} data-parallel ranks have nothing to do: "
+            f"{work.num_rollouts} rollouts are {work.num_units} part(s), groups that fit into a "
+            "stream being kept whole",
+            style="yellow",
+            highlight=False,
+        )
 
 
 def _plan(config: RunConfig, shape: ModelShape, work: StepWork, machine: Machine) -> Plan:
@@ -232,7 +278,8 @@ def _print_suggestions(
         memory_bytes=machine.usable_bytes,
         logits_dtype=config.model.logits_dtype,
     )
-    _print_lines(suggestion_lines(plans, machine.usable_bytes), console)
+    lines = suggestion_lines(plans, machine.usable_bytes, config.policy, num_gpus=num_gpus)
+    _print_lines(lines, console)
 
 
 def _print_lines(lines: Iterable[str | Table], console: Console) -> None:
@@ -241,32 +288,14 @@ def _print_lines(lines: Iterable[str | Table], console: Console) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _knobs(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Yield single changes that save memory and keep the number of ranks, as flags."""
-    policy, parallel = config.policy, config.policy.parallel
-    replicas = parallel.data_parallel_size * parallel.context_parallel_size
-    changes: list[tuple[str, dict[str, object]]] = []
-    if policy.recompute != "full":
-        changes.append(
-            ("--policy.recompute full", {"recompute": "full", "recompute_modules": None})
-        )
-    if policy.recompute == "none":
-        changes.append(("--policy.recompute selective", {"recompute": "selective"}))
-    if replicas > 1 and not policy.optimizer.use_distributed_optimizer:
-        optimizer = policy.optimizer.model_copy(update={"use_distributed_optimizer": True})
-        changes.append(("--policy.optimizer.use-distributed-optimizer", {"optimizer": optimizer}))
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        sharded = parallel.model_copy(update={"sequence_parallel": True})
-        changes.append(("--policy.parallel.sequence-parallel", {"parallel": sharded}))
-    memory_gb = policy.head.memory_gb / 4
-    head = policy.head.model_copy(update={"memory_gb": memory_gb})
-    changes.append((f"--policy.head.memory-gb {memory_gb:g}", {"head": head}))
-    for what, update in changes:
-        yield what, config.model_copy(update={"policy": policy.model_copy(update=update)})
-    shortest = config.rollout.max_total_tokens
-    if config.stream_tokens > shortest and shortest % parallel.stream_multiple == 0:
-        batch = config.batch.model_copy(update={"stream_tokens": shortest})
-        yield f"--batch.stream-tokens {shortest}", config.model_copy(update={"batch": batch})
+def _accepted_knobs(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, RunConfig]]:
+    """Yield the changes that training would accept."""
+    for flags, changed in knobs(config):
+        try:
+            check_layout(changed, shape)
+        except ConfigError:
+            continue
+        yield flags, changed
 
 
 def _rows(config: RunConfig, shape: ModelShape, size: ModelSize) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from prefixrl_mcore.accounting.host_memory import HostMemory
 from prefixrl_mcore.accounting.layouts import Plan
 from prefixrl_mcore.accounting.memory import StageMemory
 from prefixrl_mcore.accounting.step_time import Assumptions, StepTime
@@ -52,12 +53,24 @@ def knob_lines(turned: Sequence[tuple[str, Plan]], usable_bytes: float) -> Itera
         yield "  no single change is enough; --suggest looks for other layouts"
 
 
+def host_line(host: HostMemory, num_ranks: int) -> str:
+    """Return what a rank needs of its machine's memory."""
+    parts = {"reference": host.reference, "offloaded optimizer": host.offloaded, "save": host.save}
+    terms = " + ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+    return (
+        f"host memory of a rank: at most {_gib(host.total)} GiB = {terms} (of it "
+        f"{_gib(host.written)} until the save is on disk), besides Python and the engine; "
+        f"{num_ranks} rank(s) a machine take up to {_gib(num_ranks * host.total)}"
+    )
+
+
 def time_lines(time: StepTime, assumptions: Assumptions) -> Iterator[str]:
     """Yield the predicted time of a step with what was assumed."""
     yield (
-        f"predicted step: {time.total:.3g} s = rollout {time.rollout:.3g} + update "
-        f"{time.update:.3g} (computing {time.compute:.3g}, pipeline bubble {time.bubble:.3g}, "
-        f"communication {time.communication:.3g})"
+        f"predicted step: {time.total:.3g} s = rollout {time.rollout:.3g} + "
+        + (f"reference {time.reference:.3g} + " if time.reference else "")
+        + f"update {time.update:.3g} (computing {time.compute:.3g}, pipeline bubble "
+        f"{time.bubble:.3g}, communication {time.communication:.3g})"
     )
     yield (
         f"  assumed: {assumptions.peak_flops / 1e12:.4g} TFLOP/s a GPU, of it "
@@ -68,13 +81,42 @@ def time_lines(time: StepTime, assumptions: Assumptions) -> Iterator[str]:
     )
 
 
-def suggestion_lines(plans: Sequence[Plan], usable_bytes: float) -> Iterator[str | Table]:
-    """Yield a table of the best plans, and the best one as lines of a config."""
-    num_fitting = sum(plan.peak_bytes <= usable_bytes for plan in plans)
-    table = Table(title=f"{num_fitting} of {len(plans)} layouts fit")
+def suggestion_lines(
+    plans: Sequence[Plan], usable_bytes: float, policy: PolicyConfig, *, num_gpus: int
+) -> Iterator[str | Table]:
+    """Yield a table of the best plans, and those that fit as lines of a config.
+
+    Args:
+        plans: the best first.
+        usable_bytes: what a rank may use.
+        policy: the settings at hand, which the lines change.
+        num_gpus: trainer ranks of the plans.
+    """
+    if not plans:
+        yield f"no layout of {num_gpus} GPUs can run this model; try another number of GPUs"
+        return
+    fitting = [plan for plan in plans if plan.peak_bytes <= usable_bytes]
+    yield _plan_table(plans[:_NUM_SUGGESTIONS], usable_bytes, len(fitting), len(plans))
+    if not fitting:
+        smallest = min(plan.peak_bytes for plan in plans)
+        yield (
+            f"no layout of {num_gpus} GPUs fits: the smallest needs {_gib(smallest)} GiB of "
+            f"{_gib(usable_bytes)}; take more GPUs or larger ones, or shorter streams "
+            "(rollout.max_total_tokens, batch.stream_tokens)"
+        )
+    for number, plan in enumerate(fitting[:_NUM_SUGGESTIONS], 1):
+        yield f"# {number}: {layout_name(plan.policy.parallel)}"
+        yield from config_lines(plan.policy, policy)
+
+
+def _plan_table(
+    plans: Sequence[Plan], usable_bytes: float, num_fitting: int, num_plans: int
+) -> Table:
+    """Return what plans need, one a row."""
+    table = Table(title=f"{num_fitting} of {num_plans} layouts fit")
     for name in ("", "layout", "recompute", "GiB", "step s", "update s", "bubble s", "network s"):
         table.add_column(name)
-    for plan in plans[:_NUM_SUGGESTIONS]:
+    for plan in plans:
         time = plan.time
         table.add_row(
             "fits" if plan.peak_bytes <= usable_bytes else "too large",
@@ -84,10 +126,7 @@ def suggestion_lines(plans: Sequence[Plan], usable_bytes: float) -> Iterator[str
             *(f"{value:.3g}" for value in (time.total, time.update, time.bubble)),
             f"{time.communication:.3g}",
         )
-    yield table
-    for number, plan in enumerate(plans[:_NUM_SUGGESTIONS], 1):
-        yield f"# {number}: {layout_name(plan.policy.parallel)}"
-        yield from config_lines(plan.policy)
+    return table
 
 
 def layout_name(parallel: ParallelConfig) -> str:
@@ -105,11 +144,20 @@ def layout_name(parallel: ParallelConfig) -> str:
     return " x ".join(words) + (" SP" if parallel.sequence_parallel else "") or "one rank"
 
 
-def config_lines(policy: PolicyConfig) -> Iterator[str]:
-    """Yield a plan's settings as lines of a TOML file, to be pasted."""
+def config_lines(policy: PolicyConfig, present: PolicyConfig) -> Iterator[str]:
+    """Yield a plan's settings as lines of a TOML file, in place of the present ones.
+
+    What has to go because TOML cannot set it to nothing is named in comments.
+
+    Args:
+        policy: the plan's.
+        present: the config's.
+    """
     yield "[policy]"
     yield f'recompute = "{policy.recompute}"'
-    yield "[policy.parallel]"
+    if present.recompute_modules is not None and policy.recompute_modules is None:
+        yield "# without recompute_modules"
+    yield "[policy.parallel]  # with nothing else in it"
     for name, value in policy.parallel.model_dump(exclude_defaults=True).items():
         yield f"{name} = {str(value).lower()}"
     yield "[policy.optimizer]"

@@ -1,8 +1,8 @@
 """Metrics: one JSON line per step and kind always, W&B and TensorBoard where configured.
 
 ``step`` counts optimizer steps. A ``train`` line of step ``s`` describes the update that made
-policy version ``s + 1``; an ``eval`` line of step ``s`` describes policy version ``s``. A resumed
-run drops the lines that lie beyond its checkpoint, so that each step stands once.
+policy version ``s + 1``; an ``eval`` or ``outside`` line of step ``s`` policy version ``s``. A
+resumed run drops the lines that lie beyond its checkpoint, so that each step stands once.
 """
 
 import json
@@ -20,7 +20,8 @@ from prefixrl_mcore.observability.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["train", "eval", "sft"]
+Kind = Literal["train", "eval", "sft", "outside"]
+"""``outside``: times before the first and after the last step of a start."""
 
 
 class MetricsWriter:
@@ -90,7 +91,7 @@ def truncate_metrics(path: Path, num_steps_done: int | None) -> None:
     def keeps(line: Mapping[str, Any]) -> bool:
         if line["kind"] == "sft":
             return True
-        return line["step"] <= (last_eval if line["kind"] == "eval" else last_train)
+        return line["step"] <= (last_train if line["kind"] == "train" else last_eval)
 
     _rewrite(path, keeps)
 
@@ -113,6 +114,11 @@ def _rewrite(path: Path, keeps: Callable[[Mapping[str, Any]], bool]) -> None:
     if num_dropped:
         logger.info("%s: dropped %d lines that will be written again", path, num_dropped)
         write_text_atomic(path, "".join(f"{text}\n" for text in kept))
+
+
+def _shown_name(kind: Kind, name: str) -> str:
+    """Return a metric's name where all kinds share one axis of steps."""
+    return f"{kind}_{name}" if kind in ("sft", "outside") else name
 
 
 class _WandbSink:
@@ -146,8 +152,9 @@ class _WandbSink:
 
     def write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         """Log with an explicit step, so that a resumed run continues the same curves."""
-        named = values if kind != "sft" else {f"sft_{k}": v for k, v in values.items()}
-        self._run.log({**named, "step": step})
+        self._run.log(
+            {_shown_name(kind, name): value for name, value in values.items()} | {"step": step}
+        )
 
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Upload a table of rollouts every so many steps."""
@@ -172,7 +179,7 @@ class _TensorboardSink:
     def write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         """Write one scalar per metric."""
         for name, value in values.items():
-            self._writer.add_scalar(name if kind != "sft" else f"sft_{name}", value, step)
+            self._writer.add_scalar(_shown_name(kind, name), value, step)
 
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """TensorBoard has no tables; the Parquet files hold them."""

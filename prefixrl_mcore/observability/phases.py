@@ -12,6 +12,7 @@ Phase = Literal[
     "rollout",
     "verify",
     "pack",
+    "reference",
     "forward_backward",
     "optimizer",
     "save",
@@ -21,7 +22,8 @@ Phase = Literal[
 """``start``: before the first step; ``other``: what is in no phase, such as writing metrics."""
 
 TIMED: tuple[Phase, ...] = (
-    *("sync", "rollout", "verify", "pack", "forward_backward", "optimizer", "save", "eval"),
+    *("sync", "rollout", "verify", "pack", "reference", "forward_backward", "optimizer"),
+    *("save", "eval"),
 )
 """Phases that every ``train`` line has the seconds of, besides ``other``."""
 

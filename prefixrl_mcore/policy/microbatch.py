@@ -104,11 +104,11 @@ def check_batch(batch: PackedBatch, parallel: ParallelConfig, *, stream_tokens: 
             f"{context}); pass sequence_multiple={needed} to pack()"
         )
     per_rank = len(batch.streams) // dp_size
-    stages = parallel.pipeline_model_parallel_size
-    if parallel.virtual_pipeline_model_parallel_size and per_rank % stages:
+    multiple = parallel.microbatch_multiple
+    if per_rank % multiple:
         raise ValueError(
             f"batch has {per_rank} streams per rank; the interleaved schedule needs a "
-            f"multiple of {stages}; pass streams_multiple={stages} to pack()"
+            f"multiple of {multiple}; pass streams_multiple={multiple} to pack()"
         )
 
 

@@ -52,10 +52,23 @@ class Passes:
         """Weights of the KL term's reference; None without one."""
         self._watch_reduction()
 
-    def run_loss(self, batch: PackedBatch, loss: LossConfig, *, forward_only: bool) -> Totals:
-        """Run the loss over the batch; leaves gradients unless ``forward_only``."""
+    def run_loss(
+        self,
+        batch: PackedBatch,
+        loss: LossConfig,
+        *,
+        forward_only: bool,
+        reference: Sequence[np.ndarray] | None = None,
+    ) -> Totals:
+        """Run the loss over the batch; leaves gradients unless ``forward_only``.
+
+        Args:
+            batch: packed for this layout.
+            loss: estimator.
+            forward_only: no backward pass.
+            reference: what ``reference_logprobs`` returned; needed by a KL term.
+        """
         has_reference = loss.kl != "none"
-        reference = self.reference_logprobs(batch) if has_reference else None
         microbatches = self._microbatches(batch, loss, reference)
         self.clock.start()
         reports = run_schedule(

@@ -203,12 +203,8 @@ class MegatronPolicy:
         router.begin_update(
             self.model_chunks, loss_scale=batch.num_trained_tokens / num_real_tokens
         )
-        start = time.perf_counter()
-        with self.phases.phase("forward_backward"):
-            totals = self._passes.run_loss(batch, loss, forward_only=is_skipped)
-            wait_for_device(self.topology.device)
+        totals, forward_backward_seconds = self._run_loss(batch, loss, forward_only=is_skipped)
         balance = self._balance_metrics(num_real_tokens)
-        forward_backward_seconds = time.perf_counter() - start
         self._check_finite("loss", totals.loss)
         gradient_norm, optimizer_seconds = 0.0, 0.0
         if not is_skipped:
@@ -247,12 +243,10 @@ class MegatronPolicy:
         """
         if topology.any_rank(not self._has_finite_weights()):
             return Findings(has_finite_weights=False)
-        parallel = self._policy.parallel
-        is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         findings = find_culprits(
             batch,
             lambda part: self._is_finite(part, loss or self._loss),
-            microbatch_multiple=parallel.pipeline_model_parallel_size if is_interleaved else 1,
+            microbatch_multiple=self._policy.parallel.microbatch_multiple,
         )
         self._zero_gradients()
         return findings
@@ -273,8 +267,7 @@ class MegatronPolicy:
         random_states = get_rng_state()
         complete_optimizer_state(self.optimizer)
         self._zero_gradients()
-        with self.phases.phase("forward_backward"):
-            self._passes.run_loss(batch, self._loss, forward_only=False)
+        self._run_loss(batch, self._loss, forward_only=False)
         with self.phases.phase("optimizer"):
             self._gradient_norm()
         self._zero_gradients()
@@ -408,11 +401,27 @@ class MegatronPolicy:
         self._zero_gradients()
         raise NonFiniteError(f"policy version {self.policy_version}: {what} is {value}")
 
+    def _run_loss(
+        self, batch: PackedBatch, loss: LossConfig, *, forward_only: bool
+    ) -> tuple[Totals, float]:
+        """Run the loss, after the reference if it has one; return it with its own seconds."""
+        reference = None
+        if loss.kl != "none":
+            with self.phases.phase("reference"):
+                reference = self._passes.reference_logprobs(batch)
+        start = time.perf_counter()
+        with self.phases.phase("forward_backward"):
+            totals = self._passes.run_loss(
+                batch, loss, forward_only=forward_only, reference=reference
+            )
+            wait_for_device(self.topology.device)
+        return totals, time.perf_counter() - start
+
     def _is_finite(self, batch: PackedBatch, loss: LossConfig) -> bool:
         """Return whether loss and gradient of ``batch`` are finite; all ranks must call this."""
         self._zero_gradients()
-        is_finite = math.isfinite(self._passes.run_loss(batch, loss, forward_only=False).loss)
-        is_finite = is_finite and math.isfinite(self._gradient_norm())
+        totals, _ = self._run_loss(batch, loss, forward_only=False)
+        is_finite = math.isfinite(totals.loss) and math.isfinite(self._gradient_norm())
         return not topology.any_rank(not is_finite)
 
     def _has_finite_weights(self) -> bool:

@@ -19,6 +19,13 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+LOAD_RATIO_MAX = "experts/load_ratio_max"
+LOAD_RATIO_MEAN = "experts/load_ratio_mean"
+IDLE = "experts/idle_fraction"
+BALANCE_LOSS = "experts/balance_loss"
+METRIC_NAMES = (LOAD_RATIO_MAX, LOAD_RATIO_MEAN, IDLE, BALANCE_LOSS)
+"""What ``balance_metrics`` can return."""
+
 
 class BalancedRouter(TopKRouter):
     """Counts the tokens that it sends to each expert, and adds the losses of the config."""
@@ -161,12 +168,12 @@ def balance_metrics(
         return {}
     ratios_L = counts_LE.amax(1) / counts_LE.mean(1)
     metrics = {
-        "experts/load_ratio_max": float(ratios_L.max()),
-        "experts/load_ratio_mean": float(ratios_L.mean()),
-        "experts/idle_fraction": float((counts_LE == 0).double().mean()),
+        LOAD_RATIO_MAX: float(ratios_L.max()),
+        LOAD_RATIO_MEAN: float(ratios_L.mean()),
+        IDLE: float((counts_LE == 0).double().mean()),
     }
     if has_loss:
-        metrics["experts/balance_loss"] = float(losses_L.mean()) / num_real_tokens
+        metrics[BALANCE_LOSS] = float(losses_L.mean()) / num_real_tokens
     return metrics
 
 

@@ -291,6 +291,8 @@ def _read_metrics(path: Path, notices: list[str]) -> dict[str, tuple[MetricLine,
         except (ValueError, KeyError, TypeError):
             num_unreadable += 1
             continue
+        if kind == "outside":  # times besides the steps, which no figure shows
+            continue
         if kind not in kinds:
             num_unknown += 1
             continue

@@ -43,5 +43,6 @@ def train(session: Session, stop: StopSignal) -> None:
             session.evaluate(done)
         session.checkpoint(done, is_last=is_last or is_stopping)
         if is_last or is_stopping:
+            session.log_outside(done)
             logger.info("stopped after step %d of %d", done, run.trainer.num_steps)
             return

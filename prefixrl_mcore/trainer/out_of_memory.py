@@ -136,17 +136,18 @@ def engine_advice(config: RunConfig) -> list[str]:
 def advice(config: RunConfig) -> list[str]:
     """Return the settings that would save memory in this run, the cheapest first."""
     policy, parallel = config.policy, config.policy.parallel
-    longest = config.rollout.max_total_tokens
+    longest, shortest_stream = config.rollout.max_total_tokens, config.shortest_stream_tokens
     lines: list[str] = []
-    if config.stream_tokens > longest:
+    if config.stream_tokens > shortest_stream:
         lines.append(
-            f"batch.stream_tokens = {longest} (now {config.stream_tokens}; the longest sequence "
-            f"needs {longest}): less activation memory, more microbatches"
+            f"batch.stream_tokens = {shortest_stream} (now {config.stream_tokens}; the longest "
+            f"sequence needs {longest}): less activation memory, more microbatches"
         )
     if policy.recompute != "full":
+        without = "" if policy.recompute_modules is None else " without recompute_modules"
         lines.append(
-            f'policy.recompute = "full" (now "{policy.recompute}"): keeps one tensor per layer, '
-            "computes a third more"
+            f'policy.recompute = "full"{without} (now "{policy.recompute}"): keeps one tensor per '
+            "layer, computes a third more"
         )
     lines.append(
         f"policy.head.memory_gb below {policy.head.memory_gb:g}: the head keeps less and computes "

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -43,6 +43,14 @@ class StepProfiler:
         if self._has_snapshots:
             torch.cuda.memory._record_memory_history(enabled=None)
 
+    def begin_steps(self, first_step: int) -> None:
+        """Say which configured steps were taken by an earlier start, and are not recorded."""
+        past = sorted(step for step in set(self._config.steps) if step < first_step)
+        if past and self._topology.rank in self._config.ranks:
+            logger.warning(
+                "profile.steps %s: not recorded, the run goes on at step %d", past, first_step
+            )
+
     def annotate(self, name: str) -> AbstractContextManager[object]:
         """Return a context that is a named range of a trace."""
         return record_function(name)
@@ -51,13 +59,13 @@ class StepProfiler:
     def step(self, step: int) -> Iterator[None]:
         """Record the step inside, if it is a configured one.
 
-        A step that fails leaves its trace all the same.
+        A step that fails leaves its trace all the same; a trace that cannot be written is logged,
+        and hides neither the step nor its error.
         """
         if step not in self._config.steps or self._topology.rank not in self._config.ranks:
             yield
             return
         config, path = self._config, self._path(step)
-        self._folder.mkdir(parents=True, exist_ok=True)
         is_cuda = self._topology.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
         profiler = profile(
@@ -70,10 +78,21 @@ class StepProfiler:
             with profiler, record_function(f"step {step}"):
                 yield
         finally:
+            self._export(profiler, step, path)
+
+    def _export(self, profiler: profile, step: int, path: Path) -> None:
+        """Write what was recorded of a step, if the storage takes it."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
-            logger.info("profile of step %d: %s (open it at https://ui.perfetto.dev)", step, path)
             if self._has_snapshots:
                 torch.cuda.memory._dump_snapshot(str(path.with_name(f"{self._name(step)}.pickle")))
+        except Exception as refusal:  # a trace must not end a run, nor hide what did
+            logger.error("no profile of step %d in %s: %s", step, path, refusal)
+            with suppress(OSError):
+                path.unlink()  # half of it
+        else:
+            logger.info("profile of step %d: %s (open it at https://ui.perfetto.dev)", step, path)
 
     def _name(self, step: int) -> str:
         """Return the name of this rank's files of a step, without suffix."""

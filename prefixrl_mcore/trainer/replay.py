@@ -85,7 +85,7 @@ def _read(config: RunConfig, folder: Path, step: int) -> Dump:
         dump.batch,
         stream_tokens=config.stream_tokens,
         num_ranks=parallel.data_parallel_size,
-        streams_multiple=parallel.pipeline_model_parallel_size,
+        streams_multiple=parallel.microbatch_multiple,
         sequence_multiple=parallel.sequence_multiple,
     )
     if len(batch.streams) != len(dump.batch.streams):

@@ -96,7 +96,9 @@ def run_training(
                 run_sft(session, _read_sft_traces(config, session.renderer), stop)
             if not stop.is_stopping():
                 session.evaluate(0)
-        if not stop.is_stopping():
+        if stop.is_stopping():
+            session.log_outside(session.first_step)
+        else:
             train(session, stop)
         if topology.is_first:
             folder.add_stage_seconds("train", time.perf_counter() - start)

@@ -121,7 +121,9 @@ class Session:
     """Saves that the storage refused since this start."""
 
     def begin_steps(self) -> None:
-        """Count time and memory from here on."""
+        """Write the times so far, and count time and memory from here on."""
+        self.log_outside(self.first_step)
+        self.profiler.begin_steps(self.first_step)
         self.phases.begin_steps()
         reset_peaks(self.topology.device)
 
@@ -197,7 +199,7 @@ class Session:
             sequences,
             stream_tokens=run.stream_tokens,
             num_ranks=run.policy.parallel.data_parallel_size,
-            streams_multiple=run.policy.parallel.pipeline_model_parallel_size,
+            streams_multiple=run.policy.parallel.microbatch_multiple,
             sequence_multiple=run.policy.parallel.sequence_multiple,
             aggregation=aggregation,
             max_completion_tokens=run.rollout.max_completion_tokens,
@@ -300,6 +302,12 @@ class Session:
             all_negative=values["rollout/all_negative_fraction"],
             tokens_per_s=values["rollout/tokens_per_second"],
         )
+
+    def log_outside(self, step: int) -> None:
+        """Write the times that no step's line has; ``step`` is the policy version."""
+        times = self.phases.take()
+        if self.metrics is not None:
+            self.metrics.write("outside", step, times)
 
     def evaluate(self, step: int) -> None:
         """Evaluate policy version ``step`` and write an ``eval`` line; all ranks call this."""

@@ -75,7 +75,7 @@ def _batch(policy: MegatronPolicy, *, seed: int) -> PackedBatch:
     return make_batch(
         make_sequences(seed=seed),
         num_ranks=parallel.data_parallel_size,
-        streams_multiple=parallel.pipeline_model_parallel_size,
+        streams_multiple=parallel.microbatch_multiple,
         sequence_multiple=parallel.sequence_multiple,
     )
 

@@ -25,7 +25,7 @@ def replay_on_rank(rank: int, source: Path, dump: Path, parallel: ParallelConfig
         kept.batch,
         stream_tokens=STREAM_TOKENS,
         num_ranks=parallel.data_parallel_size,
-        streams_multiple=parallel.pipeline_model_parallel_size,
+        streams_multiple=parallel.microbatch_multiple,
         sequence_multiple=parallel.sequence_multiple,
     )
     failure = replay(policy, Dump(batch=batch, loss=kept.loss))

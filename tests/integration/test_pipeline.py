@@ -18,9 +18,15 @@ from prefixrl_mcore.accounting.flops import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.data.traces import TraceStore
+from prefixrl_mcore.loss.row_metrics import metric_names
+from prefixrl_mcore.observability.phases import TIMED
+from prefixrl_mcore.policy import router
 from tests.support.tiny_run import ROOT, TinyTask, metrics_of, without_clock
 
 PEAK_FLOPS = 1e10
+
+GPU_PEAKS = ("allocated", "reserved")
+SOMETIMES = (("reward", "mean"), ("all_negative", "fraction"))
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +92,32 @@ def test_mfu_is_flops_over_the_given_peak(trained: Path) -> None:
         assert line["memory/peak_rss_bytes"] > 1e8
 
 
-def test_every_metric_is_documented(trained: Path) -> None:
-    documented = {
-        re.compile(re.sub(r"<.*?>", "[^/]+", name))
-        for name in re.findall(r"`([a-z_]+/[^`]*)`", (ROOT / "docs" / "metrics.md").read_text())
-    }
-    written = {name for line in metrics_of(trained, "train") for name in line}
-    written |= {name for line in metrics_of(trained, "eval") for name in line}
+def test_what_is_written_is_what_is_documented(trained: Path) -> None:
+    rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
+    documented = [name for row in rows for name in re.findall(r"`([^`]*)`", row)]
+    patterns = {re.compile(re.sub(r"<.*?>", "[^/]+", name)): name for name in documented}
+    kinds = ("train", "eval", "outside")
+    written = {name for kind in kinds for line in metrics_of(trained, kind) for name in line}
     written -= {"step", "kind", "time"}
-    unknown = [n for n in sorted(written) if not any(p.fullmatch(n) for p in documented)]
-    assert unknown == []
     assert len(written) > 50
+    sums, maxima = metric_names(has_rollout_logprobs=True, has_reference=True)
+    written |= {*sums, *maxima, *router.METRIC_NAMES}
+    written |= {f"time/{phase}_seconds" for phase in TIMED}
+    written |= {  # of a GPU; of groups that may happen not to be among these
+        *(f"memory/peak_{kind}_{what}" for kind in GPU_PEAKS for what in ("bytes", "rank")),
+        *(f"rollout/{name}_no_prefix_{what}" for name, what in SOMETIMES),
+    }
+    assert [n for n in sorted(written) if not any(p.fullmatch(n) for p in patterns)] == []
+    assert [n for p, n in patterns.items() if not any(map(p.fullmatch, written))] == []
+
+
+def test_times_before_and_after_the_steps_are_written(trained: Path) -> None:
+    before, after = metrics_of(trained, "outside")
+    assert (before["step"], after["step"]) == (0, 4)
+    assert before["time/eval_seconds"] > 0  # of the initial weights
+    assert before["time/forward_backward_seconds"] > 0  # the dry-run step
+    assert min(after["time/eval_seconds"], after["time/save_seconds"]) > 0
+    assert after["time/rollout_seconds"] == 0
 
 
 def test_engine_and_policy_agree_on_logprobs(trained: Path) -> None:

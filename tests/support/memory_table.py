@@ -119,6 +119,7 @@ CASES = (
     _case("dense", "cp2", distributed=True),
     _case("dense", "dp2", dtype="bfloat16", distributed=True),
     _case("tied", "pp2", num_microbatches=4),
+    _case("dense", "pp2", num_microbatches=1),
     MemoryCase(
         model="dense",
         name="pp2 (1+3)",
@@ -290,7 +291,7 @@ def _build(folder: Path, case: MemoryCase) -> tuple[MegatronPolicy, PackedBatch]
         sequences,
         stream_tokens=tokens,
         num_ranks=parallel.data_parallel_size,
-        streams_multiple=parallel.pipeline_model_parallel_size,
+        streams_multiple=parallel.microbatch_multiple,
         sequence_multiple=parallel.sequence_multiple,
         max_completion_tokens=length,
     )
@@ -354,6 +355,7 @@ def main() -> None:
 def _line(case: MemoryCase, predicted: StageMemory, measured: Measured) -> str:
     """Return one row: predicted / measured in MB, and the error of the working memory."""
     name = case.name.upper() + {True: ", distributed optimizer", False: ""}[case.distributed]
+    name += ", one microbatch" if case.num_microbatches == 1 else ""
     name += f", {case.recompute} recomputation" if case.recompute != "none" else ""
     cells = [f"{case.model}, {case.dtype}", name, str(predicted.stage)]
     for part in ("weights", "gradients", "optimizer", "working"):

@@ -13,6 +13,8 @@ from prefixrl_mcore.accounting.step_time import (
 )
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import ParallelConfig, PolicyConfig
+from prefixrl_mcore.data.packing import pack
+from prefixrl_mcore.records import TrainingSequence
 from tests.support.shapes import SMALL, SMALL_MIXTURE
 
 ASSUMED = Assumptions(peak_flops=1e12, update_efficiency=0.5, rollout_efficiency=0.1)
@@ -115,3 +117,57 @@ def test_microbatches_hold_whole_sequences() -> None:
         pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
     )
     assert uneven.num_microbatches(interleaved) == 32
+
+
+@pytest.mark.parametrize("group_size", [2, 4])  # a group fits into a stream, or it does not
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, {PP: 8}, {PP: 4, "virtual_pipeline_model_parallel_size": 2}, {DP: 3}, {DP: 32, PP: 2}],
+    ids=str,
+)
+def test_microbatches_and_the_busiest_rank_are_those_of_the_packing(
+    parallel: dict[str, int], group_size: int
+) -> None:
+    layout = ParallelConfig.model_validate(parallel)
+    work = replace(WORK, num_rollouts=12, mean_tokens=300.0, group_size=group_size)
+    batch = pack(
+        [
+            TrainingSequence(
+                sequence_id=str(index),
+                group_index=index // group_size,
+                context_token_ids=(1,) * 299,
+                completion_token_ids=(1,),
+                advantage=1.0,
+            )
+            for index in range(12)
+        ],
+        stream_tokens=1024,
+        num_ranks=layout.data_parallel_size,
+        streams_multiple=layout.microbatch_multiple,
+        max_completion_tokens=1,
+    )
+    ranks = [batch.rank_streams(rank) for rank in range(layout.data_parallel_size)]
+    assert work.num_microbatches(layout) == len(ranks[0])
+    num_sequences = max(sum(stream.num_rows for stream in streams) for streams in ranks)
+    assert work.busiest_tokens(layout) == 300 * num_sequences
+
+
+def test_ranks_without_a_sequence_make_no_step_shorter() -> None:
+    # Sixteen sequences for 64 ranks: sixteen of them have one each, as sixteen ranks would.
+    few = replace(WORK, num_rollouts=16)
+    assert _time({DP: 64}, work=few).compute == _time({DP: 16}, work=few).compute
+    assert _time({DP: 64}, work=few).compute == pytest.approx(512 * 3 * (4 * LAYER + HEAD) / 0.5e12)
+
+
+def test_a_reference_costs_a_forward_pass_of_every_token() -> None:
+    scored = replace(WORK, has_reference=True)
+    time = _time(work=scored)
+    assert time.reference == pytest.approx(64 * 512 * (4 * LAYER + HEAD) / 0.5e12)
+    assert time.total == pytest.approx(_time().total + time.reference)
+    assert _time().reference == 0
+    # Two stages: 32 microbatches of 1024 tokens, and one more that a stage waits for.
+    staged = _time({PP: 2}, work=scored)
+    assert staged.reference == pytest.approx(33 * 1024 * (2 * LAYER + HEAD) / 0.5e12)
+    # Two all-reduces a layer, where an update has four.
+    split = _time({TP: 2}, work=scored)
+    assert split.reference - time.reference / 2 == pytest.approx(split.communication / 2)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import tomllib
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 from rich.console import Console
 
 from prefixrl_mcore.accounting.step_time import Assumptions
@@ -283,6 +285,8 @@ def test_inputs_that_are_not_there_yet_are_named(
     assert set(listed) == {str(tmp_path / "p.jsonl")} | folders
 
 
+CP, DP = "context_parallel_size", "data_parallel_size"
+PP, TP = "pipeline_model_parallel_size", "tensor_model_parallel_size"
 ONE_NODE = {"tensor_model_parallel_size": 2, "data_parallel_size": 4, "sequence_parallel": True}
 
 
@@ -311,6 +315,27 @@ def test_a_config_that_does_not_fit_names_the_knobs_with_what_they_would_do(tmp_
     assert "no single change is enough; --suggest" in _printed(config, memory_gib=20.0)
 
 
+def test_host_memory_is_told_with_its_parts(tmp_path: Path) -> None:
+    config = _config(tmp_path, ONE_NODE)
+    loss = config.loss.model_copy(update={"kl": "k3", "kl_coefficient": 0.1})
+    printed = _printed(config.model_copy(update={"loss": loss}))
+    # 2.01e9 parameters: 4 bytes of reference, 28 in a save, 8 ranks a machine
+    found = re.search(
+        r"^host memory of a rank: at most ([0-9.]+) GiB = reference ([0-9.]+) \+ save ([0-9.]+) "
+        r"\(of it ([0-9.]+) .*; 8 rank\(s\) a machine take up to ([0-9.]+)$",
+        printed,
+        re.M,
+    )
+    assert found is not None
+    total, reference, save, written, machine = map(float, found.groups())
+    assert reference == pytest.approx(7.5, abs=0.1)
+    assert save == pytest.approx(7 * reference, abs=0.1)
+    assert written == pytest.approx(save / 2, abs=0.01)
+    assert total == pytest.approx(reference + save, abs=0.02)
+    assert machine == pytest.approx(8 * total, abs=0.1)
+    assert " + reference " in printed  # of the step's time
+
+
 def test_every_stage_has_a_column(tmp_path: Path) -> None:
     printed = _printed(_config(tmp_path, {"pipeline_model_parallel_size": 4}))
     assert all(f"stage {stage}" in printed for stage in range(4))
@@ -336,6 +361,91 @@ def test_the_layout_of_the_config_can_be_compared_with_others(tmp_path: Path) ->
     printed = _printed(_config(tmp_path, ONE_NODE), suggest=True)
     assert "predicted memory of a rank" in printed
     assert re.search(r"\d+ of \d+ layouts fit", printed)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "policy", "stream_tokens", "num_knobs"),
+    [
+        # sequence parallelism between stages needs an even stream
+        ({TP: 2, PP: 2}, {}, 4097, 3),
+        ({TP: 2, PP: 2}, {}, 4096, 4),
+        # 4097 tokens take a stream of 4100 under context parallelism
+        ({CP: 2}, {"optimizer": {"use_distributed_optimizer": True}}, 8192, 4),
+        ({}, {"recompute": "selective", "recompute_modules": ["mlp", "layernorm"]}, 4096, 2),
+    ],
+    ids=["odd stream", "even stream", "context parallel", "recomputed modules"],
+)
+def test_training_accepts_every_knob_that_is_named(
+    tmp_path: Path,
+    parallel: dict[str, Any],
+    policy: dict[str, Any],
+    stream_tokens: int,
+    num_knobs: int,
+) -> None:
+    config = _config(tmp_path, parallel, policy=policy, stream_tokens=stream_tokens)
+    if stream_tokens == 8192:
+        rollout = config.rollout.model_copy(update={"max_total_tokens": 4097})
+        batch = config.batch.model_copy(update={"stream_tokens": 8192})
+        config = config.model_copy(update={"rollout": rollout, "batch": batch})
+    named = re.findall(r"^  (--.*): [0-9.]+ GiB, ", _printed(config, memory_gib=1.0), re.M)
+    assert len(named) == num_knobs
+    for flags in named:
+        changed = tyro.cli(RunConfig, default=config, args=flags.split())
+        assert changed != config
+        check_layout(changed, read_shape(changed))
+
+
+def test_no_layout_that_fits_is_said_and_none_is_offered(tmp_path: Path) -> None:
+    printed = _printed(_config(tmp_path), num_gpus=2, memory_gib=1.0)
+    assert re.search(
+        r"^no layout of 2 GPUs fits: the smallest needs [0-9.]+ GiB of 0\.90; take more GPUs",
+        printed,
+        re.M,
+    )
+    assert "[policy" not in printed
+    assert "too large" in printed
+
+
+def test_offered_lines_say_what_has_to_go(tmp_path: Path) -> None:
+    policy = {"recompute": "selective", "recompute_modules": ["mlp"]}
+    printed = _printed(_config(tmp_path, policy=policy), num_gpus=8)
+    assert printed.count("# without recompute_modules") == printed.count("[policy]") == 5
+
+
+def test_ranks_without_a_sequence_are_counted(tmp_path: Path) -> None:
+    # A group of eight sequences of 4096 tokens does not fit into a stream: 1024 parts.
+    many = _config(tmp_path, {DP: 1025})
+    assert "1 of 1025 data-parallel ranks have nothing to do: 1024 rollouts are 1024" in _printed(
+        many
+    )
+    assert "nothing to do" not in _printed(_config(tmp_path, {DP: 1024}))
+    # Eight of 512 tokens do: 128 groups.
+    assert "897 of 1025 data-parallel ranks" in _printed(many, mean_tokens=512.0)
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        ({"num_gpus": 0}, "--gpus must be at least 1, got 0"),
+        ({"num_gpus": -1}, "--gpus must be at least 1, got -1"),
+        ({"memory_gib": 0.0}, "--gpu-memory must be GiB above 0, got 0"),
+        ({"memory_gib": math.nan}, "--gpu-memory must be GiB above 0, got nan"),
+        ({"reserved_fraction": 1.5}, "--reserved must be a fraction from 0 to below 1, got 1.5"),
+        ({"reserved_fraction": -0.1}, "--reserved must be"),
+        (
+            {"assumptions": Assumptions(peak_flops=1e12, update_efficiency=0.0)},
+            "--update-efficiency must be a fraction above 0, at most 1, got 0",
+        ),
+        (
+            {"assumptions": Assumptions(peak_flops=1e12, rollout_efficiency=1.1)},
+            "--rollout-efficiency must be a fraction above 0, at most 1, got 1.1",
+        ),
+    ],
+    ids=lambda value: None,
+)
+def test_an_impossible_machine_is_refused(machine: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(MACHINE, **machine)
 
 
 @pytest.mark.parametrize("mean", [0.5, 5000.0])

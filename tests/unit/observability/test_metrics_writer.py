@@ -43,6 +43,16 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     ]
 
 
+def test_times_outside_of_steps_belong_to_a_policy_version(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    writer = MetricsWriter(folder, MetricsConfig(), num_steps_done=0)
+    for step in (0, 2, 3):
+        writer.write("outside", step, {"time/eval_seconds": 1.0})
+    writer.close()
+    truncate_metrics(folder.metrics_file, 2)
+    assert [line["step"] for line in _lines(folder.metrics_file)] == [0, 2]
+
+
 def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     _write(folder, 2)

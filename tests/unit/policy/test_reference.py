@@ -72,6 +72,18 @@ def test_loss_gradient_and_metrics_are_those_of_the_definition(
     assert max_difference(gradients, expected) < TOLERANCE * max(1.0, scale)
 
 
+def test_the_pass_of_the_reference_is_a_phase_of_its_own(model_folder: Path) -> None:
+    policy = build_policy(model_folder, loss=LossConfig(kl="k3", kl_coefficient=0.5))
+    policy.phases.begin_steps()
+    result = policy.update(make_batch())
+    times = policy.phases.take()
+    assert times["time/reference_seconds"] > 0.001
+    # Throughput and MFU are over these seconds, and their FLOPs are without the reference's.
+    assert result.forward_backward_seconds == pytest.approx(
+        times["time/forward_backward_seconds"], abs=0.2 * times["time/reference_seconds"]
+    )
+
+
 def test_the_reference_is_the_initial_policy_and_stays_it(model_folder: Path) -> None:
     batch = make_batch()
     policy = build_policy(model_folder, loss=LossConfig(kl="k3", kl_coefficient=0.5))

@@ -81,7 +81,7 @@ def test_streams_are_full_of_the_longest_sequences(
             sequences,
             stream_tokens=160,
             num_ranks=layout.data_parallel_size,
-            streams_multiple=layout.pipeline_model_parallel_size,
+            streams_multiple=layout.microbatch_multiple,
             sequence_multiple=layout.sequence_multiple,
             max_completion_tokens=40,
         )
@@ -163,6 +163,17 @@ def test_advice_leaves_out_what_was_turned_already() -> None:
     for name in ("stream_tokens", "recompute", "distributed_optimizer", "tensor_model_parallel"):
         assert name not in text, name
     assert "policy.head.memory_gb" in text
+
+
+def test_advice_is_a_config_that_training_accepts() -> None:
+    config = _config(
+        recompute="selective",
+        recompute_modules=("mlp",),
+        parallel={"context_parallel_size": 4},
+    )
+    text = "\n".join(advice(config))
+    assert "batch.stream_tokens = 64 (now 160; the longest sequence needs 60)" in text
+    assert 'policy.recompute = "full" without recompute_modules (now "selective")' in text
 
 
 @pytest.mark.parametrize(

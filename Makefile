@@ -71,27 +71,38 @@ KERNEL_TESTS := tests/kernels $(wildcard tests/gpu/test_head_*.py tests/gpu/test
 	UV_PROJECT_ENVIRONMENT=.venv-te $(UV) sync --locked --extra te
 	@touch $@
 
+# Commands of the recipe below. Each is run whatever became of those before it, so that a machine
+# is not lost to one failing test; the target fails at the end if any of them did.
+ifneq ($(GPU_NEEDS),)
+define GPU_TRAINER_TESTS
+mkdir -p runs; \
+run $(PYTHON) -m tests.support.memory_table --json runs/memory_gpu.json; \
+run $(PYTHON) -m pytest -m gpu $(filter-out $(KERNEL_TESTS),$(wildcard tests/gpu/test_*.py));
+endef
+define GPU_TRAINER_BENCH
+if $(MAKE) --no-print-directory .venv-te/.locked; then \
+    run .venv-te/bin/python -m pytest -m gpu tests/gpu/te; \
+    run .venv-te/bin/python -m bench.policy; \
+else \
+    echo "Transformer Engine cannot be installed here: the local layers only"; \
+    run $(PYTHON) -m bench.policy; \
+fi;
+endef
+endif
+
 gpu: export PREFIXRL_REQUIRE_GPU := 1
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 gpu: $(GPU_NEEDS)  ## everything that wants a GPU: tests that may not skip, then the benchmark
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() \
 	    else "make gpu: PyTorch sees no CUDA device, and nothing here may pass without one")'
-ifneq ($(GPU_NEEDS),)
-	mkdir -p runs
-	$(PYTHON) -m tests.support.memory_table --json runs/memory_gpu.json
-	$(PYTHON) -m pytest -m gpu $(filter-out $(KERNEL_TESTS),$(wildcard tests/gpu/test_*.py))
-endif
-	$(PYTHON) -m pytest -m "not multi_gpu" $(KERNEL_TESTS)
-	$(BENCH_PYTHON) -m bench.head $(BENCH)
-	$(BENCH_PYTHON) -m bench.report
-ifneq ($(GPU_NEEDS),)
-	@if $(MAKE) --no-print-directory .venv-te/.locked; then \
-	    .venv-te/bin/python -m pytest -m gpu tests/gpu/te && .venv-te/bin/python -m bench.policy; \
-	else \
-	    echo "Transformer Engine cannot be installed here: the local layers only"; \
-	    $(PYTHON) -m bench.policy; \
-	fi
-endif
+	@status=0; \
+	run() { echo "$$*"; "$$@" || { status=1; echo "make gpu: failed: $$*"; }; }; \
+	$(GPU_TRAINER_TESTS) \
+	run $(PYTHON) -m pytest -m "not multi_gpu" $(KERNEL_TESTS); \
+	run $(BENCH_PYTHON) -m bench.head $(BENCH); \
+	run $(BENCH_PYTHON) -m bench.report; \
+	$(GPU_TRAINER_BENCH) \
+	exit $$status
 
 clean:  ## remove caches and run folders; environments stay
 	rm -rf runs .pytest_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefixrl_mcore.config.base import Config
 
@@ -31,3 +31,12 @@ class ExpertsConfig(Config):
     z_loss_coefficient: float = Field(default=0.0, ge=0.0)
     """Weight of the mean squared log-sum-exp of the router's logits, summed over layers; keeps them
     small. 0 is none."""
+
+    @model_validator(mode="after")
+    def _a_balance_loss_has_a_coefficient(self) -> "ExpertsConfig":
+        if self.aux_loss_coefficient == 0.0 and self.aux_loss_type != "aux_loss":
+            raise ValueError(
+                f"policy.experts.aux_loss_type = {self.aux_loss_type!r} is used with "
+                "aux_loss_coefficient only, got 0; set the coefficient or leave the type out"
+            )
+        return self

@@ -251,6 +251,32 @@ def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
     )
 
 
+def check_reference(shape: ModelShape, folder: Path) -> None:
+    """Refuse a reference whose weights mean something else in the policy's model.
+
+    Its longest sequence and its initialisation may differ: they change no logprob.
+
+    Args:
+        shape: of the policy.
+        folder: Hugging Face folder of the reference.
+
+    Raises:
+        ConfigError: naming the fields that differ.
+    """
+    theirs = read_model_shape(read_hf_config(folder))
+    different = [
+        f"{name} {getattr(theirs, name)!r} (the policy has {getattr(shape, name)!r})"
+        for name in (field.name for field in fields(ModelShape))
+        if name not in {"max_position_embeddings", "init_method_std"}
+        and getattr(theirs, name) != getattr(shape, name)
+    ]
+    if different:
+        raise ConfigError(
+            f"loss.reference_path = {folder} is not of the policy's shape: it has "
+            f"{', '.join(different)}; name a folder of the same model with other weights"
+        )
+
+
 def _architecture(hf_config: Mapping[str, Any]) -> str:
     """Return the architecture's name, or refuse it."""
     names = hf_config.get("architectures") or []

@@ -119,6 +119,15 @@ class OptimizerConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_fraction_needs_the_offload(self) -> "OptimizerConfig":
+        if not self.cpu_offload and self.cpu_offload_fraction != 1.0:
+            raise ValueError(
+                f"policy.optimizer.cpu_offload_fraction = {self.cpu_offload_fraction} is used with "
+                "cpu_offload only, got false; switch it on or leave the fraction out"
+            )
+        return self
+
     def _types_other_than_float32(self) -> list[str]:
         """Return ``field = value`` of each type of state that is not float32."""
         return [

@@ -129,7 +129,8 @@ class PolicyConfig(Config):
     """How the policy is built and trained."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of weights and activations; gradients and optimizer state are float32."""
+    """Precision of weights and activations; gradients are float32, and so is optimizer state
+    unless ``optimizer.use_precision_aware_optimizer`` keeps it in other types."""
 
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """Layout over ranks."""
@@ -217,6 +218,15 @@ class PolicyConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _a_recipe_needs_fp8(self) -> "PolicyConfig":
+        if self.fp8 is None and self.fp8_recipe != "tensorwise":
+            raise ValueError(
+                f"policy.fp8_recipe = {self.fp8_recipe!r} is used with policy.fp8 only, got none; "
+                "set fp8 or leave the recipe out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _other_precisions_of_state_are_for_bfloat16(self) -> "PolicyConfig":
         if self.optimizer.use_precision_aware_optimizer and self.dtype != "bfloat16":
             raise ValueError(
@@ -272,7 +282,7 @@ class LossConfig(Config):
 
     reference_path: Path | None = None
     """Hugging Face folder of the reference, of the model's own shape; None is ``model.path``, the
-    weights before any training."""
+    weights before any training (``sft_then_rl`` must name one: before or after its warm-up)."""
 
     @model_validator(mode="after")
     def _kl_and_its_coefficient_go_together(self) -> "LossConfig":

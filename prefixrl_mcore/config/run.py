@@ -272,6 +272,21 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _a_reference_after_supervised_warm_up_is_named(self) -> "RunConfig":
+        """Refuse to choose silently between the weights before and after the warm-up."""
+        if (
+            self.method == "sft_then_rl"
+            and self.loss.kl != "none"
+            and self.loss.reference_path is None
+        ):
+            raise ValueError(
+                f'loss.kl = {self.loss.kl!r} with method = "sft_then_rl" needs '
+                "loss.reference_path, got none: the default would be model.path, the weights "
+                "before the supervised warm-up; name that folder, or one with warmed-up weights"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_checkpoints_have_their_metric(self) -> "RunConfig":
         best = self.checkpoint.keep_best
         if best is None:

@@ -27,7 +27,12 @@ from prefixrl_mcore.config.layout import (
     check_stream,
     check_supported,
 )
-from prefixrl_mcore.config.model_shape import ModelShape, read_hf_config, read_model_shape
+from prefixrl_mcore.config.model_shape import (
+    ModelShape,
+    check_reference,
+    read_hf_config,
+    read_model_shape,
+)
 from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.knobs import knobs
@@ -144,10 +149,14 @@ def read_shape(config: RunConfig) -> ModelShape:
     """Return the shape in the model's ``config.json``.
 
     Raises:
-        ConfigError: if training would refuse the file, or sequences are too long for the model.
+        ConfigError: if training would refuse the file, sequences are too long for the model, or
+            the reference of ``loss.kl`` is of another shape.
     """
     shape = read_model_shape(read_hf_config(config.model.path))
     check_positions(shape, config.rollout.max_total_tokens)
+    reference = config.loss.reference_path
+    if reference is not None and reference.exists():  # else it is among the missing inputs
+        check_reference(shape, reference)
     return shape
 
 
@@ -370,6 +379,8 @@ def _inputs(config: RunConfig) -> list[Path]:
         inputs.append(config.prefixes_folder)
     if config.method != "rl":  # prefixrl too: the store says what the traces cost
         inputs.append(config.traces_folder)
+    if config.loss.reference_path is not None:
+        inputs.append(config.loss.reference_path)
     return inputs
 
 

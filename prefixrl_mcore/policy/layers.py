@@ -7,6 +7,7 @@ is a pure function of a record of the machine, so that it is tested without one.
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,6 +124,32 @@ def log_layers(layers: Layers) -> None:
     """Log every choice with its reason."""
     for reason in layers.reasons:
         logger.info("%s", reason)
+
+
+def check_equal_layers(by_rank: Sequence[Layers]) -> None:
+    """Refuse ranks that would not run the same layers: their machines are not alike.
+
+    Args:
+        by_rank: what every rank has chosen.
+
+    Raises:
+        ConfigError: with the choices and their reasons, equally on every rank.
+    """
+    ranks: dict[tuple[str, ...], list[int]] = {}
+    reasons: dict[tuple[str, ...], str] = {}
+    for rank, layers in enumerate(by_rank):
+        choice = (layers.spec, layers.attention, str(layers.fuses_weight_gradients))
+        ranks.setdefault(choice, []).append(rank)
+        reasons.setdefault(choice, "; ".join(layers.reasons))
+    if len(ranks) > 1:
+        found = " | ".join(
+            f"ranks {numbers}: {reasons[choice]}" for choice, numbers in ranks.items()
+        )
+        raise ConfigError(
+            "policy: every rank must run the same layers, but their machines differ, got "
+            f"{found}; set policy.layer_spec and policy.gradient_accumulation_fusion, or install "
+            "the same software on every node"
+        )
 
 
 def _te_version() -> tuple[int, int] | None:

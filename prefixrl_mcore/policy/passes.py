@@ -8,6 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.data.packing import PackedBatch
+from prefixrl_mcore.policy import router
 from prefixrl_mcore.policy.compute_clock import ComputeClock
 from prefixrl_mcore.policy.forward_backward import (
     RowReport,
@@ -18,7 +19,12 @@ from prefixrl_mcore.policy.forward_backward import (
     row_report,
     run_schedule,
 )
-from prefixrl_mcore.policy.microbatch import Microbatch, StreamSettings, build_microbatch
+from prefixrl_mcore.policy.microbatch import (
+    Microbatch,
+    StreamSettings,
+    build_microbatch,
+    count_real_tokens,
+)
 from prefixrl_mcore.policy.reference import FrozenReference
 from prefixrl_mcore.policy.topology import Topology
 
@@ -62,6 +68,8 @@ class Passes:
     ) -> Totals:
         """Run the loss over the batch; leaves gradients unless ``forward_only``.
 
+        Routers of a mixture forget what they have counted, and count this pass.
+
         Args:
             batch: packed for this layout.
             loss: estimator.
@@ -70,6 +78,9 @@ class Passes:
         """
         has_reference = loss.kl != "none"
         microbatches = self._microbatches(batch, loss, reference)
+        if self._settings.has_experts:
+            loss_scale = batch.num_trained_tokens / count_real_tokens(batch.streams)
+            router.begin_update(self._model_chunks, loss_scale=loss_scale)
         self.clock.start()
         reports = run_schedule(
             self._model_chunks,

@@ -21,6 +21,7 @@ from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
 from prefixrl_mcore.checkpoint.megatron_state import complete_optimizer_state
 from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
 from prefixrl_mcore.config.layout import check_stream
+from prefixrl_mcore.config.model_shape import check_reference
 from prefixrl_mcore.config.policy import LogitsDtype, LossConfig, PolicyConfig
 from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.data.packing import PackedBatch
@@ -30,7 +31,12 @@ from prefixrl_mcore.policy.build import build_model_chunks, build_optimizer, bui
 from prefixrl_mcore.policy.compute_clock import wait_for_device
 from prefixrl_mcore.policy.forward_backward import Totals
 from prefixrl_mcore.policy.head import HeadSettings
-from prefixrl_mcore.policy.layers import choose_layers, describe_machine, log_layers
+from prefixrl_mcore.policy.layers import (
+    check_equal_layers,
+    choose_layers,
+    describe_machine,
+    log_layers,
+)
 from prefixrl_mcore.policy.microbatch import (
     StreamSettings,
     check_batch,
@@ -69,7 +75,7 @@ class MegatronPolicy:
         Args:
             hf_config: parsed Hugging Face ``config.json``.
             policy: precision, layout, optimizer.
-            loss: estimator.
+            loss: estimator; one with a KL term needs ``build``, which makes the reference.
             stream_tokens: length of every stream, tokens.
             temperature: sampling temperature that logprobs are computed at.
             num_steps: optimizer steps that the schedule covers.
@@ -85,6 +91,7 @@ class MegatronPolicy:
         self.layers = choose_layers(policy, self.shape, describe_machine())
         log_layers(self.layers)
         self.topology = topology.initialize(policy.parallel, seed=seed)
+        check_equal_layers(topology.gather_objects(self.layers))
         self.hf_config = dict(hf_config)
         self.model_path: Path | None = None
         """Folder that the weights came from; its tokenizer goes into checkpoints."""
@@ -139,10 +146,12 @@ class MegatronPolicy:
             logits_dtype: precision of a bfloat16 model's logits; the engine's must be the same.
 
         Raises:
-            ValueError: if the model is not supported, the layout does not fit, or the folder is
-                incomplete.
+            ValueError: if the model is not supported, the layout does not fit, a folder is
+                incomplete, or the reference is another model or not finite.
         """
         hf_config = read_hf_config(model_path)
+        if loss.reference_path is not None:
+            check_reference(read_model_shape(hf_config), loss.reference_path)
         built = cls(
             hf_config=hf_config,
             policy=policy,
@@ -158,6 +167,11 @@ class MegatronPolicy:
             if loss.kl != "none":
                 folder = loss.reference_path or model_path
                 load_hf_weights(built.model_chunks, folder, hf_config)
+                if topology.any_rank(not built._has_finite_weights()):
+                    raise ValueError(
+                        f"the reference of loss.kl, {folder}: its weights are not finite; name "
+                        "another folder in loss.reference_path"
+                    )
                 built._passes.reference = FrozenReference(built.model_chunks)
             load_hf_weights(built.model_chunks, model_path, hf_config)
         built.adopt_model_weights()
@@ -173,8 +187,8 @@ class MegatronPolicy:
 
         Minimises ``sum_r weights_r * loss_r / num_trained_tokens`` over the global batch. When no
         row can carry a gradient (no trained token, or every advantage zero without an entropy
-        bonus or a KL term) nothing changes: not the weights, not the moments, not the schedule, not
-        ``policy_version``; the metrics are still computed.
+        bonus, a KL term or a loss of the routers) nothing changes: not the weights, not the
+        moments, not the schedule, not ``policy_version``; the metrics are still computed.
 
         Args:
             batch: equal on every rank, packed for this number of data-parallel ranks.
@@ -189,7 +203,7 @@ class MegatronPolicy:
         check_batch(batch, self._policy.parallel, stream_tokens=self.stream_tokens)
         loss = loss or self._loss
         learning_rate = self.learning_rate
-        is_skipped = not _has_gradient(batch, loss)
+        is_skipped = not self._has_gradient(batch, loss)
         if is_skipped and batch.num_trained_tokens == 0:
             return UpdateResult(
                 loss=0.0,
@@ -199,12 +213,8 @@ class MegatronPolicy:
                 was_skipped=True,
             )
         self._zero_gradients()
-        num_real_tokens = count_real_tokens(batch.streams)
-        router.begin_update(
-            self.model_chunks, loss_scale=batch.num_trained_tokens / num_real_tokens
-        )
         totals, forward_backward_seconds = self._run_loss(batch, loss, forward_only=is_skipped)
-        balance = self._balance_metrics(num_real_tokens)
+        balance = self._balance_metrics(batch)
         self._check_finite("loss", totals.loss)
         gradient_norm, optimizer_seconds = 0.0, 0.0
         if not is_skipped:
@@ -362,7 +372,17 @@ class MegatronPolicy:
         """Refuse a batch that was packed for another layout."""
         check_batch(batch, self._policy.parallel, stream_tokens=self.stream_tokens)
 
-    def _balance_metrics(self, num_real_tokens: int) -> dict[str, float]:
+    def _has_gradient(self, batch: PackedBatch, loss: LossConfig) -> bool:
+        """Return whether any row of the global batch can move the weights."""
+        experts = self._policy.experts
+        has_router_loss = self.shape.mixture is not None and (
+            experts.aux_loss_coefficient or experts.z_loss_coefficient
+        )
+        if loss.entropy_coefficient or loss.kl_coefficient or has_router_loss:
+            return any(np.any(stream.weights_R) for stream in batch.streams)
+        return any(np.any(stream.weights_R * stream.advantages_R) for stream in batch.streams)
+
+    def _balance_metrics(self, batch: PackedBatch) -> dict[str, float]:
         """Return how evenly the last pass loaded the experts, if there are any."""
         if self.shape.mixture is None:
             return {}
@@ -370,7 +390,7 @@ class MegatronPolicy:
             self.model_chunks,
             num_layers=self.shape.num_layers,
             num_experts=self.shape.mixture.num_experts,
-            num_real_tokens=num_real_tokens,
+            num_real_tokens=count_real_tokens(batch.streams),
         )
 
     def _zero_gradients(self) -> None:
@@ -431,13 +451,6 @@ class MegatronPolicy:
             for chunk in self.model_chunks
             for parameter in chunk.parameters()
         )
-
-
-def _has_gradient(batch: PackedBatch, loss: LossConfig) -> bool:
-    """Return whether any row of the global batch can move the weights."""
-    if loss.entropy_coefficient or loss.kl_coefficient:
-        return any(np.any(stream.weights_R) for stream in batch.streams)
-    return any(np.any(stream.weights_R * stream.advantages_R) for stream in batch.streams)
 
 
 def _mean_metrics(totals: Totals, num_trained_tokens: int) -> dict[str, float]:

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+_SMALLEST_PART = 2**16
+"""Numbers; the rounding of a rest below it is not worth further copies."""
+
 
 class FrozenReference:
     """The weights that the model chunks of this rank had when it was made."""
@@ -19,29 +22,51 @@ class FrozenReference:
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Copy the present weights of the chunks to the host."""
         self._parameters = [p for chunk in chunks for p in chunk.parameters()]
-        self._weights = [_host_copy(parameter) for parameter in self._parameters]
-        self._aside = [_host_copy(parameter) for parameter in self._parameters]
+        self._weights, self._aside = self._copy_to_host(), self._copy_to_host()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Give the model the reference's weights, and its own ones back afterwards."""
-        for kept, parameter in zip(self._aside, self._parameters, strict=True):
-            kept.copy_(parameter.detach())
-        self._write(self._weights)
+        self._read(self._aside)
         try:
+            self._write(self._weights)  # whatever stops it half-way, the policy's come back
             yield
         finally:
             self._write(self._aside)
 
-    def _write(self, weights: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, weight in zip(self._parameters, weights, strict=True):
-                parameter.copy_(weight)
+    def _copy_to_host(self) -> list[Tensor]:
+        """Return the present weights in host memory, as ``_parts`` cuts them; pinned for a GPU."""
+        kept = [
+            torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=part.is_cuda)
+            for part in self._parts()
+        ]
+        self._read(kept)
+        return kept
+
+    def _read(self, kept: Sequence[Tensor]) -> None:
+        """Copy the present weights into ``kept``."""
+        for copy, part in zip(kept, self._parts(), strict=True):
+            copy.copy_(part)
+
+    def _write(self, kept: Sequence[Tensor]) -> None:
+        """Copy ``kept`` into the model."""
+        for copy, part in zip(kept, self._parts(), strict=True):
+            part.copy_(copy)
+
+    def _parts(self) -> Iterator[Tensor]:
+        """Yield the weights as vectors whose sizes torch's pinned memory does not round up."""
+        for parameter in self._parameters:
+            yield from parameter.detach().view(-1).split(power_of_two_parts(parameter.numel()))
 
 
-def _host_copy(parameter: Tensor) -> Tensor:
-    """Return a copy in host memory, pinned where a GPU reads it."""
-    copy = torch.empty(
-        parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=parameter.is_cuda
-    )
-    return copy.copy_(parameter.detach())
+def power_of_two_parts(number: int) -> list[int]:
+    """Return powers of two that add up to ``number``, and a rest that is smaller than 2^16.
+
+    torch rounds every allocation of pinned memory up to a power of two, which would be a third
+    more of it on average, and nearly twice of it at worst.
+    """
+    parts: list[int] = []
+    while number >= _SMALLEST_PART:
+        parts.append(1 << (number.bit_length() - 1))
+        number -= parts[-1]
+    return [*parts, number] if number else parts

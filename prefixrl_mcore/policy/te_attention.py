@@ -1,7 +1,7 @@
 """Core attention of Transformer Engine's layer spec over our packed streams.
 
 Not run on a GPU yet: written from the source of Transformer Engine 2.8 to 2.20 and megatron-core
-0.19.2; ``tests/gpu/test_layer_specs_on_gpu.py`` is what must be run first.
+0.19.2; ``tests/gpu/te/test_transformer_engine_on_gpu.py`` is what must be run first.
 
 Megatron's attention module rotates all tokens of a stream in one call, with the angles that the
 stream carries (``PackedRotaryEmbedding``), for which the stream says ``sbhd``. Transformer Engine

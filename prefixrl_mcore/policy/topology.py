@@ -217,6 +217,15 @@ def gather_floats(values: Sequence[float]) -> np.ndarray:
     return torch.stack(gathered).numpy()
 
 
+def gather_objects[T](value: T) -> list[T]:
+    """Return the (picklable) value of every rank, by rank; all ranks must call this."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _run_and_send[T](function: Callable[[], T]) -> T:
     """Run ``function``, send its result or its exception to the other ranks, and pass it on."""
     try:

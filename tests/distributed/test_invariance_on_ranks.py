@@ -8,12 +8,13 @@ import pytest
 from torch import Tensor
 
 from prefixrl_mcore.config.experts import ExpertsConfig
-from prefixrl_mcore.config.policy import ParallelConfig
+from prefixrl_mcore.config.policy import OptimizerConfig, ParallelConfig
 from prefixrl_mcore.policy import topology
 from prefixrl_mcore.records import UpdateResult
-from tests.support.layouts import parallel_config
+from tests.support.layouts import parse_layout
 from tests.support.masked_rows import with_every_position_a_row
 from tests.support.policies import (
+    NO_CLIPPING,
     build_policy,
     gradients_of,
     make_batch,
@@ -26,22 +27,22 @@ from tests.support.tiny_models import build_tiny_qwen3, build_tiny_qwen3_moe, wr
 TOLERANCE = 2e-6
 """float32: other orders of summation; gradients are up to 0.3 in size."""
 
-CP2 = ParallelConfig(context_parallel_size=2)
-LAYOUTS = {
-    "cp2": CP2,
-    "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
-    "pp2": ParallelConfig(pipeline_model_parallel_size=2),
-    "dp2": ParallelConfig(data_parallel_size=2),
-    "cp2-tp2-sp": ParallelConfig(
-        context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True
-    ),
-    "cp2-pp2": ParallelConfig(context_parallel_size=2, pipeline_model_parallel_size=2),
-}
+CP2 = parse_layout("cp2")
+LAYOUTS = (
+    "cp2",
+    "tp2 sp",
+    "pp2",
+    "dp2",
+    "cp2 tp2 sp",
+    "cp2 pp2",
+    "pp2 (1+3)",
+    "pp2 vpp2 dp2, distributed optimizer",
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model_folder(build_tiny_qwen3(), tmp_path_factory.mktemp("model"))
+    return write_model_folder(build_tiny_qwen3(num_layers=4), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,13 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _clean_and_dirty(
-    rank: int, folder: Path, parallel: ParallelConfig, experts: str | None = None
+    rank: int,
+    folder: Path,
+    parallel: ParallelConfig,
+    experts: str | None = None,
+    distributed: bool = False,
 ) -> tuple[float, float]:
+    optimizer = OptimizerConfig(clip_grad=NO_CLIPPING, use_distributed_optimizer=distributed)
     batch = make_batch(
         num_ranks=parallel.data_parallel_size,
         streams_multiple=parallel.pipeline_model_parallel_size,
@@ -59,7 +65,7 @@ def _clean_and_dirty(
     )
     outcomes = []
     for garbage, target in ((0.0, 0), (1e6, 17)):
-        policy = build_policy(folder, parallel=parallel, experts=experts)
+        policy = build_policy(folder, parallel=parallel, experts=experts, optimizer=optimizer)
         masked = with_every_position_a_row(batch, garbage=garbage, garbage_target=target)
         policy.update(masked)
         outcomes.append(gradients_of(policy))
@@ -75,32 +81,33 @@ def _clean_and_dirty(
     ],
 )
 def test_prompt_prefix_and_padding_contribute_exactly_nothing(folder: Path, name: str) -> None:
-    parallel = LAYOUTS[name]
-    outcomes = run_on_ranks(_clean_and_dirty, folder, parallel, world_size=parallel.world_size)
+    layout, _, distributed = name.partition(", ")
+    parallel = parse_layout(layout)
+    outcomes = run_on_ranks(
+        _clean_and_dirty,
+        folder,
+        parallel,
+        None,
+        bool(distributed),
+        world_size=parallel.world_size,
+    )
     for difference, size in outcomes:
         assert difference == 0.0
         assert size > 0.02
 
 
-MIXTURE_LAYOUTS = {
-    "ep2-dp2": parallel_config(ep=2, dp=2),
-    "ep2-etp2-tp2-sp-pp2-dp2": parallel_config(ep=2, etp=2, tp=2, sp=True, pp=2, dp=2),
-    "ep2-cp2": parallel_config(ep=2, cp=2),
-}
-
-
 @pytest.mark.parametrize(
     ("name", "experts"),
     [
-        pytest.param("ep2-dp2", "grouped"),
-        pytest.param("ep2-cp2", "sequential", marks=pytest.mark.slow),
-        pytest.param("ep2-etp2-tp2-sp-pp2-dp2", "grouped", marks=pytest.mark.slow),
+        pytest.param("ep2 dp2", "grouped"),
+        pytest.param("ep2 cp2", "sequential", marks=pytest.mark.slow),
+        pytest.param("ep2 etp2 tp2 sp pp2 dp2", "grouped", marks=pytest.mark.slow),
     ],
 )
 def test_prompt_prefix_and_padding_contribute_nothing_through_experts_elsewhere(
     mixture: Path, name: str, experts: str
 ) -> None:
-    parallel = MIXTURE_LAYOUTS[name]
+    parallel = parse_layout(name)
     outcomes = run_on_ranks(
         _clean_and_dirty, mixture, parallel, experts, world_size=parallel.world_size
     )
@@ -124,9 +131,9 @@ def _with_router_losses(
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        pytest.param("ep2-dp2", "aux_loss"),
-        pytest.param("ep2-cp2", "global_aux_loss", marks=pytest.mark.slow),
-        pytest.param("ep2-etp2-tp2-sp-pp2-dp2", "aux_loss", marks=pytest.mark.slow),
+        pytest.param("ep2 dp2", "aux_loss"),
+        pytest.param("ep2 cp2", "global_aux_loss", marks=pytest.mark.slow),
+        pytest.param("ep2 etp2 tp2 sp pp2 dp2", "aux_loss", marks=pytest.mark.slow),
     ],
 )
 def test_router_losses_have_the_same_gradient_in_every_layout(
@@ -134,7 +141,7 @@ def test_router_losses_have_the_same_gradient_in_every_layout(
 ) -> None:
     expected, one = _with_router_losses(0, mixture, ParallelConfig(), kind)
     topology.shut_down()
-    parallel = MIXTURE_LAYOUTS[name]
+    parallel = parse_layout(name)
     for gradients, result in run_on_ranks(
         _with_router_losses, mixture, parallel, kind, world_size=parallel.world_size
     ):

@@ -46,7 +46,6 @@ def test_every_layout_does_the_same_updates(
     assert len(outcomes) == case.parallel.world_size
     assert_within_tolerance(measure(outcomes, reference))
     assert_equal_reports(outcomes, reference.one)
-    assert reference.one.gradients is not None
     weight = "model.layers.3.self_attn.o_proj.weight"
     assert reference.one.gradients[weight].abs().max() > 1e-3
 

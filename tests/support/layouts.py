@@ -75,8 +75,8 @@ KNOWN_REDIRECTIONS = {
 class Outcome:
     """What one rank saw."""
 
-    gradients: dict[str, Tensor] | None
-    """Of the first update; None with a sharded optimizer, which leaves each rank a part."""
+    gradients: dict[str, Tensor]
+    """Of the first update."""
 
     weights: dict[str, Tensor]
     """After the last update."""
@@ -112,8 +112,8 @@ class Errors:
     logprobs: float
     """From transformers, nats."""
 
-    gradients: float | None
-    """From one process; None where no rank has whole gradients."""
+    gradients: float
+    """From one process."""
 
     gradient_norm: float
     """From one process, relative, of all updates."""
@@ -143,6 +143,26 @@ def parallel_config(
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
     )
+
+
+def parse_layout(name: str) -> ParallelConfig:
+    """Return a layout from a name like ``tp2 sp pp2`` or, with layers of stages, ``pp2 (1+3)``."""
+    sizes: dict[str, Any] = {}
+    stages: list[int] = []
+    for word in name.split():
+        if word == "sp":
+            sizes["sp"] = True
+        elif word.startswith("("):
+            stages = [int(number) for number in word.strip("()").split("+")]
+        else:
+            sizes[word[:-1]] = int(word[-1])
+    parallel = parallel_config(**sizes)
+    uneven: dict[str, int] = {}
+    if stages:
+        uneven["num_layers_in_first_pipeline_stage"] = stages[0]
+    if len(stages) > 2:  # of two stages, the last has the rest
+        uneven["num_layers_in_last_pipeline_stage"] = stages[-1]
+    return ParallelConfig.model_validate(parallel.model_dump() | uneven)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,14 +201,8 @@ class LayoutCase:
 
 
 def _case(model: str, name: str, **settings: Any) -> LayoutCase:
-    """Return a case from a name like ``tp2 sp pp2``."""
-    sizes: dict[str, Any] = {}
-    for word in name.split():
-        if word == "sp":
-            sizes["sp"] = True
-        else:
-            sizes[word[:-1]] = int(word[-1])
-    parallel = parallel_config(**sizes)
+    """Return a case from a name as ``parse_layout`` takes it."""
+    parallel = parse_layout(name)
     return LayoutCase(model=model, name=name.replace(" ", "-"), parallel=parallel, **settings)
 
 
@@ -222,22 +236,10 @@ CASES = (
     _case("qwen3-tied", "pp2 vpp2"),
     _case("qwen3", "pp2 vpp2"),
     _case("qwen3", "pp4"),
-    LayoutCase(
-        model="qwen3-tied",
-        name="pp2-(1+3)",
-        parallel=ParallelConfig(
-            pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=1
-        ),
-    ),
-    LayoutCase(
-        model="qwen3",
-        name="pp3-(1+2+1)",
-        parallel=ParallelConfig(
-            pipeline_model_parallel_size=3,
-            num_layers_in_first_pipeline_stage=1,
-            num_layers_in_last_pipeline_stage=1,
-        ),
-    ),
+    _case("qwen3-tied", "pp2 (1+3)"),
+    _case("qwen3", "pp3 (1+2+1)"),
+    _case("qwen3-tied", "tp2 sp pp2 (1+3)"),
+    _case("qwen3", "cp2 pp2 (3+1)", distributed=True),
     _case("qwen3-tied", "tp2 pp2"),
     _case("qwen3", "tp2 pp2", recompute="full"),
     _case("qwen3-tied", "tp2 dp2", distributed=True),
@@ -261,6 +263,10 @@ CASES = (
     _case("qwen3-moe", "ep2 dp4", distributed=True),
     _case("qwen3-moe", "ep4 tp2 sp dp2"),
     _case("qwen3-moe", "ep2 pp2 dp2"),
+    _case("qwen3-moe", "pp2 (3+1)"),
+    _case("qwen3-moe", "tp2 sp pp2"),
+    _case("qwen3-moe", "ep2 cp2 pp2"),
+    _case("qwen3-moe", "ep2 pp2 vpp2 dp2", experts="grouped", distributed=True),
     *(
         _case("qwen3-moe", name, experts="grouped", **settings)
         for name, settings in _GROUPED_LAYOUTS
@@ -272,6 +278,7 @@ CASES = (
         for model in ("llama-3", "qwen2.5-tied")
         for name in ("tp2 sp", "pp2", "cp2", "dp2")
     ),
+    _case("llama-3", "pp2 vpp2"),
     _case("qwen3-tied", "tp2 sp pp2 cp2"),
     _case("qwen3", "tp2 sp pp2 vpp2 dp2", distributed=True),
     _case("qwen3", "tp2 cp2 dp2", distributed=True),
@@ -314,7 +321,7 @@ def train(
     batch = batch_for(parallel)
     before = _by_sequence(policy, batch)
     results = [policy.update(batch)]
-    gradients = None if distributed else gradients_of(policy)
+    gradients = gradients_of(policy)
     results += [policy.update(batch) for _ in range(NUM_STEPS - 1)]
     if rank or parallel.world_size > 1:
         assert cpu_runtime.redirected_functions() <= KNOWN_REDIRECTIONS
@@ -360,21 +367,13 @@ def measure(outcomes: list[Outcome], reference: Reference) -> Errors:
     """Return the largest errors over all ranks."""
     one = reference.one
     norms = [result.gradient_norm for result in one.results]
-    assert one.gradients is not None
     return Errors(
         logprobs=max(
             float((mine - true).abs().max())
             for outcome in outcomes
             for mine, true in zip(outcome.statistics_before, reference.statistics, strict=True)
         ),
-        gradients=max(
-            (
-                max_difference(outcome.gradients, one.gradients)
-                for outcome in outcomes
-                if outcome.gradients is not None
-            ),
-            default=None,
-        ),
+        gradients=max(max_difference(outcome.gradients, one.gradients) for outcome in outcomes),
         gradient_norm=max(
             abs(result.gradient_norm / norm - 1.0)
             for outcome in outcomes
@@ -387,7 +386,7 @@ def measure(outcomes: list[Outcome], reference: Reference) -> Errors:
 def assert_within_tolerance(errors: Errors) -> None:
     """Fail if a layout's numbers are further from the truth than float32 explains."""
     assert errors.logprobs < LOGPROB_TOLERANCE
-    assert errors.gradients is None or errors.gradients < GRADIENT_TOLERANCE
+    assert errors.gradients < GRADIENT_TOLERANCE
     assert errors.gradient_norm < NORM_TOLERANCE
     assert errors.weights < WEIGHT_TOLERANCE
 

@@ -121,13 +121,12 @@ def _line(case: LayoutCase, errors: Errors) -> str:
     layout += ", distributed optimizer" if case.distributed else ""
     layout += f", {case.experts} experts" if case.experts else ""
     layout += ", full recomputation" if case.recompute == "full" else ""
-    gradients = "" if errors.gradients is None else f"{errors.gradients:.1e}"
     cells = (
         case.model,
         layout,
         str(case.parallel.world_size),
         f"{errors.logprobs:.1e}",
-        gradients,
+        f"{errors.gradients:.1e}",
         f"{errors.gradient_norm:.1e}",
         f"{errors.weights:.1e}",
     )

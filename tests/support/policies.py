@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -125,6 +126,7 @@ def weights_of(policy: MegatronPolicy) -> dict[str, Tensor]:
 
 def gradients_of(policy: MegatronPolicy) -> dict[str, Tensor]:
     """Return the gradients of the last update by Hugging Face names; all ranks must call this."""
+    _gather_sharded_gradients(policy)
     parameters = [p for chunk in policy.model_chunks for p in chunk.parameters()]
     kept = [parameter.data.clone() for parameter in parameters]
     for parameter in parameters:
@@ -133,6 +135,19 @@ def gradients_of(policy: MegatronPolicy) -> dict[str, Tensor]:
     for parameter, data in zip(parameters, kept, strict=True):
         parameter.data.copy_(data)
     return gradients
+
+
+def _gather_sharded_gradients(policy: MegatronPolicy) -> None:
+    """Complete the gradient buffers: the distributed optimizer leaves each rank its shard."""
+    for chunk in policy.model_chunks:
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shards = bucket.grad_data.chunk(ranks.size())
+                mine = shards[ranks.rank()].clone()
+                dist.all_gather(list(shards), mine, group=ranks)
 
 
 def by_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,8 +40,11 @@ LOCAL, TE = "local", "transformer_engine"
 STREAM_TOKENS = 96
 """A multiple of 16, as FP8 wants."""
 
-LOGPROB_TOLERANCE = 0.3
-"""Nats; as for bfloat16 against float32 in ``test_policy_on_gpu``."""
+ERROR_RATIO = 2.0
+"""Of the distances of both specs' logprobs in bfloat16 from float32."""
+
+ERROR_FLOOR = 5e-3
+"""As much more, relative: a token whose experts are nearly tied may be routed otherwise."""
 
 MIN_COSINE = 0.995
 """Of gradients in bfloat16 by different kernels."""
@@ -94,6 +97,7 @@ def test_weights_go_in_and_out_bit_for_bit(folder: Path) -> None:
 @pytest.mark.parametrize("fuses", [False, True], ids=["autograd", "fused"])
 def test_logprobs_and_gradients_equal_the_local_layers(folder: Path, fuses: bool) -> None:
     batch = make_batch()
+    truth = logprobs(build_policy(folder, dtype="float32", layer_spec=LOCAL))
     outcomes = []
     for spec in (LOCAL, TE):
         settings = {"gradient_accumulation_fusion": fuses} if spec == TE else {}
@@ -102,7 +106,8 @@ def test_logprobs_and_gradients_equal_the_local_layers(folder: Path, fuses: bool
         norm = policy.update(batch).gradient_norm
         outcomes.append((scores, norm, gradients_of(policy)))
     (ours, our_norm, our_gradients), (theirs, their_norm, their_gradients) = outcomes
-    assert theirs == pytest.approx(ours, abs=LOGPROB_TOLERANCE)
+    size, our_error, their_error = map(np.linalg.norm, (truth, ours - truth, theirs - truth))
+    assert their_error < ERROR_RATIO * our_error + ERROR_FLOOR * size
     assert their_norm == pytest.approx(our_norm, rel=0.05)
     assert_alike(our_gradients, their_gradients, MIN_COSINE)
 

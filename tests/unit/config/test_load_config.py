@@ -93,6 +93,15 @@ def test_cross_field_rules_say_values_and_remedy(tmp_path: Path, text: str, mess
         _load(tmp_path, MINIMAL + text)
 
 
+def test_the_reference_beside_a_supervised_warm_up_is_named(tmp_path: Path) -> None:
+    text = MINIMAL + '[loss]\nkl = "k3"\nkl_coefficient = 0.1\n'
+    assert _load(tmp_path, text).loss.reference_path is None
+    text = f'method = "sft_then_rl"\n{text}'
+    with pytest.raises(ConfigError, match=r"needs loss\.reference_path, got none: .* warm-up"):
+        _load(tmp_path, text)
+    assert _load(tmp_path, text + 'reference_path = "m"\n').loss.reference_path == Path("m")
+
+
 ROUNDED = MINIMAL.replace("[data]", 'logits_dtype = "bfloat16"\n[data]')
 
 

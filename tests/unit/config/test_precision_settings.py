@@ -74,6 +74,12 @@ def mixture() -> ModelShape:
         ({"dtype": "float32", "layer_spec": "transformer_engine"}, "needs dtype = 'bfloat16'"),
         ({"fp8": "hybrid", "layer_spec": "local"}, "fp8 = 'hybrid' needs layer_spec"),
         ({"fp8": "e4m3", "dtype": "float32"}, "fp8 = 'e4m3' needs layer_spec"),
+        ({"fp8_recipe": "delayed"}, "fp8_recipe = 'delayed' is used with policy.fp8 only"),
+        ({"optimizer": {"cpu_offload_fraction": 0.5}}, "= 0.5 is used with cpu_offload only"),
+        (
+            {"experts": {"aux_loss_type": "global_aux_loss"}},
+            "'global_aux_loss' is used with aux_loss_coefficient only",
+        ),
         ({"recompute_modules": ["mlp"]}, "only with recompute = 'selective', got 'none'"),
         ({"recompute": "selective", "recompute_modules": []}, "recompute_modules is empty"),
         ({"recompute": "selective", "recompute_modules": ["moe_act"]}, "recompute_modules"),

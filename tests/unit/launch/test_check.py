@@ -15,7 +15,7 @@ from rich.console import Console
 
 from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.config.policy import PolicyConfig
+from prefixrl_mcore.config.policy import LossConfig, PolicyConfig
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.check import Machine, check_layout, gpu_flops, print_check, read_shape
 
@@ -283,6 +283,25 @@ def test_inputs_that_are_not_there_yet_are_named(
     listed = printed.rpartition("not there yet: ")[2].strip().split(", ")
     folders = {str(tmp_path / "run" / name) for name in missing}
     assert set(listed) == {str(tmp_path / "p.jsonl")} | folders
+
+
+def test_a_reference_of_another_shape_is_refused_and_a_missing_one_named(tmp_path: Path) -> None:
+    config, folder = _config(tmp_path), tmp_path / "reference"
+    loss = LossConfig(kl="k3", kl_coefficient=0.1, reference_path=folder)
+    config = config.model_copy(update={"loss": loss})
+    assert str(folder) in _printed(config).rpartition("not there yet: ")[2]
+    folder.mkdir()
+    same = QWEN3_4B | {"max_position_embeddings": 262144, "initializer_range": 0.01}
+    (folder / "config.json").write_text(json.dumps(same))
+    assert str(folder) not in _printed(config).rpartition("not there yet: ")[2]
+    other = same | {"rope_theta": 5000000, "num_hidden_layers": 28}
+    (folder / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ConfigError) as refusal:
+        _printed(config)
+    assert (
+        "it has num_layers 28 (the policy has 36), rotary_base 5000000.0 (the policy has "
+        "1000000.0); name a folder"
+    ) in str(refusal.value)
 
 
 CP, DP = "context_parallel_size", "data_parallel_size"

@@ -1,6 +1,7 @@
 """Losses and metrics of the experts' load: padding does not count, gradients are autograd's."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from prefixrl_mcore.config.experts import ExpertsConfig
 from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.policy.microbatch import count_real_tokens, is_padding
+from prefixrl_mcore.policy.router import BalancedRouter
 from tests.support.policies import (
     build_policy,
     by_expert,
@@ -123,6 +125,35 @@ def test_loads_are_those_of_real_tokens(model: PreTrainedModel, folder: Path) ->
     assert metrics["experts/load_ratio_mean"] == pytest.approx(ratios.mean().item())
     assert metrics["experts/idle_fraction"] == 0.0
     assert "experts/balance_loss" not in metrics
+
+
+def test_without_advantages_the_losses_of_the_routers_still_step(
+    model: PreTrainedModel, folder: Path
+) -> None:
+    batch = make_batch([replace(sequence, advantage=0.0) for sequence in make_sequences()])
+    balance, z = true_losses(model, batch)
+    expected = hf_gradients(model, AUX * balance + Z * z + 0.0 * hf_loss(model, batch))
+    experts = ExpertsConfig(aux_loss_coefficient=AUX, z_loss_coefficient=Z)
+    policy = build_policy(folder, experts=experts)
+    assert not policy.update(batch).was_skipped
+    assert policy.policy_version == 1
+    assert max_difference(gradients_of(policy), expected) < TOLERANCE
+    plain = build_policy(folder)
+    assert plain.update(batch).was_skipped
+    assert plain.policy_version == 0
+
+
+@pytest.mark.parametrize("pass_name", ["dry_run", "find_nonfinite"])
+def test_every_pass_counts_on_the_device_of_the_weights(folder: Path, pass_name: str) -> None:
+    experts = ExpertsConfig(aux_loss_coefficient=AUX, aux_loss_type="global_aux_loss")
+    policy = build_policy(folder, experts=experts)
+    routers = [m for m in policy.model_chunks[0].modules() if isinstance(m, BalancedRouter)]
+    for router in routers:  # as where Megatron made them, before the model went to a GPU
+        elsewhere = torch.zeros(4, dtype=torch.float64, device="meta")
+        router.tokens_per_expert_E, router._group_tokens_E = elsewhere, elsewhere.clone()
+        router.summed_balance_loss = elsewhere.sum()
+    getattr(policy, pass_name)(make_batch(make_sequences(2)))
+    assert all(router.tokens_per_expert_E.sum() > 0 for router in routers)
 
 
 def test_the_global_loss_of_one_stream_is_that_of_the_stream(folder: Path) -> None:

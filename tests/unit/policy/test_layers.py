@@ -5,9 +5,16 @@ from typing import Any
 
 import pytest
 
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.model_shape import MixtureShape, ModelShape
 from prefixrl_mcore.config.policy import PolicyConfig
-from prefixrl_mcore.policy.layers import Layers, Machine, choose_layers, describe_machine
+from prefixrl_mcore.policy.layers import (
+    Layers,
+    Machine,
+    check_equal_layers,
+    choose_layers,
+    describe_machine,
+)
 
 LAPTOP = Machine(compute_capability=None, te_version=None, has_apex_kernel=False, has_flash=False)
 H100 = Machine(compute_capability=(9, 0), te_version=(2, 14), has_apex_kernel=False, has_flash=True)
@@ -206,6 +213,18 @@ def test_what_the_machine_can_run_is_taken(
 def test_padding_is_cut_as_the_attention_likes_it() -> None:
     assert [choose(LAPTOP).padding_length(multiple) for multiple in (1, 4)] == [1, 4]
     assert [choose(H100).padding_length(multiple) for multiple in (1, 4, 12)] == [128, 128, 132]
+
+
+def test_ranks_with_other_layers_are_refused_and_named() -> None:
+    with_te, without = choose(H100), choose(H100_WITHOUT_TE)
+    older = choose(replace(H100, te_version=(2, 9)))
+    assert older.reasons != with_te.reasons
+    check_equal_layers([with_te, older, with_te])  # other reasons, the same layers
+    with pytest.raises(ConfigError) as refusal:
+        check_equal_layers([with_te, without, older, without])
+    message = str(refusal.value)
+    assert "ranks [0, 2]: layer spec transformer_engine: version 2.14 and CUDA are there" in message
+    assert "ranks [1, 3]: layer spec local: transformer_engine cannot be imported" in message
 
 
 def test_this_machine_is_described() -> None:

@@ -1,5 +1,6 @@
 """The KL term against a frozen reference: values by transformers, and what it leaves alone."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.policy import LossConfig
+from prefixrl_mcore.policy.reference import FrozenReference, power_of_two_parts
 from tests.support.policies import (
     build_policy,
     gradients_of,
@@ -106,6 +109,64 @@ def test_bfloat16_weights_come_back_bit_for_bit(model_folder: Path, reference_fo
     before = weights_of(policy)
     policy.reference_logprobs(make_batch())
     assert max_difference(before, weights_of(policy)) == 0.0
+
+
+def test_a_dry_run_with_a_reference_changes_no_bit_of_the_next_update(
+    model_folder: Path, reference_folder: Path
+) -> None:
+    batch, outcomes = make_batch(), []
+    for is_dry_run in (False, True):
+        policy = build_policy(model_folder, loss=kl_loss(reference_folder), dtype="bfloat16")
+        if is_dry_run:
+            policy.dry_run(batch)
+        result = policy.update(batch)
+        outcomes.append((result.loss, result.gradient_norm, gradients_of(policy), policy))
+    (loss, norm, gradients, plain), (dry_loss, dry_norm, dry_gradients, dry) = outcomes
+    assert (dry_loss, dry_norm) == (loss, norm)
+    assert max_difference(gradients, dry_gradients) == 0.0
+    assert max_difference(weights_of(plain), weights_of(dry)) == 0.0
+
+
+def test_weights_are_kept_in_powers_of_two_and_come_back_after_a_failure() -> None:
+    assert power_of_two_parts(7 * 2**16 + 3) == [2**18, 2**17, 2**16, 3]
+    assert power_of_two_parts(2**16 - 1) == [2**16 - 1]
+    assert power_of_two_parts(0) == []
+    model = torch.nn.Linear(3 * 2**10, 2**6)  # 3 * 2^16 weights in two parts, and a bias
+    reference = FrozenReference([model])
+    initial = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.mul_(2)
+    trained = model.weight.detach().clone()
+    with reference.in_place():
+        assert torch.equal(model.weight, initial)
+    assert torch.equal(model.weight, trained)
+    assert [len(part) for part in reference._weights] == [2**17, 2**16, 2**6]
+    reference._weights[-1] = torch.zeros(3)  # stops the way in after the first weight
+    with pytest.raises(RuntimeError, match="size"), reference.in_place():
+        pass
+    assert torch.equal(model.weight, trained)
+
+
+def test_a_reference_that_computes_something_else_is_refused(
+    model_folder: Path, reference_folder: Path
+) -> None:
+    path = reference_folder / "config.json"
+    config = json.loads(path.read_text()) | {"max_position_embeddings": 64}
+    path.write_text(json.dumps(config))
+    build_policy(model_folder, loss=kl_loss(reference_folder))
+    path.write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ConfigError, match=r"it has layernorm_epsilon 0\.5 \(the policy has .*\);"):
+        build_policy(model_folder, loss=kl_loss(reference_folder))
+
+
+def test_a_reference_that_is_not_finite_is_refused(
+    model_folder: Path, reference: Qwen3ForCausalLM, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        reference.model.norm.weight[0] = float("nan")
+    folder = write_model_folder(reference, tmp_path / "nan")
+    with pytest.raises(ValueError, match=r"reference of loss\.kl, .* weights are not finite"):
+        build_policy(model_folder, loss=kl_loss(folder))
 
 
 def test_without_a_kl_term_there_is_no_reference(model_folder: Path) -> None:

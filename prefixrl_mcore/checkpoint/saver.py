@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy, write_hf_files
-from prefixrl_mcore.checkpoint.manifest import ReadBackError, SaveError
+from prefixrl_mcore.checkpoint.manifest import ManifestEntry, ReadBackError, SaveError
 from prefixrl_mcore.checkpoint.megatron_state import stage_megatron
 from prefixrl_mcore.checkpoint.retention import KEEP_ALL, Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import (
@@ -57,8 +57,8 @@ class _Pending:
     thread: threading.Thread | None = None
     """The writer in the background; None writes in ``finish``."""
 
-    digests: dict[str, str] | None = None
-    """SHA-256 of this rank's files, by name; None until they are written."""
+    written: dict[str, ManifestEntry] = field(default_factory=dict)
+    """What was written to this rank's files, by name; empty until they are."""
 
     error: BaseException | None = None
     """What stopped the writer of this rank."""
@@ -66,7 +66,7 @@ class _Pending:
     def write(self) -> None:
         """Write this rank's files; errors are kept for ``finish``, where all ranks meet."""
         try:
-            self.digests = self.staged.write()
+            self.written = self.staged.write()
         except Exception as error:  # outermost frame of the writer: told to every rank in finish
             self.error = error
 
@@ -87,6 +87,8 @@ class CheckpointSaver:
         self._folder = folder
         self._retention = retention
         self._in_background = in_background
+        self.num_untidy = 0
+        """Complete saves after which ``latest`` or the deletion of older ones was refused."""
         self._pending: _Pending | None = None
         self._abandoned = frozenset[str]()
 
@@ -204,21 +206,22 @@ class CheckpointSaver:
 
     def _seal(self, pending: _Pending) -> None:
         """Write the index, read back, and give the checkpoint its name."""
-        digests: list[dict[str, str]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(digests, pending.digests)
-        named = {f"{MEGATRON_FOLDER}/{n}": d for rank in digests for n, d in rank.items()}
+        written: list[dict[str, ManifestEntry]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(written, pending.written)
+        known = {f"{MEGATRON_FOLDER}/{n}": e for rank in written for n, e in rank.items()}
         try:
             pending.staged.finish()
-            run_on_first(
+            is_clean = run_on_first(
                 lambda: publish(
                     pending.temporary,
                     pending.final,
                     self._retention,
-                    digests=named,
+                    known=known,
                     abandoned=self._abandoned - {pending.final.name},
                 )
             )
             self._abandoned -= {pending.final.name}
+            self.num_untidy += not is_clean
         except OSError as error:  # on every rank
             raise SaveError(f"checkpoint {pending.final}: {error}") from error
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
-from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, StorageReadError
 
 SHARDING_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -166,10 +166,8 @@ class TorchDistReader:
                 f"{tuple(chunk.offsets)} lies, expected a plain piece; use another checkpoint"
             )
         path = self.folder / Path(place.relative_path).name
+        content = _read_bytes(path, place.offset, place.length)
         try:
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                content = file.read(place.length)
             tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle raises almost anything
             raise CheckpointError(
@@ -226,12 +224,33 @@ def _append(file: io.BufferedWriter, value: object) -> filesystem._StorageInfo:
     return filesystem._StorageInfo(_DATA_NAME, offset, buffer.tell())
 
 
+def _read_bytes(path: Path, offset: int, length: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(length)
+    except OSError as error:
+        raise StorageReadError(
+            f"{path}: cannot be read ({error}); look at the storage, or use another checkpoint"
+        ) from None
+    if len(content) != length:
+        raise StorageReadError(
+            f"{path}: got {len(content)} bytes at {offset}, expected {length}; use another "
+            "checkpoint"
+        )
+    return content
+
+
 def _read_metadata(path: Path) -> dcp.Metadata:
     try:
         metadata = _SafeUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:
-        raise CheckpointError(
+        raise StorageReadError(
             f"{path}: is missing, expected a torch_dist checkpoint; use another checkpoint"
+        ) from None
+    except OSError as error:
+        raise StorageReadError(
+            f"{path}: cannot be read ({error}); look at the storage, or use another checkpoint"
         ) from None
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
         raise CheckpointError(

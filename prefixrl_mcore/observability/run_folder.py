@@ -44,6 +44,7 @@ class RunFolder:
         self.rollouts = path / "rollouts"
         self.eval = path / "eval"
         self.checkpoints = path / "checkpoints"
+        self.latest_file = self.checkpoints / "latest"
         self.dumps = path / "dumps"
         self.heartbeats = path / "heartbeats"
         self.profile = path / "profile"

@@ -109,22 +109,26 @@ def _check_start(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
 def _recover(folder: RunFolder, every_steps: int) -> Path | None:
     """Tidy up after a killed save and return the newest complete checkpoint.
 
-    None for a run that was killed before its first checkpoint; it begins anew.
+    None for a run that was killed before its first checkpoint was complete; it begins anew. Steps
+    beyond ``every_steps`` do not say that there was one: the first save may have been in the
+    background still, or refused. It leaves the folder all the same, and a complete one ``latest``.
 
     Raises:
-        ConfigError: if checkpoints were written and none of them is complete, so that beginning
-            anew would throw a run away.
+        ConfigError: if a checkpoint was complete once and none is now, or the folder is gone, so
+            that beginning anew would throw a run away.
     """
     clean_up(folder.checkpoints)
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is not None:
         return checkpoint
     num_steps = _count_logged_steps(folder.metrics_file)
-    if any(folder.checkpoints.glob("step-*")) or num_steps > every_steps:
+    had_one = any(folder.checkpoints.glob("step-*")) or folder.latest_file.exists()
+    is_gone = num_steps > every_steps and not folder.checkpoints.is_dir()
+    if had_one or is_gone:
         raise ConfigError(
             f"{folder.checkpoints}: {num_steps} steps were run, but there is no complete "
-            "checkpoint to resume from; restore one, or start in another --run-folder. Nothing "
-            "was changed."
+            "checkpoint to resume from; restore one, or start in another --run-folder. No "
+            "checkpoint and no metric was changed."
         )
     logger.warning("%s: no checkpoint yet, the run begins anew", folder.path)
     return None

@@ -235,8 +235,7 @@ class Session:
             with self._memory_explained(batch):
                 return self.policy.update(batch, loss=loss)
         except NonFiniteError as error:
-            with self.refusal_counted():  # the older state is worth more than the dump
-                self.saver.finish(wait=True)
+            self._complete_save()  # the older state is worth more than the dump
             raise dump_and_explain(
                 error,
                 self.policy,
@@ -246,6 +245,14 @@ class Session:
                 step=step,
                 state=self.state(step),
             ) from error
+
+    def _complete_save(self) -> None:
+        """Complete a save under way; how it fails is logged, because it must not hide an error."""
+        try:
+            with self.refusal_counted():
+                self.saver.finish(wait=True)
+        except RuntimeError as error:  # of the read-back or of a writer, on every rank
+            logger.error("%s. The run ends with another error; this save is lost", error)
 
     def _memory_explained(self, batch: PackedBatch | None = None) -> AbstractContextManager[None]:
         """Return a context that says what to turn when memory runs out."""
@@ -280,7 +287,7 @@ class Session:
             **batch_metrics(batch),
             **update.metrics,
             **self.meter.metrics(),
-            "checkpoint/num_failed_saves": float(self.num_failed_saves),
+            "checkpoint/num_failed_saves": float(self.num_failed_saves + self.saver.num_untidy),
             **throughput_metrics(update, self.hardware, step_seconds=times["time/step_seconds"]),
             **over_ranks,
             **times,

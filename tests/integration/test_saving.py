@@ -105,6 +105,21 @@ def _refuse(event: str, arguments: tuple[object, ...]) -> None:
 sys.addaudithook(_refuse)
 
 
+def test_a_run_without_a_complete_first_save_begins_anew_however_far_it_got(
+    tiny_task: TinyTask, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "never saved"
+    _refused.append(f"{run}/checkpoints/.step-")
+    try:
+        with pytest.raises(SaveError, match="No space left on device"):
+            tiny_task.run("train", run, *NUM_STEPS)
+    finally:
+        _refused.clear()
+    assert len(metrics_of(run, "train")) == 4
+    assert tiny_task.run("train --resume", run, *NUM_STEPS) == 0
+    assert_same_metrics(run, undisturbed)
+
+
 def test_a_supervised_phase_goes_on_without_an_epoch_that_the_storage_refuses(
     tiny_task: TinyTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -64,7 +64,7 @@ def test_a_default_that_changed_since_does_not_hide_what_was_used() -> None:
         pytest.param({"policy": {"recompute": "full"}}, id="recomputation"),
         pytest.param({"policy": {"head": {"memory_gb": 0.5}}}, id="memory of the head"),
         pytest.param({"batch": {"stream_tokens": 50_000}}, id="length of streams"),
-        pytest.param({"reward": {"num_workers": 2}}, id="workers"),
+        pytest.param({"reward": {"num_workers": 3}}, id="workers"),
         pytest.param(
             {"policy": {"optimizer": {"use_distributed_optimizer": True}}}, id="optimizer's shards"
         ),

@@ -10,6 +10,7 @@ checkpoints that were there.
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,12 +64,20 @@ class _Pending:
     error: BaseException | None = None
     """What stopped the writer of this rank."""
 
+    started: float
+    """When ``start`` was called, monotonic seconds."""
+
+    seconds: float
+    """Time that the save has taken so far, without waiting for a step boundary."""
+
     def write(self) -> None:
         """Write this rank's files; errors are kept for ``finish``, where all ranks meet."""
+        begin = time.monotonic()
         try:
             self.written = self.staged.write()
         except Exception as error:  # outermost frame of the writer: told to every rank in finish
             self.error = error
+        self.seconds += time.monotonic() - begin
 
 
 class CheckpointSaver:
@@ -87,6 +96,8 @@ class CheckpointSaver:
         self._folder = folder
         self._retention = retention
         self._in_background = in_background
+        self.longest_seconds = 0.0
+        """Longest complete save, from its start until it was sealed; of this rank."""
         self.num_untidy = 0
         """Complete saves after which ``latest`` or the deletion of older ones was refused."""
         self._pending: _Pending | None = None
@@ -133,7 +144,7 @@ class CheckpointSaver:
             ValueError: if ``extra_state`` or ``metrics`` is not JSON, or ``step`` is negative.
         """
         assert self._pending is None, "one save at a time: call finish(wait=True) first"
-        final = step_folder(self._folder, step)
+        final, started = step_folder(self._folder, step), time.monotonic()
 
         def begin() -> Path:
             state = TrainerState(
@@ -159,7 +170,13 @@ class CheckpointSaver:
         staged = stage_megatron(
             temporary / MEGATRON_FOLDER, policy, turn=step, is_copied=self._in_background
         )
-        self._pending = _Pending(final=final, temporary=temporary, staged=staged)
+        self._pending = _Pending(
+            final=final,
+            temporary=temporary,
+            staged=staged,
+            started=started,
+            seconds=time.monotonic() - started,
+        )
         if self._in_background:
             # A daemon: it must not keep a failed trainer alive. What it leaves is cleaned up.
             thread = threading.Thread(target=self._pending.write, name="checkpoint", daemon=True)
@@ -190,12 +207,15 @@ class CheckpointSaver:
         else:
             pending.thread.join()
         self._pending = None
+        begin = time.monotonic()
         try:
             agree_on_errors(pending.error, f"checkpoint {pending.final}")
             self._seal(pending)
         except (SaveError, ReadBackError):  # all ranks are here, and only then
             run_on_first(lambda: shutil.rmtree(pending.temporary, ignore_errors=True))
             raise
+        pending.seconds += time.monotonic() - begin
+        self.longest_seconds = max(self.longest_seconds, pending.seconds)
         logger.info("saved checkpoint %s", pending.final)
         return pending.final
 
@@ -203,6 +223,19 @@ class CheckpointSaver:
     def is_under_way(self) -> bool:
         """Return whether a save was started and not finished; equal on all ranks."""
         return self._pending is not None
+
+    @property
+    def seconds_to_stop(self) -> float:
+        """Return how long the saves take that a stop would wait for, beyond a step's own time.
+
+        Those are the one under way, and a last one. A saver that does not work in the background
+        needs none: its saves are part of the steps whose length is known. 0 before the first save.
+        """
+        if not self._in_background:
+            return 0.0
+        if self._pending is None:
+            return self.longest_seconds
+        return 2 * max(self.longest_seconds, time.monotonic() - self._pending.started)
 
     def _seal(self, pending: _Pending) -> None:
         """Write the index, read back, and give the checkpoint its name."""

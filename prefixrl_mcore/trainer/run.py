@@ -260,6 +260,7 @@ def restore(session: Session, checkpoint: Path) -> None:
     session.meter.load_state(state["flops"])
     session.first_step = step
     session.saver.resume_from(step)
+    session.saver.longest_seconds = state.get("save_seconds", 0.0)  # an earlier version has none
     session.owes_evaluation = session.is_evaluation_due(step) and not state["is_evaluated"]
     num_steps = session.config.trainer.num_steps
     logger.info("resumed from %s: %d of %d steps done", checkpoint, step, num_steps)

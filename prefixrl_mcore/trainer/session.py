@@ -323,8 +323,10 @@ class Session:
         self.metrics.write("eval", step, values)
         self.progress.update(train_accuracy=values["eval/train/accuracy"])
 
-    def checkpoint(self, step: int, *, is_last: bool) -> None:
+    def checkpoint(self, step: int, *, is_last: bool, is_due: bool = False) -> None:
         """Complete a save under way, and begin one if it is due; all ranks call this every step.
+
+        Due is the last one, one of a step that ``checkpoint.every_steps`` divides, and ``is_due``.
 
         A save that the storage refuses is logged and counted, and the next one that is due tries
         again: the run goes on with its older checkpoints.
@@ -332,7 +334,7 @@ class Session:
         Raises:
             SaveError: if the storage refuses the last save.
         """
-        is_due = is_last or step % self.config.checkpoint.every_steps == 0
+        is_due = is_due or is_last or step % self.config.checkpoint.every_steps == 0
         if not is_due and not self.saver.is_under_way:
             return
         with self.phases.phase("save"):
@@ -379,6 +381,7 @@ class Session:
             "flops": self.meter.state(),
             **describe_settings(self.config),
             "is_evaluated": step in self.evaluations,
+            "save_seconds": self.saver.longest_seconds,
             "wandb_id": None if self.metrics is None else self.metrics.wandb_id,
         }
 

@@ -65,7 +65,7 @@ def test_what_a_checkpoint_remembers(undisturbed: Path) -> None:
     assert latest is not None
     state = read_trainer_state(latest)
     assert state.extra_state.keys() == {
-        *("step", "method", "source", "flops", "is_evaluated", "wandb_id"),
+        *("step", "method", "source", "flops", "is_evaluated", "wandb_id", "save_seconds"),
         *("settings", "config_hash"),
     }
     assert state.extra_state["is_evaluated"] is True

@@ -115,6 +115,30 @@ def test_a_second_save_waits_for_its_turn(source: Path, tmp_path: Path) -> None:
     saver.finish(wait=True)
 
 
+def test_a_stop_reckons_with_the_save_under_way_and_a_last_one(
+    source: Path, tmp_path: Path
+) -> None:
+    policy = build_policy(source)
+    saver = CheckpointSaver(tmp_path, in_background=True)
+    assert saver.seconds_to_stop == 0.0
+    with held_writer() as gate:
+        saver.start(1, policy, {})
+        time.sleep(0.2)
+        assert saver.seconds_to_stop > 0.4
+        gate.set()
+        saver.finish(wait=True)
+    assert saver.longest_seconds > 0.2
+    assert saver.seconds_to_stop == saver.longest_seconds
+    saver.longest_seconds = 100.0  # as a resumed run is told
+    saver.start(2, policy, {})
+    assert saver.seconds_to_stop == 200.0
+    saver.finish(wait=True)
+    at_once = CheckpointSaver(tmp_path)
+    save(at_once, 3, policy)
+    assert at_once.longest_seconds > 0.0
+    assert at_once.seconds_to_stop == 0.0  # part of the step's own time
+
+
 def overwrite_with_the_first_save(folder: Path) -> None:
     """What a writer does that keeps a reference to its first snapshot."""
     (under_way,) = folder.glob(".step-*.writing-*")

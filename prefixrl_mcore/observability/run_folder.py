@@ -45,6 +45,7 @@ class RunFolder:
         self.eval = path / "eval"
         self.checkpoints = path / "checkpoints"
         self.latest_file = self.checkpoints / "latest"
+        self.lease_file = path / "lease.json"
         self.dumps = path / "dumps"
         self.heartbeats = path / "heartbeats"
         self.profile = path / "profile"

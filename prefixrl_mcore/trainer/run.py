@@ -18,6 +18,7 @@ from prefixrl_mcore.data.source import MixtureSource, original_problems, union
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
 from prefixrl_mcore.observability.heartbeat import Heartbeat
+from prefixrl_mcore.observability.lease import Lease
 from prefixrl_mcore.observability.metrics import MetricsWriter
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
@@ -45,7 +46,8 @@ def run_training(config: RunConfig, *, resume: bool, predicted_bytes: float | No
             measured.
 
     Raises:
-        ConfigError: if the folder holds another run, or one that ``resume`` was not given for.
+        ConfigError: if the folder holds another run, or one that ``resume`` was not given for, or
+            another trainer writes to it.
     """
     start, started = time.perf_counter(), time.time()
     folder = RunFolder(config.run_folder)
@@ -54,12 +56,16 @@ def run_training(config: RunConfig, *, resume: bool, predicted_bytes: float | No
         topology = initialize(config.policy.parallel, seed=config.seed)
         stack.callback(shut_down)
         run_on_first(lambda: folder.check(config))
+        if resume:
+            run_on_first(lambda: _hold(folder, stack))
         stop = StopSignal(TimeLimit(config.trainer, started=started))
         session = build_session(config, folder, topology, stack, predicted_bytes=predicted_bytes)
         checkpoint = None
         if resume:
             every_steps = config.checkpoint.every_steps
             checkpoint = run_on_first(lambda: _recover(folder, every_steps))
+        else:  # no earlier: a mistyped path claims no folder
+            run_on_first(lambda: _hold(folder, stack))
         run_on_first(lambda: folder.claim(config))
         stack.enter_context(
             Heartbeat(
@@ -104,6 +110,15 @@ def _check_start(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
         f"run_folder {config.run_folder}: holds a training run already; continue it with --resume, "
         "or choose another --run-folder. Nothing was changed."
     )
+
+
+def _hold(folder: RunFolder, stack: ExitStack) -> None:
+    """Take the run folder for this trainer until the stack is closed.
+
+    Raises:
+        ConfigError: if another trainer writes to it.
+    """
+    stack.enter_context(Lease(folder.lease_file))
 
 
 def _recover(folder: RunFolder, every_steps: int) -> Path | None:

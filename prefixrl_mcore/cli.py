@@ -123,7 +123,7 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         _replay,
         "Run the update again whose loss or gradient was not finite, from the run's dump.",
         "Needs neither engine nor data; another layout may be given by flags. Exit code 0 if the "
-        "update is non-finite again, 1 if it was finite this time.",
+        "update is non-finite again, 3 if it was finite this time.",
     )
     again.add_argument("--step", type=int, required=True, help="step that the error names")
     again.add_argument(

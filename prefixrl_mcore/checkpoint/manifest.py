@@ -20,9 +20,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT_VERSION = 1
@@ -33,6 +32,10 @@ _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<kind>writing|replaced|deleting)-[
 
 class CheckpointError(ValueError):
     """A checkpoint or model folder that cannot be used; says which file, got, expected, remedy."""
+
+
+class StorageReadError(CheckpointError):
+    """The storage did not give a file back; it may be whole, and another try may succeed."""
 
 
 class SaveError(OSError):
@@ -104,7 +107,8 @@ def seal_folder(
     final: Path,
     *,
     with_manifest: bool = True,
-    digests: Mapping[str, str] | None = None,
+    known: Mapping[str, ManifestEntry] | None = None,
+    not_before: float = 0.0,
 ) -> None:
     """Make ``temporary`` durable, write its manifest, and rename it to ``final``.
 
@@ -115,12 +119,16 @@ def seal_folder(
         temporary: folder that ``begin_folder`` made.
         final: its final name.
         with_manifest: list the files with sizes and checksums.
-        digests: hexadecimal SHA-256 of files that were hashed when they were written, by path
+        known: size and digest of what was written to files that were hashed on the way, by path
             relative to the folder; the others are hashed here.
+        not_before: unix seconds; the folder counts as sealed then if the clock is behind it.
+
+    Raises:
+        OSError: if the storage refuses, or a file has another size than what was written to it.
     """
     _sync_tree(temporary)
     if with_manifest:
-        _write_manifest(temporary, digests or {})
+        _write_manifest(temporary, known or {}, max(time.time(), not_before))
     replaced = None
     if final.exists():
         replaced = _temporary_path(final, "replaced")
@@ -269,22 +277,28 @@ def _check_size(path: Path, entry: ManifestEntry) -> None:
         )
 
 
-def _write_manifest(folder: Path, known: Mapping[str, str]) -> None:
+def _write_manifest(folder: Path, known: Mapping[str, ManifestEntry], now: float) -> None:
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     absent = sorted(known.keys() - set(names))
     if absent:
         raise FileNotFoundError(f"{folder}: {absent} were written but are not there any more")
+    for name, entry in known.items():
+        size_bytes = (folder / name).stat().st_size
+        if size_bytes != entry.size_bytes:
+            raise OSError(
+                f"{folder / name}: got {size_bytes} bytes, expected the {entry.size_bytes} that "
+                "were written; look at the storage"
+            )
     unknown = [name for name in names if name not in known]
     hashed = zip(unknown, _hash_files([folder / name for name in unknown]), strict=True)
-    digests = {**known, **dict(hashed)}
-    files: dict[str, Any] = {
-        name: {"size_bytes": (folder / name).stat().st_size, "sha256": digests[name]}
-        for name in names
-    }
+    entries = dict(known)
+    for name, digest in hashed:
+        size_bytes = (folder / name).stat().st_size
+        entries[name] = ManifestEntry(size_bytes=size_bytes, sha256=digest)
     value = {
         "format_version": _FORMAT_VERSION,
-        "created_unix_seconds": time.time(),
-        "files": files,
+        "created_unix_seconds": now,
+        "files": {name: asdict(entries[name]) for name in names},
     }
     with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2) + "\n")

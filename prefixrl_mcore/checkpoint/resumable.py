@@ -108,11 +108,12 @@ class ResumableFolder:
         Raises:
             SaveError: if the storage refuses.
         """
-        digests = {name: file.sha256 for name, file in self.finished.items()}
+        known = {
+            name: manifest.ManifestEntry(size_bytes=file.size_bytes, sha256=file.sha256)
+            for name, file in self.finished.items()
+        }
         try:
-            manifest.seal_folder(
-                self.path, self._final, with_manifest=with_manifest, digests=digests
-            )
+            manifest.seal_folder(self.path, self._final, with_manifest=with_manifest, known=known)
             self._journal.unlink()
         except OSError as error:
             raise SaveError(f"{self._final}: the storage refused: {error}") from error

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.checkpoint import manifest
-from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, ManifestEntry
 from prefixrl_mcore.checkpoint.retention import Candidate, Retention, deletable
 from prefixrl_mcore.observability.atomic import write_text_atomic
 
@@ -38,6 +38,7 @@ TRAINER_NAME = "trainer.json"
 LATEST_NAME = "latest"
 
 _FORMAT_VERSION = 1
+_TIME_STEP_SECONDS = 1e-3  # beyond the resolution of a float of unix seconds
 _STEP_FOLDER = re.compile(r"^step-(\d{6,})$")
 
 
@@ -147,7 +148,7 @@ def clean_up(folder: Path) -> CleanedUp:
     named = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
     is_wrong = latest is not None and named != latest.name
     if latest is not None and is_wrong:
-        write_text_atomic(pointer, latest.name + "\n")
+        is_wrong = _write_pointer(latest)
     found = CleanedUp(num_removed=num_removed, num_restored=num_restored, repaired_pointer=is_wrong)
     if num_removed or num_restored or is_wrong:
         logger.warning(
@@ -184,28 +185,64 @@ def publish(
     final: Path,
     retention: Retention,
     *,
-    digests: Mapping[str, str] | None = None,
+    known: Mapping[str, ManifestEntry] | None = None,
     abandoned: frozenset[str] = frozenset(),
-) -> None:
+) -> bool:
     """Seal a checkpoint, let ``latest`` name it, and delete what no rule of ``retention`` keeps.
+
+    A checkpoint counts from its rename on, and is found without the pointer: what fails after the
+    rename is logged. The time of sealing is later than that of every checkpoint in the folder, so
+    that a clock that is behind (another machine after a resume) does not make it an old one.
 
     Args:
         temporary: the written folder.
         final: its name.
         retention: which older checkpoints are kept; neither the new one nor an incomplete one is
             ever deleted.
-        digests: SHA-256 of files that are hashed already, by path relative to the folder.
+        known: size and SHA-256 of files that are hashed already, by path relative to the folder.
         abandoned: names of checkpoints that the run has gone back behind.
+
+    Returns:
+        Whether the storage refused nothing.
+
+    Raises:
+        OSError: if the checkpoint did not come to be.
     """
-    manifest.seal_folder(temporary, final, digests=digests)
+    is_clean = True
+    not_before = _newest_time(final.parent) + _TIME_STEP_SECONDS
     try:
-        write_text_atomic(final.parent / LATEST_NAME, final.name + "\n")
+        manifest.seal_folder(temporary, final, known=known, not_before=not_before)
+    except OSError as error:
+        sealed = _creation_time(final)
+        if sealed is None or sealed < not_before:  # not this one
+            raise
+        is_clean = False
+        logger.error("%s is saved, but may not outlive a loss of power: %s", final, error)
+    is_clean &= _write_pointer(final)
+    try:
         apply_retention(
             final.parent, retention, protected=frozenset({final.name}), abandoned=abandoned
         )
-    except (OSError, CheckpointError) as error:
-        # The checkpoint is there and complete, and is found without the pointer.
-        logger.error("%s is saved, but what follows a save failed: %s", final, error)
+    except OSError as error:
+        is_clean = False
+        logger.error("%s is saved, but older checkpoints cannot be deleted: %s", final, error)
+    return is_clean
+
+
+def _write_pointer(checkpoint: Path) -> bool:
+    """Let ``latest`` name a complete checkpoint; return whether the storage let it be written."""
+    pointer = checkpoint.parent / LATEST_NAME
+    try:
+        write_text_atomic(pointer, checkpoint.name + "\n")
+    except OSError as error:
+        logger.error(
+            "%s cannot be written (%s); %s is the newest checkpoint and is found without it",
+            pointer,
+            error,
+            checkpoint.name,
+        )
+        return False
+    return True
 
 
 def apply_retention(
@@ -218,10 +255,12 @@ def apply_retention(
     """Delete the complete checkpoints that no rule keeps."""
     if retention.keep_last is None:
         return
-    candidates = [
-        _candidate(path, with_metrics=retention.keep_best is not None)
-        for path in complete_checkpoints(folder)
-    ]
+    candidates: list[Candidate] = []
+    for path in complete_checkpoints(folder):
+        try:
+            candidates.append(_candidate(path, with_metrics=retention.keep_best is not None))
+        except CheckpointError as error:  # may be the best one: neither counted nor deleted
+            logger.warning("%s is kept whatever it is: %s", path, error)
     for name in deletable(candidates, retention, protected=protected, abandoned=abandoned):
         manifest.remove_folder(folder / name)
         reason = "the run went back behind it" if name in abandoned else "no rule keeps it"
@@ -305,6 +344,12 @@ def check_json(extra_state: Mapping[str, Any], *, step: int) -> dict[str, Any]:
             f"extra_state of checkpoint step {step} is not JSON: {error}; use plain values"
         ) from None
     return value
+
+
+def _newest_time(folder: Path) -> float:
+    """Return when the newest checkpoint was sealed, unix seconds; 0 if there is none."""
+    complete = complete_checkpoints(folder)
+    return manifest.read_manifest(complete[-1]).created_unix_seconds if complete else 0.0
 
 
 def _creation_time(checkpoint: Path) -> float | None:

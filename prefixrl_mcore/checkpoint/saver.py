@@ -10,8 +10,9 @@ checkpoints that were there.
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron.core import parallel_state
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy, write_hf_files
-from prefixrl_mcore.checkpoint.manifest import ReadBackError, SaveError
+from prefixrl_mcore.checkpoint.manifest import ManifestEntry, ReadBackError, SaveError
 from prefixrl_mcore.checkpoint.megatron_state import stage_megatron
 from prefixrl_mcore.checkpoint.retention import KEEP_ALL, Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import (
@@ -57,18 +58,26 @@ class _Pending:
     thread: threading.Thread | None = None
     """The writer in the background; None writes in ``finish``."""
 
-    digests: dict[str, str] | None = None
-    """SHA-256 of this rank's files, by name; None until they are written."""
+    written: dict[str, ManifestEntry] = field(default_factory=dict)
+    """What was written to this rank's files, by name; empty until they are."""
 
     error: BaseException | None = None
     """What stopped the writer of this rank."""
 
+    started: float
+    """When ``start`` was called, monotonic seconds."""
+
+    seconds: float
+    """Time that the save has taken so far, without waiting for a step boundary."""
+
     def write(self) -> None:
         """Write this rank's files; errors are kept for ``finish``, where all ranks meet."""
+        begin = time.monotonic()
         try:
-            self.digests = self.staged.write()
+            self.written = self.staged.write()
         except Exception as error:  # outermost frame of the writer: told to every rank in finish
             self.error = error
+        self.seconds += time.monotonic() - begin
 
 
 class CheckpointSaver:
@@ -87,6 +96,10 @@ class CheckpointSaver:
         self._folder = folder
         self._retention = retention
         self._in_background = in_background
+        self.longest_seconds = 0.0
+        """Longest complete save, from its start until it was sealed; of this rank."""
+        self.num_untidy = 0
+        """Complete saves after which ``latest`` or the deletion of older ones was refused."""
         self._pending: _Pending | None = None
         self._abandoned = frozenset[str]()
 
@@ -131,7 +144,7 @@ class CheckpointSaver:
             ValueError: if ``extra_state`` or ``metrics`` is not JSON, or ``step`` is negative.
         """
         assert self._pending is None, "one save at a time: call finish(wait=True) first"
-        final = step_folder(self._folder, step)
+        final, started = step_folder(self._folder, step), time.monotonic()
 
         def begin() -> Path:
             state = TrainerState(
@@ -157,7 +170,13 @@ class CheckpointSaver:
         staged = stage_megatron(
             temporary / MEGATRON_FOLDER, policy, turn=step, is_copied=self._in_background
         )
-        self._pending = _Pending(final=final, temporary=temporary, staged=staged)
+        self._pending = _Pending(
+            final=final,
+            temporary=temporary,
+            staged=staged,
+            started=started,
+            seconds=time.monotonic() - started,
+        )
         if self._in_background:
             # A daemon: it must not keep a failed trainer alive. What it leaves is cleaned up.
             thread = threading.Thread(target=self._pending.write, name="checkpoint", daemon=True)
@@ -188,12 +207,15 @@ class CheckpointSaver:
         else:
             pending.thread.join()
         self._pending = None
+        begin = time.monotonic()
         try:
             agree_on_errors(pending.error, f"checkpoint {pending.final}")
             self._seal(pending)
         except (SaveError, ReadBackError):  # all ranks are here, and only then
             run_on_first(lambda: shutil.rmtree(pending.temporary, ignore_errors=True))
             raise
+        pending.seconds += time.monotonic() - begin
+        self.longest_seconds = max(self.longest_seconds, pending.seconds)
         logger.info("saved checkpoint %s", pending.final)
         return pending.final
 
@@ -202,23 +224,37 @@ class CheckpointSaver:
         """Return whether a save was started and not finished; equal on all ranks."""
         return self._pending is not None
 
+    @property
+    def seconds_to_stop(self) -> float:
+        """Return how long the saves take that a stop would wait for, beyond a step's own time.
+
+        Those are the one under way, and a last one. A saver that does not work in the background
+        needs none: its saves are part of the steps whose length is known. 0 before the first save.
+        """
+        if not self._in_background:
+            return 0.0
+        if self._pending is None:
+            return self.longest_seconds
+        return 2 * max(self.longest_seconds, time.monotonic() - self._pending.started)
+
     def _seal(self, pending: _Pending) -> None:
         """Write the index, read back, and give the checkpoint its name."""
-        digests: list[dict[str, str]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(digests, pending.digests)
-        named = {f"{MEGATRON_FOLDER}/{n}": d for rank in digests for n, d in rank.items()}
+        written: list[dict[str, ManifestEntry]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(written, pending.written)
+        known = {f"{MEGATRON_FOLDER}/{n}": e for rank in written for n, e in rank.items()}
         try:
             pending.staged.finish()
-            run_on_first(
+            is_clean = run_on_first(
                 lambda: publish(
                     pending.temporary,
                     pending.final,
                     self._retention,
-                    digests=named,
+                    known=known,
                     abandoned=self._abandoned - {pending.final.name},
                 )
             )
             self._abandoned -= {pending.final.name}
+            self.num_untidy += not is_clean
         except OSError as error:  # on every rank
             raise SaveError(f"checkpoint {pending.final}: {error}") from error
 

@@ -8,9 +8,11 @@ it dies with the trainer, and cannot inherit a lock that another thread held at 
 
 import hashlib
 import io
+import logging
 import os
 import queue
 import random
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -31,11 +37,21 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
-from prefixrl_mcore.checkpoint.manifest import ReadBackError, SaveError
+from prefixrl_mcore.checkpoint.manifest import (
+    ManifestEntry,
+    ReadBackError,
+    SaveError,
+    StorageReadError,
+)
 from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistReader
 from prefixrl_mcore.policy.topology import run_on_first
 
+logger = logging.getLogger(__name__)
+
 _BACKEND = CheckpointingConfig("torch_dist", 1)
+
+_READ_BACK_PAUSES_SECONDS = (0.1, 0.4, 1.0, 3.0)
+"""Between tries to read back what other machines have just written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -85,13 +101,13 @@ class StagedState:
         self._writer.write_buckets = None  # the tensors of the model are let go
         self._results: list[WriteResult] = []
 
-    def write(self) -> dict[str, str]:
-        """Write this rank's files and return the SHA-256 of each by name; not collective.
+    def write(self) -> dict[str, ManifestEntry]:
+        """Write this rank's files; return what was written to each by name; not collective.
 
         Raises:
             OSError: if the storage refused.
         """
-        digests: dict[str, str] = {}
+        written: dict[str, ManifestEntry] = {}
         for path, name, (byte_items, tensor_items) in self._buckets:
             digest = hashlib.sha256()
             with open(path, "wb") as file:
@@ -105,28 +121,35 @@ class StagedState:
                     self._results.append(WriteResult(item.index, len(data), place))
                 file.flush()
                 os.fsync(file.fileno())
-            digests[name] = digest.hexdigest()
+                written[name] = ManifestEntry(size_bytes=file.tell(), sha256=digest.hexdigest())
         self._buckets = []
-        return digests
+        return written
 
     def finish(self) -> None:
         """Write the index of all pieces and read one back per rank; all ranks must call this.
 
         Raises:
-            OSError: if the storage refused the index; on every rank.
+            OSError: if the storage refused the index, or does not give a piece back within
+                seconds; on every rank.
             ReadBackError: if a piece that was read back is not what was live; on every rank.
         """
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(self._results, gathered if dist.get_rank() == 0 else None)
         run_on_first(lambda: self._write_index(gathered))
+        problem, refusal = None, None
+        try:
+            problem = self._read_back()
+        except StorageReadError as error:  # kept: raised here, it would hang the other ranks
+            refusal = OSError(str(error))
         problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, self._read_back())
+        dist.all_gather_object(problems, problem)
         wrong = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
         if wrong:
             raise ReadBackError(
                 f"{self._folder}: what was read back is not what was saved, so the checkpoint was "
                 f"thrown away: {'; '.join(wrong)}; look at storage and memory of these ranks"
             )
+        agree_on_errors(refusal, f"{self._folder}: cannot be read back")
 
     def _write_index(self, results: list[Any]) -> None:
         assert self._metadata is not None, "the first rank coordinates"
@@ -134,12 +157,18 @@ class StagedState:
         save_config(_BACKEND, str(self._folder))
 
     def _read_back(self) -> str | None:
-        """Return what is wrong with this rank's probe, or None."""
+        """Return what is wrong with this rank's probe, or None.
+
+        Raises:
+            StorageReadError: if the storage does not give it back, however often it is asked.
+        """
         probe = self._probe
         if probe is None:
             return None
         try:
-            stored = TorchDistReader(self._folder).read_piece(probe.name, probe.offsets)
+            stored = self._read_stored(probe)
+        except StorageReadError:
+            raise
         except Exception as error:  # agreed on by all ranks: raised here, it would hang the others
             return f"{type(error).__name__}: {error}"
         if stored.shape == probe.value.shape and stored.dtype == probe.value.dtype:
@@ -150,6 +179,16 @@ class StagedState:
             f"{probe.name} at {probe.offsets}: got {tuple(stored.shape)} {stored.dtype}, expected "
             f"{tuple(probe.value.shape)} {probe.value.dtype}"
         )
+
+    def _read_stored(self, probe: Probe) -> Tensor:
+        """Return the stored piece; asks again where the storage is late (NFS) or stumbles."""
+        for seconds in _READ_BACK_PAUSES_SECONDS:
+            try:
+                return TorchDistReader(self._folder).read_piece(probe.name, probe.offsets)
+            except StorageReadError as error:
+                logger.warning("read-back: %s; trying again in %g s", error, seconds)
+                time.sleep(seconds)
+        return TorchDistReader(self._folder).read_piece(probe.name, probe.offsets)
 
 
 def stage(folder: Path, state: dict[str, Any], *, turn: int, is_copied: bool) -> StagedState:
@@ -199,11 +238,7 @@ class _PlanOnly(torch_strategy.TorchDistSaveShardedStrategy):
 
 def _choose_probe(state: Mapping[str, Any], turn: int) -> Probe | None:
     """Return a copy of one piece that this rank holds, if possible one that it also writes."""
-    held = [
-        item
-        for item in nested_values(dict(state))
-        if isinstance(item, ShardedTensor) and item.data is not None and item.data.numel()
-    ]
+    held = [item for item in _sharded_tensors(state) if item.data is not None and item.data.numel()]
     candidates = [item for item in held if is_main_replica(item.replica_id)] or held
     if not candidates:
         return None
@@ -214,6 +249,17 @@ def _choose_probe(state: Mapping[str, Any], turn: int) -> Probe | None:
     value = chosen.data.detach().to("cpu", copy=True)
     missing = len(offsets) - value.dim()
     return Probe(name=chosen.key, offsets=offsets, value=value[(None,) * missing])
+
+
+def _sharded_tensors(state: Mapping[str, Any]) -> Iterator[ShardedTensor]:
+    """Yield the tensors that will be stored: a factory (gate and up in one weight) gives several.
+
+    Megatron expands factories in the same way, after this.
+    """
+    for item in nested_values(dict(state)):
+        built = item.build() if isinstance(item, ShardedTensorFactory) else item
+        parts = nested_values(built) if isinstance(built, dict | list) else [built]
+        yield from (part for part in parts if isinstance(part, ShardedTensor))
 
 
 def _live_storages(state: Mapping[str, Any]) -> frozenset[int]:

@@ -58,10 +58,10 @@ def advise_of_read(mapping: mmap.mmap, offset: int, length: int) -> None:
         mapping.madvise(mmap.MADV_WILLNEED, begin, end - begin)
 
 
-def read_tensor(mapping: mmap.mmap, offset: int, length: int) -> Tensor:
-    """Return the tensor whose archive has ``length`` bytes from ``offset`` of a mapped file on.
+def read_tensor(mapping: mmap.mmap | bytes, offset: int, length: int) -> Tensor:
+    """Return the tensor whose archive has ``length`` bytes from ``offset`` of a file's content on.
 
-    The tensor is a view of the mapping, which it keeps alive; writing to it would be a fault.
+    The tensor is a view of the content, which it keeps alive; writing to it would be a fault.
 
     Raises:
         ArchiveError: saying what is wrong.
@@ -88,7 +88,9 @@ def _read_layout(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo
     return layout
 
 
-def _tensor(mapping: mmap.mmap, offset: int, info: zipfile.ZipInfo, layout: _Layout) -> Tensor:
+def _tensor(
+    mapping: mmap.mmap | bytes, offset: int, info: zipfile.ZipInfo, layout: _Layout
+) -> Tensor:
     """Return the view of a storage's bytes, once they are found to be the written ones."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ArchiveError("is compressed")
@@ -172,7 +174,7 @@ _SAFE_NAMES: Mapping[tuple[str, str], Any] = {
 class _Window(io.RawIOBase):
     """A part of a mapped file, as a file of its own."""
 
-    def __init__(self, mapping: mmap.mmap, offset: int, length: int) -> None:
+    def __init__(self, mapping: mmap.mmap | bytes, offset: int, length: int) -> None:
         self._mapping = mapping
         self._offset = offset
         self._length = length

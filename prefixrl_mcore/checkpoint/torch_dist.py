@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
-from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, StorageReadError
 from prefixrl_mcore.checkpoint.torch_archive import (
     ArchiveError,
     advise_of_read,
@@ -104,7 +104,7 @@ class TorchDistReader:
         entry = self._entry(name)
         shape = tuple(entry.size)[len(indices) :]
         pieces = [
-            (chunk, self._read_chunk(name, chunk)[_inside(chunk, indices)])
+            (chunk, self._read_chunk(name, chunk, is_mapped=True)[_inside(chunk, indices)])
             for chunk in self._chunks_at(name, indices)
         ]
         num_filled = sum(piece.numel() for _, piece in pieces)
@@ -132,7 +132,7 @@ class TorchDistReader:
         chunks = entry.chunks if isinstance(entry, dcp.TensorStorageMetadata) else []
         for chunk in chunks:
             if tuple(chunk.offsets) == offsets:
-                return self._read_chunk(name, chunk)
+                return self._read_chunk(name, chunk, is_mapped=False)
         raise CheckpointError(
             f"{self.folder}: holds no piece of {name} at {offsets}, expected one of "
             f"{len(chunks)}; use another checkpoint"
@@ -166,11 +166,16 @@ class TorchDistReader:
             self._chunks[key] = by_place
         return self._chunks[key].get(indices, [])
 
-    def _read_chunk(self, name: str, chunk: dcp.ChunkStorageMetadata) -> Tensor:
+    def _read_chunk(self, name: str, chunk: dcp.ChunkStorageMetadata, *, is_mapped: bool) -> Tensor:
+        """Return a stored piece; an error of the storage kills a process that has it mapped."""
         place = self._place(name, chunk)
         path = self._path(place)
         try:
-            tensor = read_tensor(self._mapping(path), place.offset, place.length)
+            if is_mapped:
+                tensor = read_tensor(self._mapping(path), place.offset, place.length)
+            else:
+                content = _read_bytes(path, place.offset, place.length)
+                tensor = read_tensor(content, 0, len(content))
         except ArchiveError as error:
             raise CheckpointError(
                 f"{path}: {error} in {name} at {tuple(chunk.offsets)}; use another checkpoint or "
@@ -202,7 +207,7 @@ class TorchDistReader:
             try:
                 self._mappings[path] = map_file(path)
             except (OSError, ValueError) as error:
-                raise CheckpointError(
+                raise StorageReadError(
                     f"{path}: cannot be read ({error}); use another checkpoint"
                 ) from None
         return self._mappings[path]
@@ -213,12 +218,33 @@ def _inside(chunk: dcp.ChunkStorageMetadata, indices: tuple[int, ...]) -> tuple[
     return tuple(i - o for i, o in zip(indices, chunk.offsets, strict=False))
 
 
+def _read_bytes(path: Path, offset: int, length: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(length)
+    except OSError as error:
+        raise StorageReadError(
+            f"{path}: cannot be read ({error}); look at the storage, or use another checkpoint"
+        ) from None
+    if len(content) != length:
+        raise StorageReadError(
+            f"{path}: got {len(content)} bytes at {offset}, expected {length}; use another "
+            "checkpoint"
+        )
+    return content
+
+
 def _read_metadata(path: Path) -> dcp.Metadata:
     try:
         metadata = _SafeUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:
-        raise CheckpointError(
+        raise StorageReadError(
             f"{path}: is missing, expected a torch_dist checkpoint; use another checkpoint"
+        ) from None
+    except OSError as error:
+        raise StorageReadError(
+            f"{path}: cannot be read ({error}); look at the storage, or use another checkpoint"
         ) from None
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
         raise CheckpointError(

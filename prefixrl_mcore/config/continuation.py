@@ -20,8 +20,15 @@ MAY_CHANGE = (
     "metrics.",
     "profile.",
     "rollout.engine",
-    "rollout.sglang.",
-    "rollout.transformers.",
+    "rollout.sglang.python",
+    "rollout.sglang.url",
+    "rollout.sglang.tensor_parallel_size",
+    "rollout.sglang.memory_fraction",
+    "rollout.sglang.max_kv_tokens",
+    "rollout.sglang.start_timeout_seconds",
+    "rollout.sglang.request_timeout_seconds",
+    "rollout.sglang.max_retries",
+    "rollout.transformers.max_batch_size",
     "reward.num_workers",
     "batch.stream_tokens",
     "policy.parallel.",
@@ -29,17 +36,30 @@ MAY_CHANGE = (
     "policy.layer_spec",
     "policy.gradient_accumulation_fusion",
     "policy.head.",
+    "policy.experts.implementation",
     "policy.optimizer.use_distributed_optimizer",
+    "model.path",
+    "data.held_out",
     "run_folder",
 )
 """Settings that a continued run may change: they decide how long, where and with how much memory,
-not what is computed."""
+not what is computed. Exception: ``trainer.num_steps`` under a schedule that falls over the run."""
+
+_ONCE_FREE = ("trainer.num_steps", "rollout.sglang.", "rollout.transformers.")
+"""Settings that earlier versions did not save, because they let all of them change."""
+
+
+def may_change(key: str, config: RunConfig) -> bool:
+    """Return whether a continued run may change the setting of a dotted key."""
+    if key == "trainer.num_steps":
+        return config.policy.optimizer.schedule == "constant"
+    return key.startswith(MAY_CHANGE)
 
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that a continued run may not change, as JSON values by dotted key."""
     settings = flatten(json.loads(config.model_dump_json()))
-    return {key: value for key, value in settings.items() if not key.startswith(MAY_CHANGE)}
+    return {key: value for key, value in settings.items() if not may_change(key, config)}
 
 
 def settings_hash(config: RunConfig) -> str:
@@ -110,15 +130,23 @@ def differing_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]
     defaults, now = default_settings(RunConfig), fixed_settings(config)
     lines: list[str] = []
     for key in sorted(saved.keys() | now.keys()):
-        if key.startswith(MAY_CHANGE):
-            continue  # an earlier version may have been stricter
+        if may_change(key, config) or (key not in saved and key.startswith(_ONCE_FREE)):
+            continue  # an earlier version may have been stricter, or laxer
         if key not in now:
             lines.append(f"{key}: {saved[key]!r} there, no such setting now")
         elif key not in saved and (key not in defaults or defaults[key] != now[key]):
             lines.append(f"{key}: not set there, {now[key]!r} now")
         elif key in saved and saved[key] != now[key]:
-            lines.append(f"{key}: {saved[key]!r} there, {now[key]!r} now")
+            lines.append(show_difference(key, saved[key], now[key]))
     return lines
+
+
+def show_difference(key: str, before: object, now: object) -> str:
+    """Return the line that tells of a setting that may not change."""
+    line = f"{key}: {before!r} there, {now!r} now"
+    if key == "trainer.num_steps":
+        line += " (the learning rate falls over the run: it would jump)"
+    return line
 
 
 def default_settings(config_cls: type[Config]) -> dict[str, Any]:

@@ -58,8 +58,9 @@ class TrainerConfig(Config):
     Slurm gives it to the job as ``SLURM_JOB_END_TIME``). None has no such limit."""
 
     stop_margin_seconds: float = Field(default=60.0, ge=0.0)
-    """Time that is left at a wall-clock limit, beside a step as long as the longest so far: for
-    the last save and the way out."""
+    """Time that is left at a wall-clock limit, beside a step as long as the longest so far and the
+    saves that are still to be waited for, each as long as the longest so far: for the way out, and
+    for the last save of a run that has not saved before."""
 
     peak_flops: float | None = Field(default=None, gt=0.0)
     """FLOPs per second that one rank's device computes at most in ``policy.dtype``, dense: the

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.config.base import ConfigError, validate
-from prefixrl_mcore.config.continuation import MAY_CHANGE, flatten
+from prefixrl_mcore.config.continuation import flatten, may_change, show_difference
 from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
@@ -44,6 +44,8 @@ class RunFolder:
         self.rollouts = path / "rollouts"
         self.eval = path / "eval"
         self.checkpoints = path / "checkpoints"
+        self.latest_file = self.checkpoints / "latest"
+        self.lease_file = path / "lease.json"
         self.dumps = path / "dumps"
         self.heartbeats = path / "heartbeats"
         self.profile = path / "profile"
@@ -103,9 +105,9 @@ class RunFolder:
         after = flatten(json.loads(config.model_dump_json()))
         keys = sorted(set(before) | set(after))
         changed = [key for key in keys if before.get(key) != after.get(key)]
-        refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
+        refused = [key for key in changed if not may_change(key, config)]
         if refused:
-            lines = [f"  {k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in refused]
+            lines = [f"  {show_difference(k, before.get(k), after.get(k))}" for k in refused]
             raise ConfigError(
                 f"run_folder {self.path} holds a run of another config:\n"
                 + "\n".join(lines)

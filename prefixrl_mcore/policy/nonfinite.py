@@ -157,8 +157,9 @@ class _Search:
 def only_sequences(
     batch: PackedBatch, indices: Sequence[int], *, microbatch_multiple: int = 1
 ) -> PackedBatch:
-    """Return the batch with these sequences only, in their places; the denominator stays.
+    """Return the batch with these sequences only, in their places.
 
+    The reported loss keeps its denominator; the gradient is divided by the rows that are left.
     The other sequences lose their rows, and their tokens become padding. Microbatches in which no
     rank has a wanted sequence are left out, down to a multiple of ``microbatch_multiple``.
     """

@@ -20,6 +20,8 @@ def train(session: Session, stop: StopSignal) -> None:
     first_step = session.first_step
     if session.owes_evaluation:
         session.evaluate(first_step)
+        if run.checkpoint.keep_best is not None:  # saved without its metrics, it was never the best
+            session.checkpoint(first_step, is_last=False, is_due=True)
     if session.is_over_budget():
         if not session.has_checkpoint():
             session.checkpoint(first_step, is_last=True)
@@ -38,7 +40,7 @@ def train(session: Session, stop: StopSignal) -> None:
 
         done = step + 1
         is_last = done == run.trainer.num_steps or session.is_over_budget()
-        is_stopping = not is_last and stop.is_set()
+        is_stopping = not is_last and stop.is_set(session.saver.seconds_to_stop)
         if is_last or (session.is_evaluation_due(done) and not is_stopping):
             session.evaluate(done)
         session.checkpoint(done, is_last=is_last or is_stopping)

@@ -18,6 +18,9 @@ from prefixrl_mcore.trainer.run_policy import build_policy
 
 logger = logging.getLogger(__name__)
 
+FINITE_EXIT_CODE = 3
+"""Of ``prefixrl replay``: the update was finite this time (1 is an error, 2 a wrong input)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplayedFailure:
@@ -48,7 +51,9 @@ def replay(policy: MegatronPolicy, dump: Dump) -> ReplayedFailure | None:
 
 
 def run_replay(config: RunConfig, step: int, *, is_sft: bool) -> int:
-    """Replay the dump of ``step`` in the run's folder; return 0 if it is non-finite again, else 1.
+    """Replay the dump of ``step`` in the run's folder and return the exit code.
+
+    0 if the update is not finite again, ``FINITE_EXIT_CODE`` if it is finite.
 
     The layout may be another one than the run's: the batch is then packed again.
 
@@ -71,7 +76,7 @@ def run_replay(config: RunConfig, step: int, *, is_sft: bool) -> int:
         if failure is not None:
             outcome = f"{failure.error}, {failure.findings}"
         logger.info("replay of step %d: %s", step, outcome)
-    return 1 if failure is None else 0
+    return FINITE_EXIT_CODE if failure is None else 0
 
 
 def _read(config: RunConfig, folder: Path, step: int) -> Dump:

@@ -18,6 +18,7 @@ from prefixrl_mcore.data.source import MixtureSource, original_problems, union
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
 from prefixrl_mcore.observability.heartbeat import Heartbeat, last_request
+from prefixrl_mcore.observability.lease import Lease
 from prefixrl_mcore.observability.metrics import MetricsWriter
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.observability.progress import Progress
@@ -54,7 +55,8 @@ def run_training(
         init: initial model in place of ``model.path``; see ``initial_model.py``.
 
     Raises:
-        ConfigError: if the folder holds another run, or one that ``resume`` was not given for.
+        ConfigError: if the folder holds another run, or one that ``resume`` was not given for, or
+            another trainer writes to it.
     """
     start, started = time.perf_counter(), time.time()
     config = with_initial_model(config, init)
@@ -64,6 +66,8 @@ def run_training(
         topology = initialize(config.policy.parallel, seed=config.seed)
         stack.callback(shut_down)
         run_on_first(lambda: folder.check(config))
+        if resume:
+            run_on_first(lambda: _hold(folder, stack))
         run_on_first(lambda: provide_initial_model(config, init))
         stop = StopSignal(TimeLimit(config.trainer, started=started))
         phases = Phases()
@@ -85,6 +89,8 @@ def run_training(
         if resume:
             every_steps = config.checkpoint.every_steps
             checkpoint = run_on_first(lambda: _recover(folder, every_steps))
+        else:  # no earlier: a mistyped path claims no folder
+            run_on_first(lambda: _hold(folder, stack))
         run_on_first(lambda: folder.claim(config))
         if checkpoint is not None:
             restore(session, checkpoint)
@@ -124,25 +130,38 @@ def _check_start(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
     )
 
 
+def _hold(folder: RunFolder, stack: ExitStack) -> None:
+    """Take the run folder for this trainer until the stack is closed.
+
+    Raises:
+        ConfigError: if another trainer writes to it.
+    """
+    stack.enter_context(Lease(folder.lease_file))
+
+
 def _recover(folder: RunFolder, every_steps: int) -> Path | None:
     """Tidy up after a killed save and return the newest complete checkpoint.
 
-    None for a run that was killed before its first checkpoint; it begins anew.
+    None for a run that was killed before its first checkpoint was complete; it begins anew. Steps
+    beyond ``every_steps`` do not say that there was one: the first save may have been in the
+    background still, or refused. It leaves the folder all the same, and a complete one ``latest``.
 
     Raises:
-        ConfigError: if checkpoints were written and none of them is complete, so that beginning
-            anew would throw a run away.
+        ConfigError: if a checkpoint was complete once and none is now, or the folder is gone, so
+            that beginning anew would throw a run away.
     """
     clean_up(folder.checkpoints)
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is not None:
         return checkpoint
     num_steps = _count_logged_steps(folder.metrics_file)
-    if any(folder.checkpoints.glob("step-*")) or num_steps > every_steps:
+    had_one = any(folder.checkpoints.glob("step-*")) or folder.latest_file.exists()
+    is_gone = num_steps > every_steps and not folder.checkpoints.is_dir()
+    if had_one or is_gone:
         raise ConfigError(
             f"{folder.checkpoints}: {num_steps} steps were run, but there is no complete "
-            "checkpoint to resume from; restore one, or start in another --run-folder. Nothing "
-            "was changed."
+            "checkpoint to resume from; restore one, or start in another --run-folder. No "
+            "checkpoint and no metric was changed."
         )
     logger.warning("%s: no checkpoint yet, the run begins anew", folder.path)
     return None
@@ -279,6 +298,7 @@ def restore(session: Session, checkpoint: Path) -> None:
     session.meter.load_state(state["flops"])
     session.first_step = step
     session.saver.resume_from(step)
+    session.saver.longest_seconds = state.get("save_seconds", 0.0)  # an earlier version has none
     session.owes_evaluation = session.is_evaluation_due(step) and not state["is_evaluated"]
     num_steps = session.config.trainer.num_steps
     logger.info("resumed from %s: %d of %d steps done", checkpoint, step, num_steps)

@@ -239,8 +239,7 @@ class Session:
                 return self.policy.update(batch, loss=loss)
         except NonFiniteError as error:
             with self.phases.phase("save"):
-                with self.refusal_counted():  # the older state is worth more than the dump
-                    self.saver.finish(wait=True)
+                self._complete_save()  # the older state is worth more than the dump
                 explained_error = dump_and_explain(
                     error,
                     self.policy,
@@ -251,6 +250,14 @@ class Session:
                     state=self.state(step),
                 )
             raise explained_error from error
+
+    def _complete_save(self) -> None:
+        """Complete a save under way; how it fails is logged, because it must not hide an error."""
+        try:
+            with self.refusal_counted():
+                self.saver.finish(wait=True)
+        except RuntimeError as error:  # of the read-back or of a writer, on every rank
+            logger.error("%s. The run ends with another error; this save is lost", error)
 
     def _memory_explained(self, batch: PackedBatch | None = None) -> AbstractContextManager[None]:
         """Return a context that says what to turn when memory runs out."""
@@ -285,7 +292,7 @@ class Session:
             **batch_metrics(batch),
             **update.metrics,
             **self.meter.metrics(),
-            "checkpoint/num_failed_saves": float(self.num_failed_saves),
+            "checkpoint/num_failed_saves": float(self.num_failed_saves + self.saver.num_untidy),
             **throughput_metrics(update, self.hardware, step_seconds=times["time/step_seconds"]),
             **over_ranks,
             **times,
@@ -328,8 +335,10 @@ class Session:
         self.metrics.write("eval", step, values)
         self.progress.update(train_accuracy=values["eval/train/accuracy"])
 
-    def checkpoint(self, step: int, *, is_last: bool) -> None:
+    def checkpoint(self, step: int, *, is_last: bool, is_due: bool = False) -> None:
         """Complete a save under way, and begin one if it is due; all ranks call this every step.
+
+        Due is the last one, one of a step that ``checkpoint.every_steps`` divides, and ``is_due``.
 
         A save that the storage refuses is logged and counted, and the next one that is due tries
         again: the run goes on with its older checkpoints.
@@ -337,7 +346,7 @@ class Session:
         Raises:
             SaveError: if the storage refuses the last save.
         """
-        is_due = is_last or step % self.config.checkpoint.every_steps == 0
+        is_due = is_due or is_last or step % self.config.checkpoint.every_steps == 0
         if not is_due and not self.saver.is_under_way:
             return
         with self._memory_explained(), self.phases.phase("save"):
@@ -384,6 +393,7 @@ class Session:
             "flops": self.meter.state(),
             **describe_settings(self.config),
             "is_evaluated": step in self.evaluations,
+            "save_seconds": self.saver.longest_seconds,
             "wandb_id": None if self.metrics is None else self.metrics.wandb_id,
         }
 

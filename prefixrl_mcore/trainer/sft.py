@@ -6,13 +6,16 @@ accuracy on its training problems and none elsewhere; the validation loss stops 
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from prefixrl_mcore.checkpoint.retention import Retention
+from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state
 from prefixrl_mcore.checkpoint.save_load import (
     clean_up,
     latest_checkpoint,
@@ -29,17 +32,38 @@ from prefixrl_mcore.trainer.signals import StopSignal
 
 logger = logging.getLogger(__name__)
 
+STOPPED_FOLDER = "stopped"
+"""Inside ``RUN/sft``: the step at which a phase was told to stop."""
+
 MAXIMUM_LIKELIHOOD = LossConfig()
 """Plain log-likelihood: no importance weight, no entropy bonus, mean over tokens."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Position:
+    """How far the phase has come."""
+
+    step: int
+    """Optimizer steps taken, over all epochs."""
+
+    best_epoch: int
+    """Epoch that is kept so far; 0 is the start."""
+
+    best_loss: float
+    """Its validation loss, nats per token."""
+
+    save_seconds: float = 0.0
+    """Longest save since this start."""
 
 
 def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None:
     """Train on the traces and keep the epoch that ``sft.keep`` names.
 
     All ranks call this. The start and each epoch to be kept are saved under ``sft/``; a killed
-    phase continues after the last one. An epoch that the storage refuses is logged, counted and not
-    kept. Epochs that did not help are charged all the same. Leaves the policy with fresh optimizer
-    state for RL.
+    phase continues after the last one. A phase that is told to stop saves the step that it has
+    reached under ``sft/stopped/``, beside the kept epoch, and continues there. An epoch that the
+    storage refuses is logged, counted and not kept. Epochs that did not help are charged all the
+    same. Leaves the policy with fresh optimizer state for RL.
 
     Raises:
         ConfigError: if there are too few traces to hold some back.
@@ -51,37 +75,75 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
     training, validation = split_traces(traces, run.sft.validation_fraction, seed=run.seed)
     folder = session.folder.path / "sft"
     validation_batch = _pack(session, validation)
+    steps_per_epoch = -(-len(training) // run.sft.traces_per_step)
     session.policy.reset_optimizer(run.sft.lr)
-    run_on_first(lambda: clean_up(folder))
-    latest = latest_checkpoint(folder)
-    if latest is None:
-        best_loss, first_epoch = _validation_loss(session, validation_batch), 0
-        _save_epoch(session, folder, 0, best_loss)
-    else:
-        first_epoch, state = load_checkpoint(latest, session.policy)
-        best_loss = state["validation_loss"]
-        session.meter.load_state(state["flops"])
+    at = _begin(session, folder, validation_batch, steps_per_epoch)
     if session.metrics is not None:
-        session.metrics.drop_sft_beyond(first_epoch)
-    kept_epoch = first_epoch
+        session.metrics.drop_sft_beyond(at.step // steps_per_epoch)
     stop.begin_steps()
-    for epoch in range(first_epoch, run.sft.max_epochs):
-        _train_epoch(session, training, epoch)
-        loss = _validation_loss(session, validation_batch)
-        _log_epoch(session, epoch + 1, loss)
-        if run.sft.keep == "last" or loss < best_loss:
-            is_last = epoch + 1 == run.sft.max_epochs
-            # A refused epoch is not kept: the next one that is better than the kept one is saved.
-            with nullcontext() if is_last else session.refusal_counted():
-                _save_epoch(session, folder, epoch + 1, loss)
-                best_loss, kept_epoch = loss, epoch + 1
-        elif epoch + 1 - kept_epoch >= run.sft.patience:
+    while at.step < run.sft.max_epochs * steps_per_epoch:
+        _train_step(session, training, at.step, steps_per_epoch)
+        at.step += 1
+        epoch, num_steps_beyond = divmod(at.step, steps_per_epoch)
+        if num_steps_beyond == 0 and _end_epoch(session, folder, epoch, validation_batch, at):
             break
-        if stop.is_set():
-            logger.warning("sft: stopped after epoch %d; --resume goes on from here", epoch + 1)
+        if stop.is_set(at.save_seconds):
+            if at.step != at.best_epoch * steps_per_epoch:
+                _save_step(session, folder, at.step)
+            logger.warning("sft: stopped after step %d; --resume goes on from here", at.step)
             return
     session.phases.end_steps()
-    best = latest_checkpoint(folder)
+    _finish(session, folder, at.best_loss)
+
+
+def _begin(
+    session: Session, folder: Path, validation_batch: PackedBatch, steps_per_epoch: int
+) -> _Position:
+    """Save the start, or restore the step at which the phase was stopped or its kept epoch."""
+    stopped_folder = folder / STOPPED_FOLDER
+    run_on_first(lambda: (clean_up(folder), clean_up(stopped_folder)))
+    best, stopped = run_on_first(
+        lambda: (latest_checkpoint(folder), latest_checkpoint(stopped_folder))
+    )
+    if best is None:
+        loss = _validation_loss(session, validation_batch)
+        seconds = _save_epoch(session, folder, 0, loss)
+        return _Position(step=0, best_epoch=0, best_loss=loss, save_seconds=seconds)
+    kept = read_trainer_state(best)
+    at = _Position(
+        step=kept.step * steps_per_epoch,
+        best_epoch=kept.step,
+        best_loss=kept.extra_state["validation_loss"],
+    )
+    if stopped is not None and read_trainer_state(stopped).step > at.step:
+        at.step, state = load_checkpoint(stopped, session.policy)
+    else:
+        _, state = load_checkpoint(best, session.policy)
+    session.meter.load_state(state["flops"])
+    return at
+
+
+def _end_epoch(
+    session: Session, folder: Path, epoch: int, validation_batch: PackedBatch, at: _Position
+) -> bool:
+    """Validate, log and perhaps keep an epoch; return whether patience is at its end."""
+    config = session.config.sft
+    loss = _validation_loss(session, validation_batch)
+    _log_epoch(session, epoch, loss)
+    if config.keep == "last" or loss < at.best_loss:
+        # A refused epoch is not kept: the next one that is better than the kept one is saved.
+        with nullcontext() if epoch == config.max_epochs else session.refusal_counted():
+            seconds = _save_epoch(session, folder, epoch, loss)
+            at.best_loss, at.best_epoch = loss, epoch
+            at.save_seconds = max(at.save_seconds, seconds)
+        return False
+    return epoch - at.best_epoch >= config.patience
+
+
+def _finish(session: Session, folder: Path, best_loss: float) -> None:
+    """Give the policy the weights of the kept epoch and fresh optimizer state."""
+    run = session.config
+    best = run_on_first(lambda: latest_checkpoint(folder))
     assert best is not None, "epoch 0 was saved before the first epoch"
     best_epoch, _ = load_checkpoint(best, session.policy)
     session.policy.reset_optimizer(run.policy.optimizer.lr)
@@ -95,10 +157,21 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
     logger.info("sft: kept epoch %d, validation loss %.4f nats per token", best_epoch, best_loss)
 
 
-def _save_epoch(session: Session, folder: Path, epoch: int, validation_loss: float) -> None:
-    """Save the best epoch so far, in place of the one before."""
+def _save_epoch(session: Session, folder: Path, epoch: int, validation_loss: float) -> float:
+    """Save the best epoch so far, in place of the one before; return the seconds that it took."""
+    begin = time.monotonic()
     state = {"validation_loss": validation_loss, "flops": session.meter.state()}
     save_checkpoint(folder, epoch, session.policy, state, Retention(keep_last=1))
+    return time.monotonic() - begin
+
+
+def _save_step(session: Session, folder: Path, step: int) -> None:
+    """Save the step at which the phase stops; a refused one is counted, and its work is lost."""
+    state = {"flops": session.meter.state()}
+    with session.refusal_counted():
+        save_checkpoint(
+            folder / STOPPED_FOLDER, step, session.policy, state, Retention(keep_last=1)
+        )
 
 
 def split_traces(
@@ -120,18 +193,18 @@ def split_traces(
     return chosen[num_validation:], chosen[:num_validation]
 
 
-def _train_epoch(session: Session, training: Sequence[Trace], epoch: int) -> None:
-    """Pass once over the training traces in a random order of this epoch."""
+def _train_step(
+    session: Session, training: Sequence[Trace], step: int, steps_per_epoch: int
+) -> None:
+    """Take one optimizer step; each epoch has a random order of its own."""
     run = session.config
+    epoch, index = divmod(step, steps_per_epoch)
     order = np.random.default_rng([run.seed, 2, epoch]).permutation(len(training))
-    starts = range(0, len(training), run.sft.traces_per_step)
-    for step, start in enumerate(starts, start=epoch * len(starts)):
-        chosen = [training[index] for index in order[start : start + run.sft.traces_per_step]]
-        session.progress.update(waiting_for=f"sft epoch {epoch + 1}")
-        update = session.supervised_update(step, _pack(session, chosen), MAXIMUM_LIKELIHOOD)
-        session.meter.charge_sft(
-            _num_tokens(chosen), num_computed_tokens=update.num_computed_tokens
-        )
+    first = index * run.sft.traces_per_step
+    chosen = [training[index] for index in order[first : first + run.sft.traces_per_step]]
+    session.progress.update(waiting_for=f"sft epoch {epoch + 1}")
+    update = session.supervised_update(step, _pack(session, chosen), MAXIMUM_LIKELIHOOD)
+    session.meter.charge_sft(_num_tokens(chosen), num_computed_tokens=update.num_computed_tokens)
 
 
 def _validation_loss(session: Session, batch: PackedBatch) -> float:

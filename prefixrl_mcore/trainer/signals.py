@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, TrainerConfig
-from prefixrl_mcore.policy.topology import any_rank
+from prefixrl_mcore.policy.topology import any_rank, gather_floats
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +44,19 @@ class TimeLimit:
         self._last_asked = self._clock()
         self._longest_seconds = 0.0
 
-    def is_near(self) -> bool:
-        """Return whether to stop now; asked once per step, it learns how long steps take."""
+    def is_near(self, save_seconds: float = 0.0) -> bool:
+        """Return whether to stop now; asked once per step, it learns how long steps take.
+
+        Args:
+            save_seconds: what saving will take then, beyond the length of a step and the margin.
+        """
         now = self._clock()
         if self._last_asked is not None:
             self._longest_seconds = max(self._longest_seconds, now - self._last_asked)
         self._last_asked = now
         if self._end is None:
             return False
-        return now + self._longest_seconds + self._margin_seconds >= self._end
+        return now + self._longest_seconds + save_seconds + self._margin_seconds >= self._end
 
 
 class StopSignal:
@@ -61,6 +65,7 @@ class StopSignal:
     def __init__(self, limit: TimeLimit) -> None:
         """Install the handlers of this process."""
         self._received: int | None = None
+        self._agreed: int | None = None
         self._limit = limit
         self._is_out_of_time = False
         for number in _SIGNALS:
@@ -68,9 +73,12 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """0, or why the run stopped early: 128 + signal number, or ``TIME_LIMIT_EXIT_CODE``."""
-        if self._received is not None:
-            return 128 + self._received
+        """0, or why the run stopped early: 128 + signal number, or ``TIME_LIMIT_EXIT_CODE``.
+
+        Equal on all ranks. A signal that came when nothing was left to stop does not count.
+        """
+        if self._agreed is not None:
+            return 128 + self._agreed
         return TIME_LIMIT_EXIT_CODE if self._is_out_of_time else 0
 
     def begin_steps(self) -> None:
@@ -83,18 +91,22 @@ class StopSignal:
         Before the first step the clock does not count: a run that is started takes one step, so
         that it gets on however often it is started again.
         """
-        return any_rank(self._received is not None)
+        highest = int(gather_floats([float(self._received or 0)]).max())
+        if highest and self._agreed is None:
+            self._agreed = highest
+        return self._agreed is not None
 
     def is_stopping(self) -> bool:
-        """Return whether the ranks have agreed to stop, or any got a signal; all must call this.
-
-        Unlike ``exit_code``, which a signal can change on one rank alone, it is the same on all.
-        """
+        """Return whether the ranks have agreed to stop, or any got a signal; all must call this."""
         return self.is_signalled() or self._is_out_of_time
 
-    def is_set(self) -> bool:
-        """Return whether any rank was asked to stop; all ranks must call this, once per step."""
-        if not self._is_out_of_time and any_rank(self._limit.is_near()):
+    def is_set(self, save_seconds: float = 0.0) -> bool:
+        """Return whether any rank was asked to stop; all ranks must call this, once per step.
+
+        Args:
+            save_seconds: what saving will take then, beyond the length of a step.
+        """
+        if not self._is_out_of_time and any_rank(self._limit.is_near(save_seconds)):
             self._is_out_of_time = True
             logger.warning("the wall-clock limit is near: saving and stopping")
         return self.is_stopping()

@@ -65,7 +65,7 @@ def test_what_a_checkpoint_remembers(undisturbed: Path) -> None:
     assert latest is not None
     state = read_trainer_state(latest)
     assert state.extra_state.keys() == {
-        *("step", "method", "source", "flops", "is_evaluated", "wandb_id"),
+        *("step", "method", "source", "flops", "is_evaluated", "wandb_id", "save_seconds"),
         *("settings", "config_hash"),
     }
     assert state.extra_state["is_evaluated"] is True
@@ -103,6 +103,21 @@ def _refuse(event: str, arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_refuse)
+
+
+def test_a_run_without_a_complete_first_save_begins_anew_however_far_it_got(
+    tiny_task: TinyTask, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "never saved"
+    _refused.append(f"{run}/checkpoints/.step-")
+    try:
+        with pytest.raises(SaveError, match="No space left on device"):
+            tiny_task.run("train", run, *NUM_STEPS)
+    finally:
+        _refused.clear()
+    assert len(metrics_of(run, "train")) == 4
+    assert tiny_task.run("train --resume", run, *NUM_STEPS) == 0
+    assert_same_metrics(run, undisturbed)
 
 
 def test_a_supervised_phase_goes_on_without_an_epoch_that_the_storage_refuses(
@@ -183,3 +198,33 @@ def test_a_run_outlives_a_full_disk(
     latest = latest_checkpoint(small_disk)
     assert latest is not None
     assert latest.name == f"step-{len(metrics_of(run, 'train')):06d}"
+
+
+@pytest.mark.slow
+def test_a_supervised_phase_that_is_stopped_at_every_step_comes_to_the_same_end(
+    tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    """Its learning rate is so high that no epoch helps: only patience ends it."""
+    flags = (
+        "--method",
+        "sft_then_rl",
+        "--trainer.num-steps",
+        "1",
+        "--sft.lr",
+        "1e-1",
+        "--sft.keep",
+        "best",
+    )
+    flags += ("--sft.traces-per-step", "4", "--sft.validation-fraction", "0.25")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert tiny_task.run("train", whole, *flags) == 0
+    epochs = metrics_of(whole, "sft")
+    assert len(epochs) == 2, epochs  # of 16: the patience of the default
+    limit = (*flags, "--trainer.max-seconds", "1", "--trainer.stop-margin-seconds", "0")
+    codes = [tiny_task.run("train", cut, *limit)]
+    while codes[-1] == 75 and len(codes) < 9:
+        codes.append(tiny_task.run("train --resume", cut, *limit))
+    assert codes[-1] == 0
+    assert len(codes) >= 4  # in the middle of epochs, too
+    for kind in ("sft", "train", "eval"):
+        assert without_clock(metrics_of(cut, kind)) == without_clock(metrics_of(whole, kind))

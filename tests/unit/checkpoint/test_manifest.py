@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from prefixrl_mcore.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
+    ManifestEntry,
     begin_folder,
     clean_temporaries,
     read_manifest,
@@ -46,6 +48,19 @@ def test_a_sealed_folder_lists_every_file_with_its_known_digest(tmp_path: Path) 
     # SHA-256 of "abc", from the standard's own example.
     assert entry.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert hidden_names(tmp_path) == []
+
+
+def test_a_file_that_lost_what_was_written_to_it_is_not_sealed(tmp_path: Path) -> None:
+    final = tmp_path / "step-1"
+    temporary = begin_folder(final)
+    (temporary / "data.bin").write_text("ab")
+    known = {"data.bin": ManifestEntry(size_bytes=3, sha256=hashlib.sha256(b"abc").hexdigest())}
+    with pytest.raises(OSError, match=r"data\.bin: got 2 bytes, expected the 3 that were written"):
+        seal_folder(temporary, final, known=known)
+    assert not final.exists()
+    (temporary / "data.bin").write_text("abc")
+    seal_folder(temporary, final, known=known)
+    assert verify(final).files == known
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Which checkpoints go: rules on names, and the pointer that a kill left behind."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.manifest import begin_folder
 from prefixrl_mcore.checkpoint.retention import (
     KEEP_ALL,
@@ -172,4 +174,76 @@ def test_a_checkpoint_whose_pointer_cannot_be_written_is_saved_all_the_same(
     (tmp_path / "latest").mkdir()  # no file can take its place
     write(tmp_path, 1, KEEP_ALL)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000001"]
-    assert "what follows a save failed" in caplog.text
+    assert "latest cannot be written" in caplog.text
+
+
+def test_a_pointer_that_cannot_be_written_stops_neither_retention_nor_the_next_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "latest").mkdir()
+    for step in (1, 2, 3):
+        assert not clean_up(tmp_path).repaired_pointer
+        write(tmp_path, step, Retention(keep_last=1))
+        assert steps(tmp_path) == [f"step-{step:06d}"]
+    assert caplog.text.count("latest cannot be written") == 5  # each save, and two repairs
+    (tmp_path / "latest").rmdir()
+    assert clean_up(tmp_path).repaired_pointer
+
+
+def test_a_clock_that_is_behind_does_not_make_a_new_checkpoint_an_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 10, KEEP_ALL)
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    for step in (20, 15):  # a run that went back from 20 to 10
+        newest = write(tmp_path, step, KEEP_ALL)
+        assert complete_checkpoints(tmp_path)[-1] == newest
+        assert latest_checkpoint(tmp_path) == newest
+    write(tmp_path, 30, Retention(keep_last=2))
+    assert steps(tmp_path) == ["step-000015", "step-000030"]
+
+
+def test_a_checkpoint_whose_state_cannot_be_read_stays_and_the_others_go(tmp_path: Path) -> None:
+    rule = Retention(keep_last=1, keep_best=KeepBest(metric=ACCURACY))
+    strange = write(tmp_path, 10, rule, 0.9)
+    text = (strange / "trainer.json").read_text()
+    (strange / "trainer.json").write_text(
+        text.replace('"format_version": 1', '"format_version": 9')
+    )
+    for step, accuracy in ((20, 0.1), (30, 0.2), (40, 0.0)):
+        write(tmp_path, step, rule, accuracy)
+    assert steps(tmp_path) == ["step-000010", "step-000030", "step-000040"]
+
+
+def refuse_nth_sync(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the flush of ``folder`` itself fail, as after the rename of a save."""
+    sync = manifest._sync
+
+    def refuse(path: Path) -> None:
+        if path == folder:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        sync(path)
+
+    monkeypatch.setattr(manifest, "_sync", refuse)
+
+
+def test_a_save_that_fails_after_its_rename_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        write(tmp_path, step, KEEP_ALL)
+    refuse_nth_sync(monkeypatch, tmp_path)
+    newest = write(tmp_path, 2, Retention(keep_last=2))  # in place of the one before
+    assert "step-000002 is saved, but may not outlive a loss of power" in caplog.text
+    assert latest_checkpoint(tmp_path) == newest
+    assert (tmp_path / "latest").read_text() == "step-000002\n"
+
+
+def test_a_save_whose_folder_vanished_is_not_taken_for_the_one_that_it_would_replace(
+    tmp_path: Path,
+) -> None:
+    final = write(tmp_path, 1, KEEP_ALL)
+    temporary = begin_folder(final)
+    temporary.rmdir()
+    with pytest.raises(FileNotFoundError):
+        publish(temporary, final, KEEP_ALL)

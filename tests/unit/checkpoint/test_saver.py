@@ -1,5 +1,6 @@
 """Saving beside training: snapshots, read-back, refusing storage, one save at a time."""
 
+import errno
 import resource
 import shutil
 import statistics
@@ -10,21 +11,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from prefixrl_mcore.checkpoint import staged
 from prefixrl_mcore.checkpoint.manifest import ReadBackError, SaveError, verify
 from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import clean_up, latest_checkpoint
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver, save_checkpoint
+from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
 from prefixrl_mcore.config.policy import OptimizerConfig
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from tests.support.policies import build_policy, make_batch, max_difference, weights_of
 from tests.support.tiny_models import build_tiny_qwen3, write_model_folder, write_tiny_qwen3
 
 BOTH = pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in background"])
-SHARDED = OptimizerConfig(lr=1e-3, use_distributed_optimizer=True)
 TENSOR_FILE = "__0_0.distcp"
 _gate: threading.Event | None = None
 
@@ -111,6 +115,30 @@ def test_a_second_save_waits_for_its_turn(source: Path, tmp_path: Path) -> None:
     saver.finish(wait=True)
 
 
+def test_a_stop_reckons_with_the_save_under_way_and_a_last_one(
+    source: Path, tmp_path: Path
+) -> None:
+    policy = build_policy(source)
+    saver = CheckpointSaver(tmp_path, in_background=True)
+    assert saver.seconds_to_stop == 0.0
+    with held_writer() as gate:
+        saver.start(1, policy, {})
+        time.sleep(0.2)
+        assert saver.seconds_to_stop > 0.4
+        gate.set()
+        saver.finish(wait=True)
+    assert saver.longest_seconds > 0.2
+    assert saver.seconds_to_stop == saver.longest_seconds
+    saver.longest_seconds = 100.0  # as a resumed run is told
+    saver.start(2, policy, {})
+    assert saver.seconds_to_stop == 200.0
+    saver.finish(wait=True)
+    at_once = CheckpointSaver(tmp_path)
+    save(at_once, 3, policy)
+    assert at_once.longest_seconds > 0.0
+    assert at_once.seconds_to_stop == 0.0  # part of the step's own time
+
+
 def overwrite_with_the_first_save(folder: Path) -> None:
     """What a writer does that keeps a reference to its first snapshot."""
     (under_way,) = folder.glob(".step-*.writing-*")
@@ -140,11 +168,53 @@ def test_a_save_that_wrote_old_tensors_is_found_and_not_sealed(
     save_checkpoint(tmp_path, 3, policy, {})  # and the next one is right again
 
 
-def test_every_kind_of_tensor_can_be_read_back(source: Path, tmp_path: Path) -> None:
-    policy = build_policy(source, optimizer=SHARDED)
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["plain", "distributed"])
+def test_every_kind_of_tensor_is_read_back(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_sharded: bool
+) -> None:
+    policy = build_policy(
+        source, optimizer=OptimizerConfig(lr=1e-3, use_distributed_optimizer=is_sharded)
+    )
     policy.update(make_batch())
-    for step in range(24):  # the step chooses the tensor
-        save_checkpoint(tmp_path, step, policy, {}, Retention(keep_last=1))
+    choose = staged._choose_probe
+    probes: list[staged.Probe] = []
+
+    def choose_all(state: dict[str, Any], turn: int) -> staged.Probe | None:
+        probes.extend(probe for other in range(1000) if (probe := choose(state, other)))
+        return choose(state, turn)
+
+    monkeypatch.setattr(staged, "_choose_probe", choose_all)
+    path = save_checkpoint(tmp_path, 1, policy, {})
+    reader = TorchDistReader(path / "megatron")
+    drawn = {(probe.name, probe.offsets): probe for probe in probes}
+    assert {name for name, _ in drawn} == reader.shapes.keys()
+    for (name, offsets), probe in drawn.items():
+        assert torch.equal(reader.read_piece(name, offsets), probe.value)
+
+
+@pytest.mark.parametrize("num_refusals", [1, 99], ids=["late", "never"])
+def test_storage_that_does_not_give_back_is_asked_again_and_is_no_corruption(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_refusals: int
+) -> None:
+    policy = build_policy(source)
+    monkeypatch.setattr(staged, "_READ_BACK_PAUSES_SECONDS", (0.0, 0.0))
+    tries: list[str] = []
+    open_path = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == TENSOR_FILE and arguments == ("rb",) and len(tries) < num_refusals:
+            tries.append(path.name)
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return open_path(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    if num_refusals == 1:
+        assert save_checkpoint(tmp_path, 1, policy, {}).is_dir()
+    else:
+        with pytest.raises(SaveError, match=r"cannot be read back: rank 0: .*Stale file handle"):
+            save_checkpoint(tmp_path, 1, policy, {})
+        assert list(tmp_path.iterdir()) == []
+    assert len(tries) == min(num_refusals, 3)
 
 
 def test_a_run_that_went_back_does_not_count_the_checkpoints_it_left(

@@ -38,12 +38,39 @@ def test_a_setting_that_came_later_counts_only_when_it_is_used() -> None:
 
 def test_every_difference_is_named() -> None:
     saved = fixed_settings(config())
-    now = config(seed=3, data={"problems": "p.jsonl", "held_out": {"other": "h.jsonl"}})
+    saved["data.shuffle.fast"] = True
+    now = config(seed=3, data={"problems": "p.jsonl", "traces": "t"})
+    del saved["data.traces"]
     assert differing_settings(saved, now) == [
-        "data.held_out.hard: 'h.jsonl' there, no such setting now",
-        "data.held_out.other: not set there, 'h.jsonl' now",
+        "data.shuffle.fast: True there, no such setting now",
+        "data.traces: not set there, 't' now",
         "seed: 0 there, 3 now",
     ]
+
+
+DECAYING = {"optimizer": {"schedule": "linear"}}
+
+
+def test_the_length_of_a_run_whose_learning_rate_falls_may_not_change() -> None:
+    saved = fixed_settings(config(policy=DECAYING, trainer={"num_steps": 40}))
+    now = config(policy=DECAYING, trainer={"num_steps": 41, "max_flops": 1.0})
+    assert differing_settings(saved, now) == [
+        "trainer.num_steps: 40 there, 41 now (the learning rate falls over the run: it would jump)"
+    ]
+    del saved["trainer.num_steps"]  # an earlier version did not save it
+    assert differing_settings(saved, now) == []
+
+
+@pytest.mark.parametrize("engine", ["sglang", "transformers"])
+def test_what_the_engine_samples_may_not_change(engine: str) -> None:
+    saved = fixed_settings(config())
+    dtypes = {"sglang": "float32", "transformers": "bfloat16"}
+    now = config(rollout={engine: {"dtype": dtypes[engine]}})
+    assert [line.partition(":")[0] for line in differing_settings(saved, now)] == [
+        f"rollout.{engine}.dtype"
+    ]
+    saved = {key: value for key, value in saved.items() if not key.startswith("rollout.")}
+    assert differing_settings(saved, now) == []  # an earlier version did not save it
 
 
 def test_a_default_that_changed_since_does_not_hide_what_was_used() -> None:
@@ -64,11 +91,15 @@ def test_a_default_that_changed_since_does_not_hide_what_was_used() -> None:
         pytest.param({"policy": {"recompute": "full"}}, id="recomputation"),
         pytest.param({"policy": {"head": {"memory_gb": 0.5}}}, id="memory of the head"),
         pytest.param({"batch": {"stream_tokens": 50_000}}, id="length of streams"),
-        pytest.param({"reward": {"num_workers": 2}}, id="workers"),
+        pytest.param({"reward": {"num_workers": 3}}, id="workers"),
         pytest.param(
             {"policy": {"optimizer": {"use_distributed_optimizer": True}}}, id="optimizer's shards"
         ),
         pytest.param({"rollout": {"engine": "transformers"}}, id="engine"),
+        pytest.param({"rollout": {"sglang": {"max_retries": 5, "url": "http://x"}}}, id="server"),
+        pytest.param({"policy": {"experts": {"implementation": "grouped"}}}, id="experts"),
+        pytest.param({"model": {"path": "elsewhere"}}, id="place of the model"),
+        pytest.param({"data": {"problems": "p.jsonl", "held_out": {}}}, id="held-out problems"),
     ],
 )
 def test_what_decides_only_how_and_where_may_change(changes: dict[str, Any]) -> None:
@@ -126,4 +157,4 @@ def test_other_settings_are_refused_by_name() -> None:
 
 def test_the_run_folder_is_a_path_that_json_knows() -> None:
     assert isinstance(config().run_folder, Path)
-    assert fixed_settings(config())["model.path"] == "model"
+    assert fixed_settings(config())["data.problems"] == "p.jsonl"

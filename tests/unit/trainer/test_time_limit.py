@@ -1,9 +1,15 @@
-"""The wall-clock limit: when a next step would come too late."""
+"""The wall-clock limit: when a next step would come too late. Signals: what the run exits with."""
 
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 
 from prefixrl_mcore.config.run import TrainerConfig
-from prefixrl_mcore.trainer.signals import TimeLimit
+from prefixrl_mcore.trainer import signals
+from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
 
 
 class Clock:
@@ -60,3 +66,41 @@ def test_a_phase_does_not_inherit_the_longest_step_of_the_one_before() -> None:
     limit.begin()
     # Steps of 5 s: at 85, one more would end at 90 and leave the margin exactly.
     assert asked_after(limit, clock, *[5] * 7) == [False] * 6 + [True]
+
+
+def test_the_saves_that_a_stop_waits_for_count() -> None:
+    clock = Clock()
+    config = TrainerConfig(max_seconds=100.0, stop_margin_seconds=10.0)
+    limit = TimeLimit(config, started=1000.0, clock=clock)
+    assert asked_after(limit, clock, 20, 20) == [False, False]
+    clock.now += 20  # at 60, with steps of 20 s: 90 of 100 without a save, 100 with one of 10 s
+    assert not limit.is_near(9.9)
+    assert limit.is_near(10.0)
+
+
+@pytest.fixture
+def stop() -> Iterator[StopSignal]:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield StopSignal(TimeLimit(TrainerConfig(), started=0.0))
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_the_exit_code_is_what_the_ranks_agreed_on(stop: StopSignal) -> None:
+    assert not stop.is_set()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.exit_code == 0  # in the last step: nothing was left to stop
+    assert stop.is_set()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.is_stopping()
+    assert stop.exit_code == 128 + signal.SIGUSR1
+
+
+def test_the_signal_of_another_rank_counts(
+    stop: StopSignal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_ranks = np.asarray([[0.0], [float(signal.SIGTERM)]])
+    monkeypatch.setattr(signals, "gather_floats", lambda _: of_ranks)
+    assert stop.is_set()
+    assert stop.exit_code == 128 + signal.SIGTERM

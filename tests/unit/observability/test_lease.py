@@ -1,0 +1,89 @@
+"""One trainer per run folder, on one host and on several."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.observability.lease import Lease
+
+QUICK = {"renewal_seconds": 0.05, "stale_seconds": 0.4}
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_second_trainer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    file = tmp_path / "run" / "lease.json"
+    with Lease(file):
+        with pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* writes to this run"):
+            Lease(file).__enter__()
+        assert file.exists()
+    assert not file.exists()
+    with Lease(file):
+        pass
+
+
+@pytest.mark.parametrize("is_number_taken", [False, True], ids=["dead", "number taken again"])
+def test_a_lease_of_a_killed_process_of_this_host_is_stale_at_once(
+    tmp_path: Path, is_number_taken: bool
+) -> None:
+    file = tmp_path / "lease.json"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with Lease(file):
+        text = file.read_text()
+    file.write_text(text)
+    rewrite(file, token="other", process_start="1")
+    if not is_number_taken:
+        rewrite(file, pid=dead.pid)
+    begin = time.monotonic()
+    with Lease(file):
+        assert time.monotonic() - begin < 5.0  # an other host's would take a minute
+
+
+def test_another_hosts_lease_is_respected_as_long_as_it_is_renewed(tmp_path: Path) -> None:
+    file = tmp_path / "lease.json"
+    with Lease(file):
+        text = file.read_text()
+    file.write_text(text)
+    rewrite(file, host="elsewhere", token="other")
+    theirs = file.read_text()
+    end = threading.Event()
+
+    def renew() -> None:
+        while not end.wait(0.05):
+            file.write_text(theirs)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    with pytest.raises(ConfigError, match="on elsewhere writes to this run folder"):
+        Lease(file, **QUICK).__enter__()
+    end.set()
+    thread.join()
+    begin = time.monotonic()
+    with Lease(file, **QUICK):  # silent now
+        assert time.monotonic() - begin >= 0.4
+        assert json.loads(file.read_text())["host"] != "elsewhere"
+
+
+def test_a_lease_is_renewed_and_one_that_was_taken_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "lease.json"
+    with Lease(file, **QUICK):
+        first = file.stat().st_mtime_ns
+        time.sleep(0.3)
+        assert file.stat().st_mtime_ns > first
+        rewrite(file, token="other")
+        time.sleep(0.3)
+    assert json.loads(file.read_text())["token"] == "other"
+    assert "another trainer took this run folder" in caplog.text

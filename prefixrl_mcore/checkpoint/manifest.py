@@ -10,6 +10,7 @@ complete folder on its way out, ``.<final name>.deleting-<id>`` is being removed
 kind is ever read again: when a kill fell between the two renames of a replacement.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -105,6 +106,7 @@ def seal_folder(
     *,
     with_manifest: bool = True,
     digests: Mapping[str, str] | None = None,
+    may_replace: bool = True,
 ) -> None:
     """Make ``temporary`` durable, write its manifest, and rename it to ``final``.
 
@@ -117,15 +119,20 @@ def seal_folder(
         with_manifest: list the files with sizes and checksums.
         digests: hexadecimal SHA-256 of files that were hashed when they were written, by path
             relative to the folder; the others are hashed here.
+        may_replace: False refuses a ``final`` that is no empty folder, and leaves it as it is.
+
+    Raises:
+        FileExistsError: if ``final`` may not be replaced.
+        OSError: if the storage refuses.
     """
     _sync_tree(temporary)
     if with_manifest:
         _write_manifest(temporary, digests or {})
     replaced = None
-    if final.exists():
+    if may_replace and final.exists():
         replaced = _temporary_path(final, "replaced")
         final.rename(replaced)
-    temporary.rename(final)
+    _rename_to_free_name(temporary, final)
     _sync(final.parent)
     if replaced is not None:
         _remove_tree(replaced, final)
@@ -312,6 +319,16 @@ def hash_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> st
 
 def _temporary_path(final: Path, kind: str) -> Path:
     return final.with_name(f".{final.name}.{kind}-{uuid.uuid4().hex}")
+
+
+def _rename_to_free_name(folder: Path, final: Path) -> None:
+    """Rename a folder; the system does it in place of nothing and of empty folders only."""
+    try:
+        folder.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(f"{final}: exists and is no empty folder") from error
+        raise
 
 
 def _remove_tree(folder: Path, final: Path) -> None:

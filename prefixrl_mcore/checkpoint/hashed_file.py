@@ -15,9 +15,9 @@ _MIN_BYTES_BESIDE = 1 << 16  # below that, handing a block to a thread costs mor
 class HashedFile:
     """A new file, written from its beginning to its end; use as a context manager.
 
-    A block is hashed in a thread beside its writing. When the storage refuses, the error is kept
-    and further blocks are dropped, because ``torch.save`` hides an error of its file behind one
-    of its own; ``close`` raises it.
+    A block is hashed in a thread beside its writing. Whatever goes wrong in writing a block, an
+    interruption included, is kept and further blocks are dropped, because ``torch.save`` hides an
+    error of its file behind one of its own; ``raise_kept`` and ``close_durably`` raise it.
     """
 
     def __init__(self, path: Path, on_bytes: Callable[[int], object] | None = None) -> None:
@@ -35,7 +35,7 @@ class HashedFile:
         """Bytes written so far."""
         self._on_bytes = on_bytes
         self._digest = hashlib.sha256()
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         try:
             self._file = path.open("wb", buffering=0)
         except OSError as error:
@@ -58,8 +58,23 @@ class HashedFile:
         """Append a block and return its size."""
         content = memoryview(block).cast("B")
         if self._error is None:
-            self._append(content)
+            try:
+                self._append(content)
+            except BaseException as error:
+                self._error = error
         return len(content)
+
+    def raise_kept(self) -> None:
+        """Raise what went wrong in an earlier block, if anything did.
+
+        Raises:
+            SaveError: if the storage refused it.
+            BaseException: if something else stopped its writing.
+        """
+        if isinstance(self._error, OSError):
+            raise _refused(self.path, self._error) from self._error
+        if self._error is not None:
+            raise self._error
 
     def flush(self) -> None:
         """Do nothing: blocks are not collected. ``torch.save`` wants this method."""
@@ -69,10 +84,10 @@ class HashedFile:
 
         Raises:
             SaveError: if the storage refused this or an earlier block.
+            BaseException: if something else stopped the writing of an earlier block.
         """
+        self.raise_kept()
         try:
-            if self._error is not None:
-                raise self._error
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _refused(self.path, error) from error
@@ -81,18 +96,15 @@ class HashedFile:
     def _append(self, content: memoryview) -> None:
         beside = len(content) >= _MIN_BYTES_BESIDE
         hashing = self._thread.submit(self._digest.update, content) if beside else None
-        try:
-            written = 0
-            while written < len(content):
-                written += self._file.write(content[written:])
-        except OSError as error:
-            self._error = error
+        written = 0
+        while written < len(content):
+            written += self._file.write(content[written:])
         if hashing is None:
             self._digest.update(content)
         else:
             hashing.result()
         self.size_bytes += len(content)
-        if self._on_bytes is not None and self._error is None:
+        if self._on_bytes is not None:
             self._on_bytes(len(content))
 
 

@@ -10,6 +10,7 @@ complete folder on its way out, ``.<final name>.deleting-<id>`` is being removed
 kind is ever read again: when a kill fell between the two renames of a replacement.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -109,6 +110,7 @@ def seal_folder(
     with_manifest: bool = True,
     known: Mapping[str, ManifestEntry] | None = None,
     not_before: float = 0.0,
+    may_replace: bool = True,
 ) -> None:
     """Make ``temporary`` durable, write its manifest, and rename it to ``final``.
 
@@ -122,18 +124,20 @@ def seal_folder(
         known: size and digest of what was written to files that were hashed on the way, by path
             relative to the folder; the others are hashed here.
         not_before: unix seconds; the folder counts as sealed then if the clock is behind it.
+        may_replace: False refuses a ``final`` that is no empty folder, and leaves it as it is.
 
     Raises:
+        FileExistsError: if ``final`` may not be replaced.
         OSError: if the storage refuses, or a file has another size than what was written to it.
     """
     _sync_tree(temporary)
     if with_manifest:
         _write_manifest(temporary, known or {}, max(time.time(), not_before))
     replaced = None
-    if final.exists():
+    if may_replace and final.exists():
         replaced = _temporary_path(final, "replaced")
         final.rename(replaced)
-    temporary.rename(final)
+    _rename_to_free_name(temporary, final)
     _sync(final.parent)
     if replaced is not None:
         _remove_tree(replaced, final)
@@ -326,6 +330,16 @@ def hash_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> st
 
 def _temporary_path(final: Path, kind: str) -> Path:
     return final.with_name(f".{final.name}.{kind}-{uuid.uuid4().hex}")
+
+
+def _rename_to_free_name(folder: Path, final: Path) -> None:
+    """Rename a folder; the system does it in place of nothing and of empty folders only."""
+    try:
+        folder.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(f"{final}: exists and is no empty folder") from error
+        raise
 
 
 def _remove_tree(folder: Path, final: Path) -> None:

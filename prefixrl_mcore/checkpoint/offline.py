@@ -24,14 +24,10 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import (
     copy_assets,
     read_hf_config,
 )
-from prefixrl_mcore.checkpoint.convert.hf_writer import (
-    MAX_FILE_BYTES,
-    refuse_existing,
-    write_hf_folder,
-)
+from prefixrl_mcore.checkpoint.convert.hf_writer import MAX_FILE_BYTES, write_hf_folder
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
-from prefixrl_mcore.checkpoint.manifest import SaveError
-from prefixrl_mcore.checkpoint.resumable import ResumableFolder
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
+from prefixrl_mcore.checkpoint.resumable import ResumableFolder, refuse_existing
 from prefixrl_mcore.checkpoint.run_checkpoints import (
     HF_FOLDER,
     MEGATRON_FOLDER,
@@ -132,8 +128,9 @@ def convert_from_hf(
     with HfWeights(source) as weights:
         weights.check(hf_config)
         conversion = _FromHf(weights, hf_config, dtype)
+        facts = _hf_facts(source, weights)
         task = {
-            "of": _hf_facts(source, weights),
+            "of": facts,
             "dtype": str(dtype),
             "max_file_bytes": max_file_bytes,
         }
@@ -150,6 +147,7 @@ def convert_from_hf(
                 )
             except OSError as error:
                 raise SaveError(f"{out}: the storage refused: {error}; repeat") from error
+            _refuse_changed(source, weights, facts)
             folder.seal(with_manifest=True)
     logger.info("wrote checkpoint %s from %s", out, source)
 
@@ -234,10 +232,28 @@ class _FromHf:
 def _hf_facts(source: Path, weights: HfWeights) -> dict[str, Any]:
     """Return what tells this model folder's content from any other's, JSON.
 
-    Weight files by size and time: hashing them would take as long as converting them.
+    Weight files by place, size and times: hashing them would take as long as converting them. The
+    time of the last change of the inode is there because copying tools set the other one.
     """
-    stats = {path.name: path.stat() for path in weights.files}
+    files = {path.name: path.resolve() for path in weights.files}
+    stats = {name: (str(path), path.stat()) for name, path in files.items()}
     return {
-        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "files": {
+            name: [path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
+            for name, (path, s) in stats.items()
+        },
         "config": hashlib.sha256((source / CONFIG_NAME).read_bytes()).hexdigest(),
     }
+
+
+def _refuse_changed(source: Path, weights: HfWeights, facts: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the folder is not what it was at the beginning."""
+    try:
+        is_same = _hf_facts(source, weights) == facts
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise CheckpointError(
+            f"{source}: changed while it was converted, so that the result would mix two models; "
+            "wait until nothing writes there, and repeat"
+        )

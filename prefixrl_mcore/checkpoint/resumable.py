@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,14 @@ class FinishedFile:
     """What the writer wants to know of the file when it goes on after a kill; JSON."""
 
 
+def refuse_existing(out: Path) -> None:
+    """Raise CheckpointError if ``out`` is a file or a folder that holds something."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise CheckpointError(
+            f"{out}: exists, expected a new or empty folder; remove it or name another one"
+        )
+
+
 class ResumableFolder:
     """The folder while it is written; use as a context manager, and ``seal`` it at the end."""
 
@@ -62,7 +71,8 @@ class ResumableFolder:
         """Make the folder, or take up the one that a killed writer left.
 
         Raises:
-            CheckpointError: if it cannot be made, or another process is writing it.
+            CheckpointError: if it cannot be made, another process is writing it, or the final name
+                holds something.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -73,6 +83,7 @@ class ResumableFolder:
             ) from None
         try:
             self._take_lock(self._lock)
+            self._refuse_result()
             self._take_up()
         except BaseException:
             self._unlock()
@@ -103,18 +114,30 @@ class ResumableFolder:
         self._write_journal()
 
     def seal(self, *, with_manifest: bool) -> None:
-        """Make the folder durable and give it its final name.
+        """Make the folder durable and give it its final name, in place of nothing or an empty one.
 
         Raises:
-            SaveError: if the storage refuses.
+            SaveError: if the storage refuses, or the final name holds something by now, which is
+                left as it is.
         """
         known = {
             name: manifest.ManifestEntry(size_bytes=file.size_bytes, sha256=file.sha256)
             for name, file in self.finished.items()
         }
         try:
-            manifest.seal_folder(self.path, self._final, with_manifest=with_manifest, known=known)
+            manifest.seal_folder(
+                self.path,
+                self._final,
+                with_manifest=with_manifest,
+                known=known,
+                may_replace=False,
+            )
             self._journal.unlink()
+        except FileExistsError:
+            raise SaveError(
+                f"{self._final}: came to hold something during the conversion; move it away and "
+                "repeat the command, finished files are kept"
+            ) from None
         except OSError as error:
             raise SaveError(f"{self._final}: the storage refused: {error}") from error
 
@@ -129,6 +152,15 @@ class ResumableFolder:
             logger.warning(
                 "%s: cannot be locked (%s); let only one process write", self.path, error
             )
+
+    def _refuse_result(self) -> None:
+        """Refuse a final name that another process has filled before the lock was taken."""
+        try:
+            refuse_existing(self._final)
+        except CheckpointError:
+            with suppress(OSError):
+                self.path.rmdir()  # unless a killed conversion left something there
+            raise
 
     def _take_up(self) -> None:
         """Keep the finished files of the same task; remove everything else."""

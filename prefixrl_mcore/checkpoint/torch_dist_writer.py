@@ -117,6 +117,7 @@ class TorchDistWriter:
             for piece in pieces:
                 begin = file.size_bytes
                 _save(piece.tensor, file)
+                file.raise_kept()
                 written.append(
                     StoredPiece(
                         name=piece.name,

@@ -177,6 +177,10 @@ FAMILIES: Mapping[str, Family] = {
             "attention_bias": False,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
+            # Written by some releases, in the only way that transformers computes.
+            "use_qk_norm": True,
+            "shared_expert_intermediate_size": 0,
+            "qkv_bias": False,
             **_COMMON,
         },
         # The auxiliary loss is a choice of the training; this trainer has none.
@@ -184,7 +188,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "Qwen2ForCausalLM": Family(
         has_qkv_bias=True,
-        required={"model_type": "qwen2", **_COMMON},
+        required={"model_type": "qwen2", "use_mrope": False, **_COMMON},
         ignored=_NOT_COMPUTED,
     ),
     "LlamaForCausalLM": Family(

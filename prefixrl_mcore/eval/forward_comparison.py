@@ -29,10 +29,13 @@ class ForwardComparison:
     """Tokens of the prompts that were predicted."""
 
     max_logprob_difference: float
-    """Largest absolute difference of a token's logprob, nats."""
+    """Largest absolute difference of a token's logprob, nats; NaN if one of them is not finite."""
 
     top1_agreement: float
     """Share of predictions whose most likely token is the same, 0-1."""
+
+    num_nonfinite: tuple[int, int]
+    """Tokens whose logprob is NaN or infinite, in the first and in the second model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,15 +84,24 @@ def compare_forward(
     if not token_ids:
         raise ValueError("prompts: none has two tokens or more, so that nothing is predicted")
     ours, theirs = _predict(first, token_ids), _predict(second, token_ids)
-    pairs = list(zip(ours, theirs, strict=True))
-    num_tokens = sum(len(one.top1) for one in ours)
-    agreements = sum(int((one.top1 == other.top1).sum()) for one, other in pairs)
+    return _compare(_joined(ours), _joined(theirs))
+
+
+def _joined(parts: Sequence[_Predictions]) -> _Predictions:
+    return _Predictions(
+        logprobs=torch.cat([part.logprobs for part in parts]),
+        top1=torch.cat([part.top1 for part in parts]),
+    )
+
+
+def _compare(ours: _Predictions, theirs: _Predictions) -> ForwardComparison:
+    gaps = (ours.logprobs - theirs.logprobs).abs()
+    nonfinite = [int((~one.logprobs.isfinite()).sum()) for one in (ours, theirs)]
     return ForwardComparison(
-        num_tokens=num_tokens,
-        max_logprob_difference=max(
-            float((one.logprobs - other.logprobs).abs().max()) for one, other in pairs
-        ),
-        top1_agreement=agreements / num_tokens,
+        num_tokens=len(gaps),
+        max_logprob_difference=float("nan") if any(nonfinite) else float(gaps.max()),
+        top1_agreement=float((ours.top1 == theirs.top1).double().mean()),
+        num_nonfinite=(nonfinite[0], nonfinite[1]),
     )
 
 

@@ -91,3 +91,12 @@ def _show_comparison(
                 f"{forward.top1_agreement:.4f}"
             )
         )
+        if any(forward.num_nonfinite):
+            ours, theirs = forward.num_nonfinite
+            console.print(
+                Text(
+                    f"forward: logprobs that are NaN or infinite: {ours} tokens of {first}, "
+                    f"{theirs} of {second}; nothing can be said of these models",
+                    style="bold red",
+                )
+            )

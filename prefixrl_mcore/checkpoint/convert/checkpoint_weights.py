@@ -16,6 +16,8 @@ from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, MEGATRON_FOLDER
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
 
 _DATA_SUFFIX = ".distcp"
+_NO_WEIGHT_PREFIXES = ("optimizer.", "chained_")  # Megatron's, of the optimizer's state
+_NO_WEIGHT_SUFFIX = "_extra_state"  # Transformer Engine's own
 
 
 class CheckpointWeights:
@@ -50,12 +52,16 @@ class CheckpointWeights:
         self._reader = TorchDistReader(path / MEGATRON_FOLDER)
         self._sources: dict[str, tuple[Rule, Place, int]] = {}
         self._last: tuple[tuple[Rule, Place] | None, list[Tensor]] = (None, [])
+        used: set[str] = set()
         for rule, place in self._table.weights(self._dims):
-            dtype = self._reader.dtypes[self._stored_as(rule, place)[0]]
+            stored, _ = self._stored_as(rule, place)
+            used.add(stored)
+            dtype = self._reader.dtypes[stored]
             for index, weight in enumerate(rule.hf):
                 name = hf_name(weight, place)
                 self.infos[name] = TensorInfo(shape=weight.shape(self._dims), dtype=dtype)
                 self._sources[name] = (rule, place, index)
+        self._refuse_unused(used)
 
     def read(self, name: str) -> Tensor:
         """Return one weight; it may share memory with the file and must not be written to.
@@ -101,6 +107,19 @@ class CheckpointWeights:
         indices = tuple(index for index in places if index is not None)
         self._check_shape(rule, name, shapes[name][len(indices) :])
         return name, indices
+
+    def _refuse_unused(self, used: set[str]) -> None:
+        """Refuse weights that no rule has asked for: the folder would be another model."""
+        unused = sorted(
+            name
+            for name in self._reader.shapes.keys() - used
+            if not name.startswith(_NO_WEIGHT_PREFIXES) and not name.endswith(_NO_WEIGHT_SUFFIX)
+        )
+        if unused:
+            raise CheckpointError(
+                f"{self.path}: holds {len(unused)} weights that its config.json says nothing of: "
+                f"{', '.join(unused[:5])}; use a checkpoint and config.json of the same model"
+            )
 
     def _check_shape(self, rule: Rule, name: str, shape: tuple[int, ...]) -> None:
         expected = rule.full_shape(self._dims)

@@ -19,7 +19,12 @@ from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.fused_experts import FusedPart, fused_parts
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
-from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo, dtype_of, read_places
+from prefixrl_mcore.checkpoint.convert.safetensors_file import (
+    TYPE_NAMES,
+    TensorInfo,
+    dtype_of,
+    read_places,
+)
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.config.json_files import read_json_object
 
@@ -186,8 +191,8 @@ class HfWeights:
             dtype = dtype_of(stored.get_dtype())
             if dtype is None:
                 raise CheckpointError(
-                    f"{path}: weight {name} has type {stored.get_dtype()}, expected plain numbers "
-                    "such as BF16; quantized weights cannot be converted"
+                    f"{path}: weight {name} has type {stored.get_dtype()}, expected one of "
+                    f"{', '.join(TYPE_NAMES.values())}; quantized weights cannot be converted"
                 )
             self.infos[name] = TensorInfo(shape=tuple(stored.get_shape()), dtype=dtype)
         for name, (begin, length) in read_places(path).items():
@@ -240,7 +245,14 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 
 def _weight_files(folder: Path, index: dict[str, str] | None) -> list[Path]:
     if index is not None:
-        return sorted({folder / name for name in index.values()})
+        named = {folder / name for name in index.values()}
+        others = sorted(path.name for path in folder.glob("*.safetensors") if path not in named)
+        if others:
+            raise CheckpointError(
+                f"{folder}: has weight files that {INDEX_NAME} does not name: {others[:3]}, of "
+                "which other programs may read another model; remove them or the index"
+            )
+        return sorted(named)
     path = folder / SINGLE_FILE
     if not path.exists():
         raise CheckpointError(

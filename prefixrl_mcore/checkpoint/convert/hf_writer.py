@@ -18,8 +18,8 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import (
 )
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo, write_safetensors
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
-from prefixrl_mcore.checkpoint.resumable import ResumableFolder
+from prefixrl_mcore.checkpoint.manifest import SaveError
+from prefixrl_mcore.checkpoint.resumable import ResumableFolder, refuse_existing
 
 logger = logging.getLogger(__name__)
 
@@ -121,14 +121,6 @@ def plan_files(infos: Mapping[str, TensorInfo], max_file_bytes: int) -> dict[str
         f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
         for number, group in enumerate(groups, start=1)
     }
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise CheckpointError if ``out`` is a file or a folder that holds something."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise CheckpointError(
-            f"{out}: exists, expected a new or empty folder; remove it or name another one"
-        )
 
 
 def _reader_ahead(source: HfSource, names: list[str]) -> Callable[[str], Tensor]:

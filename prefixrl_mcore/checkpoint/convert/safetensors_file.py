@@ -21,19 +21,15 @@ BLOCK_BYTES = 64 * 1024**2
 
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
-_TYPE_NAMES: Mapping[torch.dtype, str] = {
+TYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
 }
-_DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in _TYPE_NAMES.items()}
+"""Types that weights of a model have; whole numbers are quantized ones or no weights."""
+
+_DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +49,7 @@ class TensorInfo:
 
 
 def dtype_of(type_name: str) -> torch.dtype | None:
-    """Return the type that a header names; None for one that no model here has."""
+    """Return the type that a header names; None for one that is no weight's."""
     return _DTYPES.get(type_name)
 
 
@@ -100,6 +96,7 @@ def write_safetensors(
             assert tuple(tensor.shape) == info.shape, f"{name}: planned {info.shape}"
             for block in _blocks(tensor, info.dtype):
                 file.write(block)
+                file.raise_kept()
         return file.size_bytes, file.close_durably()
 
 
@@ -109,7 +106,7 @@ def _header(infos: Mapping[str, TensorInfo]) -> bytes:
     for name, info in infos.items():
         end = begin + info.num_bytes
         header[name] = {
-            "dtype": _TYPE_NAMES[info.dtype],
+            "dtype": TYPE_NAMES[info.dtype],
             "shape": list(info.shape),
             "data_offsets": [begin, end],
         }

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,23 @@ def test_an_index_that_does_not_fit_its_files_is_refused(source: Path, tmp_path:
     (out / "model-00002-of-00004.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00004\.safetensors: is missing"):
         check(out)
+
+
+def test_a_weight_file_that_the_index_does_not_name_is_refused(
+    source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    write_hf_folder(HeldWeights(weights_in(source)), source, out, max_file_bytes=100_000)
+    shutil.copyfile(source / "model.safetensors", out / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not name: \['model\.safetensors'\]"):
+        check(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])
+def test_weights_that_are_no_real_numbers_are_refused(source: Path, dtype: torch.dtype) -> None:
+    rewrite(source, **{Q_PROJ: torch.ones(64, 64, dtype=dtype)})
+    with pytest.raises(CheckpointError, match=rf"{Q_PROJ} has type .* F64, F32, BF16, F16"):
+        check(source)
 
 
 def test_everything_but_weights_is_copied_byte_for_byte(source: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, read_manifest, verify
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, read_manifest, seal_folder, verify
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
@@ -181,6 +181,18 @@ def test_a_hole_in_a_tensor_is_refused(tmp_path: Path) -> None:
     write_pieces(tmp_path, [piece("w", (3, 1), (0, 0), 5, 6)])
     with pytest.raises(CheckpointError, match=r": w has pieces of 2 .* expected 3"):
         TorchDistReader(tmp_path).read("w")
+
+
+def test_weights_that_the_config_says_nothing_of_are_refused(tmp_path: Path) -> None:
+    source = write_tiny_qwen3(tmp_path / "source", tie_word_embeddings=False)
+    convert_from_hf(source, tmp_path / "checkpoint")
+    config_file = tmp_path / "checkpoint" / "hf" / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    (tmp_path / "checkpoint" / "manifest.json").unlink()
+    seal_folder(tmp_path / "checkpoint", tmp_path / "sealed")
+    with pytest.raises(CheckpointError, match=r"holds 1 weights .*: output_layer\.weight"):
+        convert_to_hf(tmp_path / "sealed", tmp_path / "out")
 
 
 class Malicious:

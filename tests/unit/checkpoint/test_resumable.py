@@ -1,5 +1,6 @@
 """What is kept of a killed conversion, and what is not."""
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.resumable import ResumableFolder
+from tests.support.policies import max_difference
 from tests.support.tiny_models import write_tiny_qwen3
 from tests.support.weights import weights_in
 
@@ -87,6 +89,89 @@ def test_a_finished_file_that_changed_is_written_again(
     assert "kept 1 finished files" in caplog.text
     truth = weights_in(tmp_path / "source")
     assert all(torch.equal(t, truth[name]) for name, t in weights_in(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+def test_an_interruption_is_told_as_such_at_once(
+    checkpoint: Path, tmp_path: Path, direction: str
+) -> None:
+    convert, source = {
+        "to-hf": (convert_to_hf, checkpoint),
+        "from-hf": (convert_from_hf, tmp_path / "source"),
+    }[direction]
+    num_calls = 0
+
+    def interrupt(_number: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", on_start=lambda _total: interrupt)
+    assert num_calls == 1
+
+
+@pytest.mark.parametrize("how", ["place", "inode", "time"])
+def test_another_source_with_the_same_names_sizes_and_times_begins_anew(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_tiny_qwen3(tmp_path / "source")
+    path = source / "model.safetensors"
+    with pytest.raises(StoppedError):
+        convert_from_hf(
+            source, tmp_path / "out", max_file_bytes=MAX_FILE_BYTES, on_start=stop_after(100_000)
+        )
+    other = write_tiny_qwen3(tmp_path / "other", seed=1)
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    os.utime(other / "model.safetensors", ns=times)
+    if how == "inode":
+        (other / "model.safetensors").replace(path)
+    elif how == "time":
+        path.write_bytes((other / "model.safetensors").read_bytes())
+        os.utime(path, ns=times)
+    taken = other if how == "place" else source
+    convert_from_hf(taken, tmp_path / "out", max_file_bytes=MAX_FILE_BYTES)
+    assert "begins anew" in caplog.text
+    convert_to_hf(tmp_path / "out", tmp_path / "back")
+    assert max_difference(weights_in(tmp_path / "back"), weights_in(taken)) == 0.0
+
+
+def test_a_source_that_changes_during_the_conversion_is_refused(tmp_path: Path) -> None:
+    source = write_tiny_qwen3(tmp_path / "source")
+
+    def touch(_number: int) -> None:
+        os.utime(source / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match="source: changed while it was converted"):
+        convert_from_hf(source, tmp_path / "out", on_start=lambda _total: touch)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_arrives_under_the_final_name_meanwhile_is_kept(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def fill(_number: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "precious").write_text("1")
+
+    with pytest.raises(SaveError, match="out: came to hold something during the conversion"):
+        convert_to_hf(checkpoint, out, on_start=lambda _total: fill)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    (out / "precious").unlink()
+    convert_to_hf(checkpoint, out)  # in place of the empty folder
+    assert weights_in(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out", "source"]
+
+
+def test_a_result_of_another_process_is_not_replaced(tmp_path: Path) -> None:
+    folder = ResumableFolder(tmp_path / "out", {})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("1")
+    with pytest.raises(CheckpointError, match="out: exists"):
+        folder.__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_processes_do_not_write_one_folder(checkpoint: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the stages of a run; each takes CONFIG and any setting as a flag."""
-    _add_config_command(
+    collect = _add_config_command(
         commands,
         "collect",
         _collect,
@@ -80,7 +80,7 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         "Writes the trace store (Parquet). A killed collection continues where it stopped. All "
         "sampling, failed tries included, is charged to the run in FLOPs.",
     )
-    _add_config_command(
+    prefixes = _add_config_command(
         commands,
         "prefixes",
         _prefixes,
@@ -109,13 +109,6 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         help="write torch.profiler traces of these steps to profile/ in the run folder: short for "
         "--profile.steps; see also --profile.ranks, --profile.with-stacks, "
         "--profile.memory-snapshot",
-    )
-    train.add_argument(
-        "--init",
-        type=Path,
-        metavar="FOLDER",
-        help="begin with this model in place of the config's model.path: a Hugging Face folder, or "
-        "a checkpoint, of which RUN/model is made first; give it again with --resume",
     )
     again = _add_config_command(
         commands,
@@ -151,6 +144,20 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         "to change if not, and with --suggest or another number of --gpus the best layouts.",
     )
     _add_machine_options(check)
+    for command in (collect, prefixes, train, evaluate, check):
+        _add_init(command)
+
+
+def _add_init(command: argparse.ArgumentParser) -> None:
+    """Add the choice of the run's initial model."""
+    command.add_argument(
+        "--init",
+        type=Path,
+        metavar="FOLDER",
+        help="begin with this model in place of the config's model.path: a Hugging Face folder, or "
+        "a checkpoint, of which RUN/model is made first; give it to every command of the run, and "
+        "again with --resume",
+    )
 
 
 def _add_machine_options(check: argparse.ArgumentParser) -> None:
@@ -361,6 +368,8 @@ def _escape(text: str) -> str:
 
 def _load(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
     """Read CONFIG with the flags on top."""
+    if getattr(arguments, "init", None) and any(f.startswith("--model.path") for f in rest):
+        raise ValueError("--init and --model.path say the same thing; give one of them")
     if arguments.help_settings:
         rest = [*rest, "--help"]
     if arguments.config.suffix != ".toml" and not arguments.config.exists():
@@ -371,28 +380,36 @@ def _load(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
     return load_config(RunConfig, arguments.config, rest)
 
 
+def _load_with_model(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
+    """Read CONFIG with the flags and ``--init`` on top; ``RUN/model`` is made if it is needed."""
+    config = _load(arguments, rest)
+    if arguments.init is None:
+        return config
+    from prefixrl_mcore.trainer.initial_model import take_initial_model
+
+    return take_initial_model(config, arguments.init)
+
+
 # Each command imports what it needs: `prefixrl check` and `--help` answer without torch.
 
 
 def _collect(arguments: argparse.Namespace, rest: list[str]) -> int:
     from prefixrl_mcore.trainer.collect import collect
 
-    collect(_load(arguments, rest))
+    collect(_load_with_model(arguments, rest))
     return 0
 
 
 def _prefixes(arguments: argparse.Namespace, rest: list[str]) -> int:
     from prefixrl_mcore.trainer.cut import cut
 
-    cut(_load(arguments, rest))
+    cut(_load_with_model(arguments, rest))
     return 0
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.profile:
         rest = [*rest, "--profile.steps", *map(str, arguments.profile)]
-    if arguments.init and any(flag.startswith("--model.path") for flag in rest):
-        raise ValueError("--init and --model.path say the same thing; give one of them")
     config = _load(arguments, rest)
     if _needs_ranks(config):
         return _start_ranks(config, arguments.argv)
@@ -436,7 +453,7 @@ def _start_ranks(config: RunConfig, argv: list[str]) -> int:
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     from prefixrl_mcore.eval.command import evaluate_checkpoint
 
-    evaluate_checkpoint(_load(arguments, rest), arguments.checkpoint)
+    evaluate_checkpoint(_load_with_model(arguments, rest), arguments.checkpoint)
     return 0
 
 
@@ -445,6 +462,10 @@ def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
     from prefixrl_mcore.launch.check import Machine, gpu_flops, print_check
 
     config = _load(arguments, rest)
+    if arguments.init:
+        from prefixrl_mcore.trainer.initial_model import with_shape_of
+
+        config = with_shape_of(config, arguments.init)
     machine = Machine(
         num_gpus=arguments.gpus,
         memory_gib=arguments.gpu_memory,

@@ -27,7 +27,7 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import (
 from prefixrl_mcore.checkpoint.convert.hf_writer import MAX_FILE_BYTES, write_hf_folder
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
-from prefixrl_mcore.checkpoint.resumable import ResumableFolder, refuse_existing
+from prefixrl_mcore.checkpoint.resumable import ResumableFolder, refuse_unless_sealing
 from prefixrl_mcore.checkpoint.run_checkpoints import (
     HF_FOLDER,
     MEGATRON_FOLDER,
@@ -57,6 +57,7 @@ def convert_to_hf(
     dtype: torch.dtype | None = None,
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
+    more_files: Mapping[str, str] | None = None,
     on_start: OnStart | None = None,
 ) -> Path:
     """Write the weights of a checkpoint as a Hugging Face folder; return the checkpoint's path.
@@ -69,6 +70,7 @@ def convert_to_hf(
         out: folder to make; must not exist, or be empty.
         dtype: type of the written weights; None keeps the checkpoint's.
         max_file_bytes: size of weights above which a new file is begun.
+        more_files: text of further files, by name.
         on_start: for progress.
 
     Raises:
@@ -76,7 +78,7 @@ def convert_to_hf(
             missing or of the wrong shape, or ``out`` holds something.
         SaveError: if the storage refuses.
     """
-    refuse_existing(out)
+    refuse_unless_sealing(out)
     path = resolve_checkpoint(checkpoint)
     weights = CheckpointWeights(path)
     sizes = (
@@ -89,6 +91,7 @@ def convert_to_hf(
         dtype=dtype,
         max_file_bytes=max_file_bytes,
         task=checkpoint_facts(path),
+        more_files=more_files,
         on_bytes=None if on_start is None else on_start(sum(sizes)),
     )
     logger.info("wrote %s from step %d of %s", out, read_trainer_state(path).step, path)
@@ -122,7 +125,7 @@ def convert_from_hf(
             wrong shape; or if ``out`` holds something.
         SaveError: if the storage refuses.
     """
-    refuse_existing(out)
+    refuse_unless_sealing(out)
     hf_config = read_hf_config(source)
     read_model_shape(hf_config)  # refuses what training would refuse, above all unknown fields
     with HfWeights(source) as weights:
@@ -134,7 +137,10 @@ def convert_from_hf(
             "dtype": str(dtype),
             "max_file_bytes": max_file_bytes,
         }
-        with ResumableFolder(out, task) as folder:
+        resumable = ResumableFolder(out, task)
+        if resumable.is_sealed():
+            return
+        with resumable as folder:
             (folder.path / MEGATRON_FOLDER).mkdir(exist_ok=True)
             conversion.write(folder, max_file_bytes, on_start)
             try:

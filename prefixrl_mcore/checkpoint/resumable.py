@@ -41,7 +41,12 @@ class FinishedFile:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise CheckpointError if ``out`` is a file or a folder that holds something."""
+    """Raise CheckpointError if ``out`` is a file, a mount point, or holds something."""
+    if os.path.ismount(out):
+        raise CheckpointError(
+            f"{out}: is a mount point, which no finished folder can be renamed to; name a folder "
+            "below it"
+        )
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise CheckpointError(
             f"{out}: exists, expected a new or empty folder; remove it or name another one"
@@ -58,9 +63,10 @@ class ResumableFolder:
             final: its final name.
             task: what decides its content, JSON: the files of another task are not kept.
         """
+        final = final.resolve()  # links are followed, and "." gets a name
         self.path = final.with_name(f".{final.name}.converting")
         """Where the files are written."""
-        self._journal = final.with_name(f".{final.name}.converting.json")
+        self._journal = final.with_name(_journal_name(final))
         self.finished: dict[str, FinishedFile] = {}
         """By path relative to the folder, with forward slashes."""
         self._final = final
@@ -108,6 +114,23 @@ class ResumableFolder:
             )
         self._unlock()
 
+    def is_sealed(self) -> bool:
+        """Return whether a writer of this task died when all was done but its last journal.
+
+        The journal is removed then.
+        """
+        journal = self._read_journal()
+        if self.path.exists() or journal is None or not journal["is_sealing"]:
+            return False
+        files = {name: FinishedFile(**entry) for name, entry in journal["files"].items()}
+        if journal["task"] != self._task or not all(
+            _is_right(self._final / name, file) for name, file in files.items()
+        ):
+            return False
+        self._journal.unlink()
+        logger.info("%s: was finished by a killed conversion, checksums right", self._final)
+        return True
+
     def finish(self, name: str, *, size_bytes: int, sha256: str, notes: Any = None) -> None:  # noqa: ANN401  (JSON)
         """Take note of a file that is complete and durable."""
         self.finished[name] = FinishedFile(size_bytes=size_bytes, sha256=sha256, notes=notes)
@@ -124,6 +147,7 @@ class ResumableFolder:
             name: manifest.ManifestEntry(size_bytes=file.size_bytes, sha256=file.sha256)
             for name, file in self.finished.items()
         }
+        self._write_journal(is_sealing=True)
         try:
             manifest.seal_folder(
                 self.path,
@@ -132,7 +156,7 @@ class ResumableFolder:
                 known=known,
                 may_replace=False,
             )
-            self._journal.unlink()
+            self._journal.unlink(missing_ok=True)
         except FileExistsError:
             raise SaveError(
                 f"{self._final}: came to hold something during the conversion; move it away and "
@@ -186,16 +210,10 @@ class ResumableFolder:
             )
 
     def _keep(self, name: str, file: FinishedFile) -> None:
-        path = self.path / name
-        is_right = (
-            path.is_file()
-            and path.stat().st_size == file.size_bytes
-            and manifest.hash_file(path) == file.sha256
-        )
-        if is_right:
+        if _is_right(self.path / name, file):
             self.finished[name] = file
         else:
-            logger.warning("%s: changed since it was finished, is written again", path)
+            logger.warning("%s: changed since it was finished, is written again", self.path / name)
 
     def _remove_unfinished(self) -> None:
         for path in sorted(self.path.rglob("*"), reverse=True):
@@ -207,14 +225,19 @@ class ResumableFolder:
     def _read_journal(self) -> dict[str, Any] | None:
         """Return the journal; None if there is none that can be read."""
         try:
-            return json.loads(self._journal.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            journal = json.loads(self._journal.read_text(encoding="utf-8"))
+            for entry in journal["files"].values():
+                FinishedFile(**entry)
+            return {**journal, "task": journal["task"], "is_sealing": journal["is_sealing"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _write_journal(self) -> None:
+    def _write_journal(self, *, is_sealing: bool = False) -> None:
         files = {name: asdict(file) for name, file in self.finished.items()}
         try:
-            write_json_atomic(self._journal, {"task": self._task, "files": files})
+            write_json_atomic(
+                self._journal, {"task": self._task, "is_sealing": is_sealing, "files": files}
+            )
         except OSError as error:
             raise SaveError(f"{self._journal}: the storage refused: {error}") from error
 
@@ -222,3 +245,23 @@ class ResumableFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _is_right(path: Path, file: FinishedFile) -> bool:
+    """Return whether a file is what the journal says of it."""
+    return (
+        path.is_file()
+        and path.stat().st_size == file.size_bytes
+        and manifest.hash_file(path) == file.sha256
+    )
+
+
+def refuse_unless_sealing(out: Path) -> None:
+    """As ``refuse_existing``, but leave a result to ``is_sealed`` whose journal is still there."""
+    final = out.resolve()
+    if not final.with_name(_journal_name(final)).is_file():
+        refuse_existing(final)
+
+
+def _journal_name(final: Path) -> str:
+    return f".{final.name}.converting.json"

@@ -115,12 +115,23 @@ class TorchDistReader:
             )
         if len(pieces) == 1:
             return pieces[0][1]
+        self._refuse_overlap(name, [chunk for chunk, _ in pieces])
         result = torch.empty(shape, dtype=entry.properties.dtype)
         for chunk, piece in pieces:
             offsets = tuple(chunk.offsets)[len(indices) :]
             part = result[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))]
             part.copy_(piece)
         return result
+
+    def _refuse_overlap(self, name: str, chunks: list[dcp.ChunkStorageMetadata]) -> None:
+        """Refuse pieces that share numbers: as many as the whole has, they leave a hole."""
+        for one, other in itertools.combinations(chunks, 2):
+            dims = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+            if all(max(o, p) < min(o + n, p + m) for o, n, p, m in dims):
+                raise CheckpointError(
+                    f"{self.folder}: {name} has pieces that overlap, at {tuple(one.offsets)} and "
+                    f"{tuple(other.offsets)}; use another checkpoint"
+                )
 
     def read_piece(self, name: str, offsets: tuple[int, ...]) -> Tensor:
         """Return the stored piece of a tensor that begins at ``offsets``.

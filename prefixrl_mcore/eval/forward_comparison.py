@@ -76,9 +76,15 @@ def compare_forward(
         prompts: texts.
 
     Raises:
-        ValueError: if no prompt has two tokens.
+        ValueError: if the first has no tokenizer, or no prompt has two tokens.
     """
-    tokenizer = AutoTokenizer.from_pretrained(first.assets)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(first.assets)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{first.assets}: has no tokenizer that can be read ({error}); copy the model's "
+            "tokenizer files there, or compare without --forward"
+        ) from None
     token_ids = [tokenizer(prompt, return_tensors="pt").input_ids[0] for prompt in prompts]
     token_ids = [ids for ids in token_ids if len(ids) > 1]
     if not token_ids:

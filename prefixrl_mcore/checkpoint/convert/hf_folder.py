@@ -31,6 +31,7 @@ from prefixrl_mcore.config.json_files import read_json_object
 CONFIG_NAME = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_TEMPLATES = "additional_chat_templates"
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 )
@@ -50,10 +51,23 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def asset_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that are neither weights nor hidden, sorted by name."""
+    """Return the files of a model folder that are neither weights nor hidden, sorted by name.
+
+    Those in ``additional_chat_templates`` are among them.
+
+    Raises:
+        CheckpointError: if one is a link to a file that is not there.
+    """
+    paths = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
+    dangling = sorted(path for path in paths if path.is_symlink() and not path.exists())
+    if dangling:
+        raise CheckpointError(
+            f"{dangling[0]}: is a link to {dangling[0].readlink()}, which does not exist; download "
+            "the model folder again"
+        )
     return sorted(
         path
-        for path in folder.iterdir()
+        for path in paths
         if path.is_file()
         and path.suffix not in _WEIGHT_SUFFIXES
         and not path.name.startswith(".")
@@ -66,7 +80,9 @@ def copy_assets(source: Path, target: Path) -> None:
     """Copy config, generation config, tokenizer and template files, byte for byte."""
     target.mkdir(parents=True, exist_ok=True)
     for path in asset_files(source):
-        shutil.copyfile(path, target / path.name)
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 class HfWeights:

@@ -19,7 +19,7 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import (
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo, write_safetensors
 from prefixrl_mcore.checkpoint.manifest import SaveError
-from prefixrl_mcore.checkpoint.resumable import ResumableFolder, refuse_existing
+from prefixrl_mcore.checkpoint.resumable import ResumableFolder, refuse_unless_sealing
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def write_hf_folder(
     dtype: torch.dtype | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     task: Mapping[str, Any] | None = None,
+    more_files: Mapping[str, str] | None = None,
     on_bytes: Callable[[int], object] | None = None,
 ) -> None:
     """Write a complete Hugging Face folder: weights, and the other files of ``assets``.
@@ -66,6 +67,7 @@ def write_hf_folder(
         dtype: type of the written weights; None keeps each as it is.
         max_file_bytes: size of weights above which a new file is begun.
         task: what decides the content of ``source``, JSON; see ``ResumableFolder``.
+        more_files: text of further files, by name.
         on_bytes: called with the size of each block that was written or found written.
 
     Raises:
@@ -73,7 +75,7 @@ def write_hf_folder(
             missing, unexpected and wrongly shaped ones are named.
         SaveError: if the storage refuses; finished files are kept.
     """
-    refuse_existing(out)
+    refuse_unless_sealing(out)
     hf_config = read_hf_config(assets)
     expected = find_table(hf_config).hf_shapes(ModelDims.from_hf_config(hf_config))
     infos = {
@@ -83,7 +85,10 @@ def write_hf_folder(
     check_hf_shapes({n: info.shape for n, info in infos.items()}, expected, where=str(out))
     files = plan_files(infos, max_file_bytes)
     settings = {"files": {n: list(names) for n, names in files.items()}, "dtype": str(dtype)}
-    with ResumableFolder(out, {**settings, "of": task}) as folder:
+    resumable = ResumableFolder(out, {**settings, "of": task, "more": dict(more_files or {})})
+    if resumable.is_sealed():
+        return
+    with resumable as folder:
         for name, names in files.items():
             if name in folder.finished:
                 _report(on_bytes, folder.finished[name].size_bytes)
@@ -95,7 +100,7 @@ def write_hf_folder(
                 on_bytes,
             )
             folder.finish(name, size_bytes=size_bytes, sha256=sha256)
-        _write_rest(folder.path, files, infos, assets)
+        _write_rest(folder.path, files, infos, assets, more_files or {})
         folder.seal(with_manifest=False)
     _warn_of_other_dtype(hf_config, {info.dtype for info in infos.values()}, out)
 
@@ -145,8 +150,9 @@ def _write_rest(
     files: Mapping[str, list[str]],
     infos: Mapping[str, TensorInfo],
     assets: Path,
+    more_files: Mapping[str, str],
 ) -> None:
-    """Write the index, if there are several files, and copy everything but weights."""
+    """Write the index, if there are several files, and everything but weights."""
     try:
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}
@@ -155,6 +161,8 @@ def _write_rest(
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / INDEX_NAME).write_text(text, encoding="utf-8")
         copy_assets(assets, folder)
+        for name, text in more_files.items():
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise SaveError(f"{folder}: the storage refused: {error}; repeat the command") from error
 

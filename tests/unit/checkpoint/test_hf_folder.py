@@ -143,6 +143,21 @@ def test_everything_but_weights_is_copied_byte_for_byte(source: Path, tmp_path: 
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_templates_in_their_folder_are_copied(source: Path, tmp_path: Path) -> None:
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    write_hf_folder(HeldWeights(weights_in(source)), source, tmp_path / "out")
+    copy = tmp_path / "out" / "additional_chat_templates" / "tools.jinja"
+    assert copy.read_text() == "{{ tools }}"
+
+
+def test_a_link_to_nothing_is_named(source: Path) -> None:
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to("../blobs/1234")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link to \.\./blobs/1234"):
+        asset_files(source)
+
+
 def test_a_chosen_dtype_is_written(source: Path, tmp_path: Path) -> None:
     whole = weights_in(source)
     write_hf_folder(HeldWeights(whole), source, tmp_path / "out", dtype=torch.bfloat16)

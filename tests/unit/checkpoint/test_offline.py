@@ -183,6 +183,14 @@ def test_a_hole_in_a_tensor_is_refused(tmp_path: Path) -> None:
         TorchDistReader(tmp_path).read("w")
 
 
+def test_pieces_that_overlap_do_not_hide_a_hole(tmp_path: Path) -> None:
+    write_pieces(tmp_path, [piece("w", (4, 1), (0, 0), 5, 6), piece("w", (4, 1), (1, 0), 6, 7)])
+    with pytest.raises(
+        CheckpointError, match=r"w has pieces that overlap, at \(0, 0\) and \(1, 0\)"
+    ):
+        TorchDistReader(tmp_path).read("w")
+
+
 def test_weights_that_the_config_says_nothing_of_are_refused(tmp_path: Path) -> None:
     source = write_tiny_qwen3(tmp_path / "source", tie_word_embeddings=False)
     convert_from_hf(source, tmp_path / "checkpoint")

@@ -165,6 +165,57 @@ def test_what_arrives_under_the_final_name_meanwhile_is_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out", "source"]
 
 
+def test_a_link_and_the_working_folder_are_targets(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    convert_to_hf(checkpoint, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert weights_in(tmp_path / "target")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert_to_hf(checkpoint, Path())
+    assert weights_in(tmp_path / "here")
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="/proc: is a mount point"):
+        convert_to_hf(checkpoint, Path("/proc"))
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+def test_a_kill_after_the_last_rename_is_made_good(
+    checkpoint: Path,
+    tmp_path: Path,
+    direction: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    convert, source = {
+        "to-hf": (convert_to_hf, checkpoint),
+        "from-hf": (convert_from_hf, tmp_path / "source"),
+    }[direction]
+    out, journal = tmp_path / "out", tmp_path / ".out.converting.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        convert(source, out)
+    assert journal.is_file()
+    inode = out.stat().st_ino
+    with pytest.raises(CheckpointError, match="out: exists"):
+        convert(source, out, torch.bfloat16)
+    assert journal.is_file()
+    convert(source, out)
+    assert out.stat().st_ino == inode
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"task": 1}', '{"task": 1, "files": []}'])
+def test_a_journal_that_is_none_begins_anew(checkpoint: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / ".out.converting.json").write_text(content)
+    convert_to_hf(checkpoint, tmp_path / "out")
+    assert weights_in(tmp_path / "out")
+
+
 def test_a_result_of_another_process_is_not_replaced(tmp_path: Path) -> None:
     folder = ResumableFolder(tmp_path / "out", {})
     (tmp_path / "out").mkdir()

@@ -218,4 +218,4 @@ def hf_loss(
 def max_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Return the largest absolute difference over equally named tensors."""
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    return max(float((ours[name].cpu() - theirs[name].cpu()).abs().max()) for name in ours)

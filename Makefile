@@ -71,12 +71,21 @@ KERNEL_TESTS := tests/kernels $(wildcard tests/gpu/test_head_*.py tests/gpu/test
 	UV_PROJECT_ENVIRONMENT=.venv-te $(UV) sync --locked --extra te
 	@touch $@
 
+# Layouts: over NCCL as far as there is a GPU for every rank, the others over gloo.
+RANK_TESTS := $(addprefix tests/distributed/test_,policy_on_ranks.py invariance_on_ranks.py \
+    reference_on_ranks.py checkpoint_on_ranks.py)
+
 # Commands of the recipe below. Each is run whatever became of those before it, so that a machine
 # is not lost to one failing test; the target fails at the end if any of them did.
 ifneq ($(GPU_NEEDS),)
 define GPU_TRAINER_TESTS
 mkdir -p runs; \
 run $(PYTHON) -m tests.support.memory_table --json runs/memory_gpu.json; \
+if $(PYTHON) -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 2)'; then \
+    run $(PYTHON) -m pytest -m "not gpu" $(RANK_TESTS); \
+else \
+    echo "make gpu: one CUDA device: no layout is tested over NCCL"; \
+fi; \
 run $(PYTHON) -m pytest -m gpu $(filter-out $(KERNEL_TESTS),$(wildcard tests/gpu/test_*.py));
 endef
 define GPU_TRAINER_BENCH

@@ -7,7 +7,12 @@ from transformers import PreTrainedModel
 
 from prefixrl_mcore.config.policy import ParallelConfig
 from tests.support.layouts import batch_for, parallel_config
-from tests.support.policies import build_policy, gradients_of, max_difference
+from tests.support.policies import (
+    build_policy,
+    count_feed_forward_passes,
+    gradients_of,
+    max_difference,
+)
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny_models import build_tiny_qwen3, build_tiny_qwen3_moe, write_model_folder
 
@@ -15,17 +20,24 @@ from tests.support.tiny_models import build_tiny_qwen3, build_tiny_qwen3_moe, wr
 def _differences(
     rank: int, folder: Path, parallel: ParallelConfig, modules: tuple[str, ...], dtype: str
 ) -> tuple[float, float, float]:
-    """Return how far selective and full recomputation are from none, and the largest gradient."""
+    """Return how far selective and full recomputation are from none, and the largest gradient.
+
+    Both have computed every feed-forward layer twice as often.
+    """
     batch = batch_for(parallel)
-    outcomes = []
+    outcomes, num_passes = [], []
     for settings in (
         {},
         {"recompute": "selective", "recompute_modules": modules},
         {"recompute": "full"},
     ):
         policy = build_policy(folder, parallel=parallel, dtype=dtype, **settings)
+        passes = count_feed_forward_passes(policy)
         policy.update(batch)
+        num_passes.append(len(passes))
         outcomes.append(gradients_of(policy))
+    once = num_passes[0]
+    assert num_passes == [once, 2 * once, 2 * once]
     none, selective, full = outcomes
     size = max(float(gradient.abs().max()) for gradient in none.values())
     return max_difference(selective, none), max_difference(full, none), size

@@ -150,6 +150,20 @@ def _gather_sharded_gradients(policy: MegatronPolicy) -> None:
                 dist.all_gather(list(shards), mine, group=ranks)
 
 
+def count_feed_forward_passes(policy: MegatronPolicy) -> list[str]:
+    """Return a list that grows by an entry for every pass through a feed-forward layer, from now.
+
+    Of a mixture it is the router's passes that are counted: recomputation begins inside the layer.
+    """
+    passes: list[str] = []
+    for chunk in policy.model_chunks:
+        for name, module in chunk.named_modules():
+            if name.endswith(".mlp"):
+                inner = getattr(module, "router", module)
+                inner.register_forward_hook(lambda *_, name=name: passes.append(name))
+    return passes
+
+
 def by_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors by the names in files, where transformers has experts fused in memory."""
     split: dict[str, Tensor] = {}
@@ -204,4 +218,4 @@ def hf_loss(
 def max_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Return the largest absolute difference over equally named tensors."""
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    return max(float((ours[name].cpu() - theirs[name].cpu()).abs().max()) for name in ours)

@@ -16,13 +16,21 @@ def kl_loss(folder: Path, kl: str = "k3") -> LossConfig:
 
 
 def update_twice(
-    _rank: int, folder: Path, reference: Path, parallel: ParallelConfig, distributed: bool
+    _rank: int,
+    folder: Path,
+    reference: Path,
+    parallel: ParallelConfig,
+    distributed: bool,
+    recompute: str = "none",
+    experts: str | None = None,
 ) -> list[UpdateResult]:
     """Return two updates, having seen that the reference leaves the weights as they were."""
     policy = build_policy(
         folder,
         parallel=parallel,
         loss=kl_loss(reference),
+        recompute=recompute,
+        experts=experts,
         optimizer=OptimizerConfig(
             lr=1e-3,
             eps=ADAM_EPS,

@@ -15,6 +15,7 @@ from prefixrl_mcore.policy.policy import MegatronPolicy
 from tests.support.policies import (
     NO_CLIPPING,
     build_policy,
+    count_feed_forward_passes,
     gradients_of,
     make_batch,
     make_sequences,
@@ -171,7 +172,9 @@ def test_selective_recomputation_of_a_mixture_changes_no_bit(tmp_path: Path) -> 
     outcomes = []
     for settings in ({}, {"recompute": "selective"}, {"recompute": "full"}):
         policy = build_policy(folder, **settings)
+        passes = count_feed_forward_passes(policy)
         policy.update(batch)
         outcomes.append(gradients_of(policy))
+        assert len(passes) == 2 * len(batch.streams) * (2 if settings else 1)  # of two layers
     for other in outcomes[1:]:
         assert max_difference(other, outcomes[0]) == 0.0

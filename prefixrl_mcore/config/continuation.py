@@ -117,6 +117,27 @@ def check_saved_settings(state: Mapping[str, Any], config: RunConfig, *, where: 
         )
 
 
+def check_same_inputs(saved: Mapping[str, str], now: Mapping[str, str], *, where: str) -> None:
+    """Refuse to go on with another tokenizer or reference, whatever the paths say.
+
+    Args:
+        saved: digest of each input in the checkpoint, by name; earlier versions saved none.
+        now: digests of the inputs at hand.
+        where: the checkpoint, for messages.
+
+    Raises:
+        ConfigError: naming the inputs that differ.
+    """
+    names = sorted(name for name in saved.keys() & now.keys() if saved[name] != now[name])
+    if names:
+        lines = [f"  {name}: {saved[name][:12]} there, {now[name][:12]} now" for name in names]
+        raise ConfigError(
+            f"{where}: was saved with other content (SHA-256) of:\n"
+            + "\n".join(lines)
+            + "\nPoint model.path and loss.reference_path at the files that the run began with"
+        )
+
+
 def differing_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     """Return one line for each fixed setting that is not what it was; empty if none differs.
 

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
+from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
 from prefixrl_mcore.checkpoint.save_load import clean_up, latest_checkpoint, load_checkpoint
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.config.continuation import check_saved_settings
+from prefixrl_mcore.config.continuation import check_same_inputs, check_saved_settings
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.prefixes import read_prefixes
 from prefixrl_mcore.data.prompts import PromptRenderer
@@ -236,7 +237,17 @@ def build_session(
             topology, dtype=config.policy.dtype, configured_peak=config.trainer.peak_flops
         ),
         stack=stack,
+        input_digests=run_on_first(lambda: _digest_inputs(config, renderer)),
     )
+
+
+def _digest_inputs(config: RunConfig, renderer: PromptRenderer) -> dict[str, str]:
+    """Return the digests of what must stay the same although its path may change."""
+    digests = {"tokenizer": renderer.tokenizer_hash, "prompts": renderer.chat_template_hash}
+    if config.loss.kl != "none":
+        reference = config.loss.reference_path or config.model.path
+        digests["reference"] = digest_of_weights(reference)
+    return digests
 
 
 def _read_prefixed(
@@ -289,11 +300,13 @@ def restore(session: Session, checkpoint: Path) -> None:
     """Put the session into the state of a checkpoint; all ranks call this.
 
     Raises:
-        ConfigError: if the checkpoint was saved under settings that may not change.
+        ConfigError: if the checkpoint was saved under settings that may not change, or with
+            another tokenizer or reference.
         CheckpointError: if it is incomplete, corrupt, or of another model.
     """
     step, state = load_checkpoint(checkpoint, session.policy)
     check_saved_settings(state, session.config, where=str(checkpoint))
+    check_same_inputs(state.get("inputs", {}), session.input_digests, where=str(checkpoint))
     session.source.load_state(state["source"])
     session.meter.load_state(state["flops"])
     session.first_step = step

@@ -108,6 +108,9 @@ class Session:
     stack: ExitStack
     """Closes engine, verifier, metrics and progress."""
 
+    input_digests: dict[str, str] = field(default_factory=dict)
+    """Digests of what a resumed run must find again, by name: tokenizer, prompts, reference."""
+
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step → metrics of the newest evaluation, on rank 0; empty on the other ranks."""
 
@@ -393,6 +396,7 @@ class Session:
             "flops": self.meter.state(),
             **describe_settings(self.config),
             "is_evaluated": step in self.evaluations,
+            "inputs": self.input_digests,
             "save_seconds": self.saver.longest_seconds,
             "wandb_id": None if self.metrics is None else self.metrics.wandb_id,
         }

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,16 @@ def test_what_a_checkpoint_remembers(undisturbed: Path) -> None:
     assert latest is not None
     state = read_trainer_state(latest)
     assert state.extra_state.keys() == {
-        *("step", "method", "source", "flops", "is_evaluated", "wandb_id", "save_seconds"),
+        *(
+            "step",
+            "method",
+            "source",
+            "flops",
+            "is_evaluated",
+            "wandb_id",
+            "save_seconds",
+            "inputs",
+        ),
         *("settings", "config_hash"),
     }
     assert state.extra_state["is_evaluated"] is True
@@ -91,6 +101,27 @@ def test_a_checkpoint_of_other_settings_is_refused(
     error = capsys.readouterr().err
     assert "step-000004: was saved under other settings" in error
     assert "  seed: 0 there, 5 now\n" in error
+
+
+def test_a_run_with_a_reference_goes_on_exactly_with_that_reference_only(
+    tiny_task: TinyTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_task.folder / "base", model)
+    kl = ("--loss.kl", "k2", "--loss.kl-coefficient", "0.1")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert tiny_task.run("train", whole, *kl, "--trainer.num-steps", "2") == 0
+    assert tiny_task.run("train", run, *kl, "--trainer.num-steps", "1") == 0
+    flags = ("--trainer.num-steps", "2", "--model.path", str(model))
+    assert tiny_task.run("train --resume", run, *kl, *flags) == 0  # moved
+    lines = metrics_of(run, "train")
+    assert without_clock(lines) == without_clock(metrics_of(whole, "train"))
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert tiny_task.run("train --resume", run, *kl, *flags) == 2
+    assert "was saved with other content (SHA-256) of:\n  reference:" in capsys.readouterr().err
 
 
 _refused: list[str] = []

@@ -4,6 +4,7 @@ Only weights are interpreted. ``config.json``, the generation config, tokenizer 
 templates are copied byte for byte: a library that reads and writes them again changes them.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ _TEMPLATES = "additional_chat_templates"
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 )
+_DIGEST_BYTES = 1 << 20
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -48,6 +50,27 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         remedy="name a Hugging Face model folder, or download it again",
         error_cls=CheckpointError,
     )
+
+
+def digest_of_weights(folder: Path) -> str:
+    """Return a SHA-256 that tells the weights of a model folder from others, wherever it lies.
+
+    Hashed are name, size, first and last MiB of each file (header and names of the tensors are in
+    the first): seconds for any model, and no change of training escapes it. The same weights in
+    other files have another digest.
+
+    Raises:
+        CheckpointError: if the folder has no safetensors weights.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_weight_files(folder, _read_index(folder))):
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.name} {size_bytes}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_DIGEST_BYTES))
+            file.seek(max(0, size_bytes - _DIGEST_BYTES))
+            digest.update(file.read(_DIGEST_BYTES))
+    return digest.hexdigest()
 
 
 def asset_files(folder: Path) -> list[Path]:

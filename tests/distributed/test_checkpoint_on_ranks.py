@@ -14,6 +14,7 @@ from prefixrl_mcore.checkpoint.save_load import (
     load_checkpoint,
     save_checkpoint,
 )
+from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.policy import OptimizerConfig, ParallelConfig
 from prefixrl_mcore.policy import topology
 from prefixrl_mcore.policy.policy import MegatronPolicy
@@ -94,9 +95,13 @@ def save_and_go_on(
     policy = build(source, layout, is_sharded=is_sharded)
     for _ in range(2):
         update(policy, layout)
-    save_checkpoint(folder, 2, policy, {"cursor": 5})
+    saver = CheckpointSaver(folder, in_background=is_sharded)
+    saver.start(2, policy, {"cursor": 5})
+    if not is_sharded:
+        saver.finish(wait=True)
     saved = weights_of(policy)
-    result = update(policy, layout)
+    result = update(policy, layout)  # beside the writers of a sharded optimizer
+    saver.finish(wait=True)
     return saved, result, weights_of(policy)
 
 

@@ -180,7 +180,7 @@ def test_qwen2_has_biases_that_its_config_does_not_name() -> None:
         pytest.param(MIXTURE, {"decoder_sparse_step": 2}, "decoder_sparse_step", id="every-second"),
         pytest.param(MIXTURE, {"num_experts_per_tok": 129}, "exceeds the 128", id="too-many"),
         pytest.param(MIXTURE, {"num_experts_per_tok": 1}, "no gradient", id="one-expert"),
-        pytest.param(MIXTURE, {"shared_expert_intermediate_size": 1}, "unknown", id="shared"),
+        pytest.param(MIXTURE, {"shared_expert_intermediate_size": 1}, "expected 0", id="shared"),
         pytest.param(LLAMA, {"mlp_bias": True}, "mlp_bias", id="mlp-bias"),
         pytest.param(LLAMA, {"attention_bias": True}, "attention_bias", id="attention-bias"),
         pytest.param(

@@ -1,12 +1,13 @@
 """FLOPs of a model's matrix products against numbers worked out by hand."""
 
-import dataclasses
+from dataclasses import replace
 
 from prefixrl_mcore.accounting.model_flops import NO_WORK, ModelFlops, Work, sequence_work
-from prefixrl_mcore.config.model_shape import MixtureShape, ModelShape
+from prefixrl_mcore.config.model_shape import MixtureShape
+from tests.support.shapes import SMALL
 
-SHAPE = ModelShape(
-    architecture="Qwen3ForCausalLM",
+SHAPE = replace(
+    SMALL,
     num_layers=2,
     hidden_size=8,
     ffn_hidden_size=16,
@@ -14,13 +15,7 @@ SHAPE = ModelShape(
     num_query_groups=2,
     kv_channels=3,
     vocab_size=100,
-    rotary_base=1e4,
-    layernorm_epsilon=1e-6,
-    max_position_embeddings=64,
-    init_method_std=0.02,
     tie_word_embeddings=True,
-    qk_layernorm=True,
-    add_qkv_bias=False,
 )
 """Attention weights of a layer: queries and output 2 x 8 x 12, keys and values 2 x 8 x 6: 288.
 Feed-forward: 3 x 8 x 16 = 384."""
@@ -35,7 +30,7 @@ def test_dense_model() -> None:
 
 def test_a_token_meets_the_router_and_its_own_experts_only() -> None:
     mixture = MixtureShape(num_experts=10, num_experts_per_token=2, is_renormalized=True)
-    flops = ModelFlops.of(dataclasses.replace(SHAPE, mixture=mixture))
+    flops = ModelFlops.of(replace(SHAPE, mixture=mixture))
     assert flops.per_token == 2 * 2 * (288 + 2 * 384 + 8 * 10)
 
 

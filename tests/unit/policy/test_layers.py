@@ -15,13 +15,14 @@ from prefixrl_mcore.policy.layers import (
     choose_layers,
     describe_machine,
 )
+from tests.support.shapes import SMALL
 
 LAPTOP = Machine(compute_capability=None, te_version=None, has_apex_kernel=False, has_flash=False)
 H100 = Machine(compute_capability=(9, 0), te_version=(2, 14), has_apex_kernel=False, has_flash=True)
 H100_WITHOUT_TE = replace(H100, te_version=None)
 
-DENSE = ModelShape(
-    architecture="Qwen3ForCausalLM",
+DENSE = replace(
+    SMALL,
     num_layers=2,
     hidden_size=64,
     ffn_hidden_size=128,
@@ -29,13 +30,6 @@ DENSE = ModelShape(
     num_query_groups=2,
     kv_channels=16,
     vocab_size=100,
-    rotary_base=1e6,
-    layernorm_epsilon=1e-6,
-    max_position_embeddings=1024,
-    init_method_std=0.02,
-    tie_word_embeddings=True,
-    qk_layernorm=True,
-    add_qkv_bias=False,
 )
 MIXTURE = replace(
     DENSE, mixture=MixtureShape(num_experts=4, num_experts_per_token=2, is_renormalized=True)

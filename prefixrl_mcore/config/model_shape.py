@@ -161,6 +161,17 @@ _NOT_COMPUTED = frozenset(
 )
 """Bookkeeping, generation and loading fields."""
 
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("architectures", "layer_types"), (list,)),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), (dict,)),
+    **dict.fromkeys(("head_dim", "num_key_value_heads"), (int,)),
+    **dict.fromkeys(("initializer_range", "rms_norm_eps", "rope_theta"), (int, float)),
+    **dict.fromkeys(
+        ("attention_bias", "norm_topk_prob", "tie_word_embeddings", "use_sliding_window"), (bool,)
+    ),
+}
+"""What a field is if it is not null; ``_integer`` looks at the others that are read."""
+
 _COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
 
 FAMILIES: Mapping[str, Family] = {
@@ -225,13 +236,14 @@ def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
         ConfigError: if the architecture is not supported, a field is missing, unknown, or asks
             for something that is not implemented; the message names the field.
     """
+    _refuse_other_kinds(hf_config)
     architecture = _architecture(hf_config)
     family = FAMILIES[architecture]
     _refuse_unknown_fields(hf_config, architecture, family)
     _refuse_sliding_window(hf_config)
     hidden_size = _integer(hf_config, "hidden_size")
     num_heads = _integer(hf_config, "num_attention_heads")
-    head_dim = hf_config.get("head_dim")
+    head_dim, spread = hf_config.get("head_dim"), hf_config.get("initializer_range")
     rotary_base, rotary_scaling = _rotary(hf_config, family)
     ffn_field = "moe_intermediate_size" if family.is_mixture else "intermediate_size"
     return ModelShape(
@@ -246,7 +258,7 @@ def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
         rotary_base=rotary_base,
         layernorm_epsilon=float(_present(hf_config, "rms_norm_eps")),
         max_position_embeddings=_integer(hf_config, "max_position_embeddings"),
-        init_method_std=float(hf_config.get("initializer_range", 0.02)),
+        init_method_std=0.02 if spread is None else float(spread),
         tie_word_embeddings=bool(_present(hf_config, "tie_word_embeddings")),
         qk_layernorm=family.qk_layernorm,
         add_qkv_bias=family.has_qkv_bias or bool(hf_config.get("attention_bias", False)),
@@ -279,6 +291,18 @@ def check_reference(shape: ModelShape, folder: Path) -> None:
             f"loss.reference_path = {folder} is not of the policy's shape: it has "
             f"{', '.join(different)}; name a folder of the same model with other weights"
         )
+
+
+def _refuse_other_kinds(hf_config: Mapping[str, Any]) -> None:
+    """Refuse values of a type that their fields cannot have."""
+    for name, kinds in _KINDS.items():
+        value = hf_config.get(name)
+        is_kind = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if value is not None and not is_kind:
+            raise ConfigError(
+                f"config.json: {name} = {value!r} is of type {type(value).__name__}, expected "
+                + " or ".join(kind.__name__ for kind in kinds)
+            )
 
 
 def _architecture(hf_config: Mapping[str, Any]) -> str:
@@ -387,6 +411,6 @@ def _present(hf_config: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  (
 def _integer(hf_config: Mapping[str, Any], name: str) -> int:
     """Return a field that must be a positive integer."""
     value = _present(hf_config, name)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"config.json: {name} must be a positive integer, got {value!r}")
     return value

@@ -274,8 +274,14 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        odd = [
+            name for name in index.values() if not isinstance(name, str) or Path(name).name != name
+        ]
+        if odd:
+            raise TypeError(f"{odd[0]!r} is no name of a file in the folder")
+        return index
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: is damaged ({type(error).__name__}: {error}), expected a weight_map; "
             "download it again"

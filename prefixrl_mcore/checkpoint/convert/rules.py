@@ -53,7 +53,7 @@ class ModelDims:
         try:
             num_heads = int(hf_config["num_attention_heads"])
             hidden = int(hf_config["hidden_size"])
-            num_groups = int(hf_config["num_key_value_heads"])
+            num_groups = int(hf_config.get("num_key_value_heads") or num_heads)
             head = int(hf_config.get("head_dim") or hidden // num_heads)
             # transformers 4 and 5 name them differently.
             num_experts = int(hf_config.get("num_experts") or hf_config.get("num_local_experts", 0))

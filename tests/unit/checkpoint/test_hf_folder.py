@@ -99,6 +99,18 @@ def test_a_folder_in_several_files_equals_the_one_in_a_single_file(
     check(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", [3, "../elsewhere.safetensors", None])
+def test_an_index_names_files_of_its_folder(source: Path, tmp_path: Path, name: object) -> None:
+    out = tmp_path / "out"
+    write_hf_folder(HeldWeights(weights_in(source)), source, out, max_file_bytes=100_000)
+    path = out / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][Q_PROJ] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is no name of a file in the folder"):
+        HfWeights(out)
+
+
 def test_an_index_that_does_not_fit_its_files_is_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_hf_folder(HeldWeights(weights_in(source)), source, out, max_file_bytes=100_000)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefixrl_mcore.checkpoint.convert.rules import ModelDims
 from prefixrl_mcore.config.model_shape import Llama3Scaling, MixtureShape
 from prefixrl_mcore.config.policy import PolicyConfig
 from prefixrl_mcore.policy.layers import Layers
@@ -109,6 +110,13 @@ def test_vocabulary_is_padded_to_equal_shards(tp: int, rows: int) -> None:
         pytest.param({"rms_norm_eps": None}, "rms_norm_eps is missing", id="missing"),
         pytest.param({"rope_theta": None}, "rope_theta is missing", id="no-theta"),
         pytest.param({"vocab_size": 0}, "vocab_size must be a positive integer", id="zero"),
+        pytest.param({"vocab_size": True}, "vocab_size must be a positive integer", id="true"),
+        pytest.param({"head_dim": []}, "head_dim = .. is of type list, expected int", id="list"),
+        pytest.param({"rope_parameters": "x"}, "rope_parameters = 'x' is of type str", id="text"),
+        pytest.param({"layer_types": 3}, "layer_types = 3 is of type int", id="number"),
+        pytest.param({"rms_norm_eps": True}, "type bool, expected int or float", id="bool"),
+        pytest.param({"tie_word_embeddings": "no"}, "type str, expected bool", id="no"),
+        pytest.param({"architectures": "Qwen3"}, "type str, expected list", id="name"),
     ],
 )
 def test_a_field_that_is_not_implemented_is_refused_by_name(
@@ -116,6 +124,14 @@ def test_a_field_that_is_not_implemented_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_model_shape(QWEN3_8B_V4 | change)
+
+
+def test_null_is_the_default_where_there_is_one() -> None:
+    nulls = {"num_key_value_heads": None, "initializer_range": None, "head_dim": None}
+    shape = read_model_shape(QWEN3_8B_V4 | nulls)
+    assert shape.num_query_groups == shape.num_attention_heads == 32
+    assert (shape.init_method_std, shape.kv_channels) == (0.02, 4096 // 32)
+    assert ModelDims.from_hf_config(QWEN3_8B_V4 | nulls).num_groups == 32
 
 
 MIXTURE = QWEN3_8B_V4 | {

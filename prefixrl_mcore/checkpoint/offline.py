@@ -217,8 +217,9 @@ class _FromHf:
 
     def _piece(self, rule: Rule, place: Place) -> Piece:
         names = [hf_name(weight, place) for weight in rule.hf]
-        tensors = [self._weights.read(name).to(dtype=self._dtype) for name in names]
+        tensors = [self._weights.read(name) for name in names]
         full = layout.hf_to_full(rule.kind, tensors, num_groups=self._dims.num_groups)
+        full = full.to(dtype=self._dtype)  # after the merge: one weight in the larger type, not two
         stacks = [
             (index, number)
             for index, number in (

@@ -39,7 +39,7 @@ def test_a_profiled_step_has_a_trace_with_its_phases(tiny_task: TinyTask, tmp_pa
     config = json.loads((run / "config.json").read_text())
     assert config["profile"]["steps"] == [1]
     heartbeat = json.loads((run / "heartbeats" / "rank-00000.json").read_text())
-    assert (heartbeat["rank"], heartbeat["answers"]) == (0, "")
+    assert (heartbeat["rank"], heartbeat["answers"]) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -41,19 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments, rest)
     except ValueError as error:  # bad input: configs, data, checkpoints that do not fit
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        _print_error(error)
         logger.debug("raised here (shown by --verbose)", exc_info=True)
         return 2
     except SaveError as error:  # the storage refused, and the message says what to do
-        Console(stderr=True).print(
-            f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        _print_error(error)
         return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; start it again to continue (train with --resume)")
         return 130
+
+
+def _print_error(error: Exception) -> None:
+    """Print an error that says by itself what to do, in one line."""
+    Console(stderr=True).print(
+        f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +17,7 @@ from prefixrl_mcore.checkpoint.inventory import (
 )
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import show_layout
+from prefixrl_mcore.observability.progress import byte_progress
 
 _AGES = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
@@ -85,15 +85,7 @@ def verify_checkpoints(path: Path) -> bool:
 def _verify(checkpoint: Path) -> None:
     """Check one checkpoint; progress counts the bytes that its manifest lists."""
     listed = manifest.read_manifest(checkpoint)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with progress:
+    with byte_progress(Console(stderr=True)) as progress:
         total = sum(entry.size_bytes for entry in listed.files.values())
         task = progress.add_task(checkpoint.name, total=total)
         manifest.verify(checkpoint, on_bytes=lambda number: progress.advance(task, number))

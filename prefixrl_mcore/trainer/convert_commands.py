@@ -9,17 +9,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.observability.memory import MemoryWatch
+from prefixrl_mcore.observability.progress import byte_progress
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[KMGT]?i?B?)", re.IGNORECASE)
@@ -110,17 +103,4 @@ def _shown(direction: str, out: Path) -> Iterator[Callable[[int], Callable[[int]
         f"{memory.peak_bytes / 1e9:.2f} GB ({memory.start_bytes / 1e9:.2f} GB before it began)",
         highlight=False,
         soft_wrap=True,
-    )
-
-
-def byte_progress(console: Console) -> Progress:
-    """Return a display that counts bytes."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
     )

@@ -13,7 +13,7 @@ from prefixrl_mcore.eval.forward_comparison import (
     compare_forward,
     read_prompts,
 )
-from prefixrl_mcore.trainer.convert_commands import byte_progress
+from prefixrl_mcore.observability.progress import byte_progress
 
 _MAX_ROWS = 20
 

@@ -12,26 +12,13 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.packing import pack
 from prefixrl_mcore.observability.phases import Phase, Phases
 from prefixrl_mcore.policy.packed import build_packed_stream
-from prefixrl_mcore.policy.topology import FROM_FIRST, Topology
+from prefixrl_mcore.policy.topology import FROM_FIRST
 from prefixrl_mcore.trainer.dry_run import longest_sequences, most_rows
 from prefixrl_mcore.trainer.out_of_memory import TrainerMemoryError, advice, explained
+from tests.support.topologies import ONE_RANK
 
 FAKE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
-RANK_3 = Topology(
-    rank=3,
-    world_size=4,
-    tp_rank=0,
-    tp_size=1,
-    pp_rank=0,
-    pp_size=1,
-    cp_rank=0,
-    cp_size=1,
-    dp_rank=3,
-    dp_size=4,
-    ep_size=1,
-    etp_size=1,
-    device=torch.device("cpu"),
-)
+RANK_3 = replace(ONE_RANK, rank=3, world_size=4, dp_rank=3, dp_size=4)
 
 
 def _config(**policy: Any) -> RunConfig:

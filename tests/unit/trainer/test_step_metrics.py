@@ -1,9 +1,10 @@
 """Throughput, MFU, balance and memory against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from prefixrl_mcore.policy.topology import Topology
 from prefixrl_mcore.records import UpdateResult
 from prefixrl_mcore.trainer.memory import memory_metrics, read_peaks
 from prefixrl_mcore.trainer.step_metrics import (
@@ -12,6 +13,7 @@ from prefixrl_mcore.trainer.step_metrics import (
     read_hardware,
     throughput_metrics,
 )
+from tests.support.topologies import ONE_RANK
 
 UPDATE = UpdateResult(
     loss=0.0,
@@ -56,21 +58,7 @@ def test_an_update_that_ran_nothing_has_no_throughput() -> None:
 
 
 def test_a_cpu_has_a_peak_only_when_it_is_given() -> None:
-    topology = Topology(
-        rank=0,
-        world_size=2,
-        tp_rank=0,
-        tp_size=1,
-        pp_rank=0,
-        pp_size=1,
-        cp_rank=0,
-        cp_size=1,
-        ep_size=1,
-        etp_size=1,
-        dp_rank=0,
-        dp_size=2,
-        device=torch.device("cpu"),
-    )
+    topology = replace(ONE_RANK, world_size=2, dp_size=2)
     unknown = read_hardware(topology, dtype="float32", configured_peak=None)
     given = read_hardware(topology, dtype="float32", configured_peak=5e10)
     assert unknown == Hardware(num_ranks=2, peak_flops=None)

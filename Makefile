@@ -22,7 +22,7 @@ help:  ## list the targets
 
 setup: .venv/.locked  ## the trainer's environment, from uv.lock, in .venv
 
-SGLANG_ENV := prefixrl_mcore/rollout/sglang_env
+SGLANG_ENV := prefixrl_mcore/rollout/sglang/env
 .venv-sglang/.locked: $(wildcard $(SGLANG_ENV)/*.lock) $(SGLANG_ENV)/setup.sh | setup
 	$(SGLANG_ENV)/setup.sh $(UV) .venv/bin/python .venv-sglang
 	@touch $@

@@ -8,7 +8,7 @@ import torch
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import RolloutConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine
-from prefixrl_mcore.rollout.sglang_engine import SGLangEngine
+from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from prefixrl_mcore.rollout.transformers_engine import TransformersEngine
 
 logger = logging.getLogger(__name__)

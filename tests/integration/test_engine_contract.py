@@ -19,7 +19,7 @@ from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig, Transform
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine, SampleRequest, SamplingParams
-from prefixrl_mcore.rollout.sglang_engine import SGLangEngine
+from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from tests.support.hf_logprobs import hf_completion_logprobs, hf_greedy_completion
 from tests.support.processes import wait_until_gone
 from tests.support.tiny_models import EOS_ID, VOCABULARY, write_tiny_qwen3

@@ -23,7 +23,7 @@ fi
 # start takes twice as long.
 unset PYTHONDONTWRITEBYTECODE
 if [[ $kind == cpu ]]; then
-    export SGLANG_USE_CPU_ENGINE=1 PYTHONPATH=$here/../sglang_cpu/stand_ins CUDA_VISIBLE_DEVICES=
+    export SGLANG_USE_CPU_ENGINE=1 PYTHONPATH=$here/../cpu/stand_ins CUDA_VISIBLE_DEVICES=
 fi
 "$folder/bin/python" -W ignore -c '
 import sglang.srt.entrypoints.http_server

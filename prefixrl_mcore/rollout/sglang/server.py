@@ -17,16 +17,16 @@ from pathlib import Path
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang_client import SGLangClient
-from prefixrl_mcore.rollout.sglang_precision import logits_flags, refused_flags
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.precision import logits_flags, refused_flags
 from prefixrl_mcore.rollout.weight_names import read_config_number
 
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
-_SUPERVISOR = _HERE / "sglang_supervisor.py"
-_CPU_LAUNCHER = _HERE / "sglang_cpu" / "launch.py"
-_STAND_INS = _HERE / "sglang_cpu" / "stand_ins"
+_SUPERVISOR = _HERE / "supervisor.py"
+_CPU_LAUNCHER = _HERE / "cpu" / "launch.py"
+_STAND_INS = _HERE / "cpu" / "stand_ins"
 
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 10.0

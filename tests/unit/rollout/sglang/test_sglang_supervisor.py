@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prefixrl_mcore.rollout import sglang_supervisor
+from prefixrl_mcore.rollout.sglang import supervisor as sglang_supervisor
 from tests.support.processes import wait_until_gone
 
 SUPERVISOR = sglang_supervisor.__file__

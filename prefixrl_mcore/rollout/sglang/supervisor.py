@@ -3,7 +3,7 @@
 It is run as a script by SGLang's interpreter, as the leader of a process group of its own that
 holds all of the server's processes:
 
-    python sglang_supervisor.py <process id of the trainer> <command of the server...>
+    python supervisor.py <process id of the trainer> <command of the server...>
 
 The trainer is watched by process id and not through PR_SET_PDEATHSIG alone, because that signal
 is sent when the *thread* that started the server ends.

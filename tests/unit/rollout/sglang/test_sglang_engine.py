@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from prefixrl_mcore.config.rollout import SGLangConfig
-from prefixrl_mcore.rollout import sglang_client
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
-from prefixrl_mcore.rollout.sglang_client import serialize_weights
-from prefixrl_mcore.rollout.sglang_engine import SGLangEngine
+from prefixrl_mcore.rollout.sglang import client as sglang_client
+from prefixrl_mcore.rollout.sglang.client import serialize_weights
+from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
 from tests.support.fake_sglang import SAMPLED_LOGPROB, SAMPLED_TOKEN, Answer, FakeSGLang, serve
 from tests.support.tiny_models import EOS_ID, build_tiny_qwen3, write_tiny_qwen3

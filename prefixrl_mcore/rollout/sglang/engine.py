@@ -26,8 +26,8 @@ from prefixrl_mcore.rollout.engine import (
     SamplingParams,
 )
 from prefixrl_mcore.rollout.request_limits import completion_limits
-from prefixrl_mcore.rollout.sglang_answer import AnswerReader
-from prefixrl_mcore.rollout.sglang_client import (
+from prefixrl_mcore.rollout.sglang.answer import AnswerReader
+from prefixrl_mcore.rollout.sglang.client import (
     MAX_CONNECTIONS,
     ServerLost,
     ServerRefusal,
@@ -35,8 +35,8 @@ from prefixrl_mcore.rollout.sglang_client import (
     generate_payload,
     serialize_weights,
 )
-from prefixrl_mcore.rollout.sglang_precision import check_logits
-from prefixrl_mcore.rollout.sglang_server import SGLangServer
+from prefixrl_mcore.rollout.sglang.precision import check_logits
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_names import (
     read_config_number,
     read_end_token_ids,

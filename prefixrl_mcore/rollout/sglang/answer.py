@@ -7,7 +7,7 @@ from typing import Any
 
 from prefixrl_mcore.records import Completion, FinishReason
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError
-from prefixrl_mcore.rollout.sglang_client import ServerLost
+from prefixrl_mcore.rollout.sglang.client import ServerLost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

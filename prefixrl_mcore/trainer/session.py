@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,9 @@ from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.topology import Topology, run_on_first
 from prefixrl_mcore.records import Group, PrefixedProblem, Problem, TrainingSequence, UpdateResult
-from prefixrl_mcore.rollout.engine import SamplingParams
-from prefixrl_mcore.rollout.sampling import sample_groups
-from prefixrl_mcore.rollout.scoring import score_groups
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
-from prefixrl_mcore.trainer.groups import group_metrics, training_sequences, with_advantages
+from prefixrl_mcore.trainer.generation import check_versions, sample_and_score
+from prefixrl_mcore.trainer.groups import group_metrics, training_sequences
 from prefixrl_mcore.trainer.memory import reset_peaks
 from prefixrl_mcore.trainer.out_of_memory import explained
 from prefixrl_mcore.trainer.profiling import StepProfiler
@@ -162,29 +160,16 @@ class Session:
         self, prefixed_problems: Sequence[PrefixedProblem], step: int
     ) -> list[Group]:
         """Do the work of ``sample_and_score`` on rank 0."""
-        run, evaluator = self.config, self._evaluator
-        self.progress.update(waiting_for="rollouts")
-        sampled = sample_groups(
-            evaluator.engine,
+        groups = sample_and_score(
+            self._evaluator,
             prefixed_problems,
-            self.sampling_params,
-            group_size=run.batch.group_size,
-            label=str(step),
-            seed=run.seed,
+            self.config,
+            step=step,
+            phases=self.phases,
+            on_wait=lambda what: self.progress.update(waiting_for=what),
         )
-        self.progress.update(waiting_for="verifier")
-        with self.phases.phase("verify"):
-            scored = score_groups(sampled, evaluator.verifier, self.renderer)
-        self._check_versions({s.rollout.completion.policy_version for g in scored for s in g})
-        return with_advantages(scored, run.loss)
-
-    def _check_versions(self, sampled_versions: set[int]) -> None:
-        """Refuse rollouts of other weights: the loop is strictly on-policy."""
-        if sampled_versions != {self.policy.policy_version}:
-            raise RuntimeError(
-                f"rollouts carry policy versions {sorted(sampled_versions)}, the policy is at "
-                f"{self.policy.policy_version}: the weight sync did not take effect"
-            )
+        check_versions(groups, self.policy.policy_version)
+        return groups
 
     def pack(self, groups: Sequence[Group]) -> PackedBatch:
         """Pack the step's rollouts into streams; every rank packs the same."""
@@ -405,11 +390,6 @@ class Session:
         """Return whether the charged FLOPs have reached ``trainer.max_flops``."""
         limit = self.config.trainer.max_flops
         return limit is not None and self.meter.total_flops >= limit
-
-    @property
-    def sampling_params(self) -> SamplingParams:
-        """Sampling in training: the run's temperature instead of the evaluation's."""
-        return replace(self._evaluator.params, temperature=self.config.rollout.temperature)
 
     @property
     def _evaluator(self) -> Evaluator:

@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "metrics.",
     "profile.",
     "rollout.engine",
+    "rollout.max_logprob_gap",
+    "rollout.on_logprob_gap",
     "rollout.sglang.python",
     "rollout.sglang.url",
     "rollout.sglang.tensor_parallel_size",

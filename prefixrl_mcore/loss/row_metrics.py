@@ -11,8 +11,11 @@ import torch
 from prefixrl_kernels import HeadStatistics
 from torch import Tensor
 
+from prefixrl_mcore.loss.gap_histogram import count_gaps
+
 ENTROPY = "loss/entropy_nats"
 GAP_MEAN = "loss/logprob_gap_mean_nats"
+GAP_P99 = "loss/logprob_gap_p99_nats"
 GAP_MAX = "loss/logprob_gap_max_nats"
 K1 = "loss/k1_nats"
 K3 = "loss/k3_nats"
@@ -36,6 +39,10 @@ class LossReport:
 
     metric_maxima: dict[str, Tensor]
     """[] float32: maxima over rows, to be reduced by ``max``; 0 without rows."""
+
+    gap_counts: Tensor | None
+    """[NUM_BINS] int64: the rows by their gap (``gap_histogram``), to be added up; None without
+    rollout logprobs."""
 
 
 def metric_names(
@@ -62,7 +69,8 @@ def report_rows(
     """Return the sums and maxima over the rows of one stream.
 
     Metrics, none of them weighted: ``loss/entropy_nats``; ``loss/logprob_gap_mean_nats`` and
-    ``loss/logprob_gap_max_nats`` of ``|policy - rollout|``; ``loss/k1_nats``
+    ``loss/logprob_gap_max_nats`` of ``|policy - rollout|``, whose counts give
+    ``loss/logprob_gap_p99_nats``; ``loss/k1_nats``
     (``rollout - policy``) and ``loss/k3_nats`` (``ratio - 1 - log ratio``), both estimates of
     KL(rollout policy || policy); ``loss/clipped_fraction``, rows whose weight was cut or masked,
     or whose gradient was removed; ``loss/importance_mean``, the ratio before any cut;
@@ -83,7 +91,9 @@ def report_rows(
             REFERENCE_K3: _sum(statistics.reference_k3_R),
         }
     if not has_rollout_logprobs:
-        return LossReport(summed_loss=summed_loss, metric_sums=sums, metric_maxima={})
+        return LossReport(
+            summed_loss=summed_loss, metric_sums=sums, metric_maxima={}, gap_counts=None
+        )
     gaps_R = statistics.k1_R.abs()
     sums |= {
         GAP_MEAN: _sum(gaps_R),
@@ -94,7 +104,12 @@ def report_rows(
         EXTREME: _sum(statistics.is_extreme_R),
     }
     maxima = {GAP_MAX: gaps_R.amax() if gaps_R.numel() else gaps_R.sum()}
-    return LossReport(summed_loss=summed_loss, metric_sums=sums, metric_maxima=maxima)
+    return LossReport(
+        summed_loss=summed_loss,
+        metric_sums=sums,
+        metric_maxima=maxima,
+        gap_counts=count_gaps(gaps_R),
+    )
 
 
 def _sum(values_R: Tensor) -> Tensor:

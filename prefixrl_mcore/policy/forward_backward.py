@@ -21,7 +21,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from prefixrl_mcore.data.packing import Stream
-from prefixrl_mcore.loss.row_metrics import LossReport, metric_names, report_rows
+from prefixrl_mcore.loss.gap_histogram import NUM_BINS, quantile
+from prefixrl_mcore.loss.row_metrics import GAP_P99, LossReport, metric_names, report_rows
 from prefixrl_mcore.policy.build import unwrap
 from prefixrl_mcore.policy.head import HeadOutput, compute_head
 from prefixrl_mcore.policy.microbatch import (
@@ -48,6 +49,9 @@ class Totals:
 
     metric_maxima: dict[str, float]
     """Maxima over all rows."""
+
+    metric_quantiles: dict[str, float]
+    """Quantiles over all rows."""
 
 
 def run_schedule[T](
@@ -128,24 +132,30 @@ def reduce_totals(
     # float64 keeps the order of streams and ranks out of the reported digits.
     sums = torch.zeros(1 + len(sum_names), dtype=torch.float64)
     maxima = torch.zeros(len(max_names), dtype=torch.float64)
+    gap_counts = torch.zeros(NUM_BINS, dtype=torch.int64)
     for report in reports:
         rows = [report.summed_loss, *(report.metric_sums[name] for name in sum_names)]
         sums += torch.stack(rows).double().cpu()
         if max_names:
             largest = torch.stack([report.metric_maxima[name] for name in max_names])
             maxima = torch.maximum(maxima, largest.double().cpu())
+        if report.gap_counts is not None:
+            gap_counts += report.gap_counts.cpu()
     if topology.world_size > 1:
         # Tensor-parallel ranks hold the same reports: rank 0 of each group speaks for it.
         if topology.tp_rank:
             sums.zero_()
+            gap_counts.zero_()
         dist.all_reduce(sums)
-        if max_names:
+        if has_rollout_logprobs:
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+            dist.all_reduce(gap_counts)
     loss, *metric_sums = sums.tolist()
     return Totals(
         loss=loss,
         metric_sums=dict(zip(sum_names, metric_sums, strict=True)),
         metric_maxima=dict(zip(max_names, maxima.tolist(), strict=True)),
+        metric_quantiles={GAP_P99: quantile(gap_counts, 0.99)} if has_rollout_logprobs else {},
     )
 
 

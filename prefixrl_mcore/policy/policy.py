@@ -454,6 +454,6 @@ class MegatronPolicy:
 
 
 def _mean_metrics(totals: Totals, num_trained_tokens: int) -> dict[str, float]:
-    """Return means over trained tokens, and maxima."""
+    """Return means over trained tokens, maxima and quantiles."""
     means = {name: value / num_trained_tokens for name, value in totals.metric_sums.items()}
-    return means | totals.metric_maxima
+    return means | totals.metric_maxima | totals.metric_quantiles

@@ -27,6 +27,7 @@ from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer import dry_run
+from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.initial_model import provide_initial_model, with_initial_model
 from prefixrl_mcore.trainer.loop import train
 from prefixrl_mcore.trainer.profiling import StepProfiler
@@ -236,6 +237,7 @@ def build_session(
         hardware=read_hardware(
             topology, dtype=config.policy.dtype, configured_peak=config.trainer.peak_flops
         ),
+        gap_alarm=GapAlarm(config.rollout, warns=topology.is_first),
         stack=stack,
         input_digests=run_on_first(lambda: _digest_inputs(config, renderer)),
     )

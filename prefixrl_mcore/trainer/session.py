@@ -30,6 +30,7 @@ from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.topology import Topology, run_on_first
 from prefixrl_mcore.records import Group, PrefixedProblem, Problem, TrainingSequence, UpdateResult
+from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
 from prefixrl_mcore.trainer.generation import check_versions, sample_and_score
 from prefixrl_mcore.trainer.groups import group_metrics, training_sequences
@@ -102,6 +103,9 @@ class Session:
 
     predicted_bytes: float | None
     """Memory of a rank that ``prefixrl check`` predicts; None when nothing was predicted."""
+
+    gap_alarm: GapAlarm
+    """Tells when engine and policy disagree."""
 
     stack: ExitStack
     """Closes engine, verifier, metrics and progress."""
@@ -261,17 +265,33 @@ class Session:
     def log_step(
         self, step: int, groups: Sequence[Group], batch: PackedBatch, update: UpdateResult
     ) -> None:
-        """Charge the step's FLOPs on every rank; write metrics and rollouts on rank 0."""
+        """Charge the step's FLOPs on every rank; write metrics and rollouts on rank 0.
+
+        Raises:
+            LogprobGapError: if engine and policy disagree, and the run is to stop then.
+        """
         self.meter.charge_step(groups, num_computed_tokens=update.num_computed_tokens)
         over_ranks = rank_metrics(self.topology, update)
-        if self.metrics is None:
-            self.phases.take()
-            return
         times = self.phases.take()
+        if self.metrics is not None:
+            self._write_step(step, groups, batch, update, figures={**over_ranks, **times})
+        self.gap_alarm.ring(step, update.metrics)
+
+    def _write_step(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        batch: PackedBatch,
+        update: UpdateResult,
+        *,
+        figures: dict[str, float],
+    ) -> None:
+        """Write metrics and rollouts of a step; ``figures`` are those of ranks and phases."""
+        assert self.metrics is not None, "rank 0 has a metrics writer"
         values = {
             **group_metrics(groups),
             "rollout/tokens_per_second": _num_completion_tokens(groups)
-            / times["time/rollout_seconds"],
+            / figures["time/rollout_seconds"],
             "loss/policy_gradient": update.loss,
             "policy/gradient_norm": update.gradient_norm,
             "policy/learning_rate": update.learning_rate,
@@ -279,11 +299,11 @@ class Session:
             "policy/was_skipped": float(update.was_skipped),
             **batch_metrics(batch),
             **update.metrics,
+            **self.gap_alarm.metrics(update.metrics),
             **self.meter.metrics(),
             "checkpoint/num_failed_saves": float(self.num_failed_saves + self.saver.num_untidy),
-            **throughput_metrics(update, self.hardware, step_seconds=times["time/step_seconds"]),
-            **over_ranks,
-            **times,
+            **throughput_metrics(update, self.hardware, step_seconds=figures["time/step_seconds"]),
+            **figures,
         }
         self.metrics.write("train", step, values)
         rows = rollout_rows(step, groups, self.renderer)

@@ -6,11 +6,22 @@ Python ints; logprobs are natural logarithms (nats).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 """``stop``: an end token was sampled; ``length``: the token budget ran out; ``abort``: cut off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VersionSpan:
+    """Neighbouring tokens of a completion that the same weights sampled."""
+
+    policy_version: int
+    """Version of these weights."""
+
+    num_tokens: int
+    """How many tokens; at least one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +105,8 @@ class Completion:
     """What an engine samples after a context; the engine knows nothing of problems."""
 
     token_ids: tuple[int, ...]
-    """[num_completion_tokens] sampled tokens, the end token included; at least one."""
+    """[num_completion_tokens] sampled tokens, the end token included; at least one, unless it was
+    aborted."""
 
     logprobs: tuple[float, ...]
     """[num_completion_tokens] nats, at the sampling temperature, as reported by the engine."""
@@ -103,7 +115,12 @@ class Completion:
     """Why sampling ended."""
 
     policy_version: int
-    """Version of the weights that sampled this completion."""
+    """Version of the weights that sampled this completion, or the last tokens of one that was
+    carried over."""
+
+    earlier_spans: tuple[VersionSpan, ...] = ()
+    """What older weights sampled of a completion that was carried over, in order; empty for one
+    that was sampled at one go."""
 
     num_cached_tokens: int = 0
     """Context tokens that the engine took from its KV cache instead of computing them."""
@@ -114,6 +131,50 @@ class Completion:
             raise ValueError(
                 f"completion: {len(self.token_ids)} token ids but {len(self.logprobs)} logprobs"
             )
+        if sum(span.num_tokens for span in self.earlier_spans) > len(self.token_ids):
+            raise ValueError(
+                f"completion: {len(self.token_ids)} tokens but earlier spans {self.earlier_spans}"
+            )
+
+    @property
+    def version_spans(self) -> tuple[VersionSpan, ...]:
+        """Versions of all tokens, in order; empty without tokens."""
+        num_last = len(self.token_ids) - sum(span.num_tokens for span in self.earlier_spans)
+        if not num_last:
+            return self.earlier_spans
+        return (
+            *self.earlier_spans,
+            VersionSpan(policy_version=self.policy_version, num_tokens=num_last),
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """It ended by itself or at its token budget, and was not cut off."""
+        return self.finish_reason != "abort"
+
+    def continued_by(self, later: "Completion") -> "Completion":
+        """Return this completion with the tokens that were sampled after it.
+
+        The cached tokens stay those of the first request: what later ones took from the cache is
+        no part of the context.
+        """
+        if not later.token_ids:
+            return self
+        spans = [*self.version_spans, *later.version_spans]
+        merged: list[VersionSpan] = []
+        for span in spans:
+            if merged and merged[-1].policy_version == span.policy_version:
+                num_tokens = merged.pop().num_tokens + span.num_tokens
+                span = replace(span, num_tokens=num_tokens)
+            merged.append(span)
+        return Completion(
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+            finish_reason=later.finish_reason,
+            policy_version=later.policy_version,
+            earlier_spans=tuple(merged[:-1]),
+            num_cached_tokens=self.num_cached_tokens if self.token_ids else later.num_cached_tokens,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -86,8 +86,11 @@ class BatchDecoder:
         self._is_stop_V[list(params.stop_token_ids)] = True
 
     @torch.inference_mode()
-    def run(self, on_done: Callable[[int, Completion], None]) -> None:
-        """Sample every row; ``on_done`` is called with (row, completion) when one has ended."""
+    def run(self, on_done: Callable[[int, Completion], bool]) -> None:
+        """Sample every row; ``on_done`` is called with (row, completion) when one has ended.
+
+        Once it returns True the rows that still sample are aborted, and it is told of them too.
+        """
         cache, logits_BV = self._compute_contexts()
         sampled = _Tokens(len(self._rows), self._device)
         # Original indices of the rows in the batch, and which of them still sample.
@@ -100,11 +103,17 @@ class BatchDecoder:
             is_stop = self._is_stop_V[tokens]
             has_ended = is_live & (is_stop | (self._limits_B[rows] == step + 1))
             if bool(has_ended.any()):
+                is_enough = False
                 for index in has_ended.nonzero()[:, 0].tolist():
                     reason: FinishReason = "stop" if bool(is_stop[index]) else "length"
                     row = int(rows[index])
-                    on_done(row, self._completion(row, sampled.row(row, step + 1), reason))
+                    done = self._completion(row, sampled.row(row, step + 1), reason)
+                    is_enough = on_done(row, done) or is_enough
                 is_live &= ~has_ended
+                if is_enough:
+                    for row in rows[is_live].tolist():
+                        on_done(row, self._completion(row, sampled.row(row, step + 1), "abort"))
+                    return
                 num_live = int(is_live.sum())
                 if num_live == 0:
                     return

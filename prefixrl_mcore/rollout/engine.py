@@ -38,6 +38,10 @@ class SampleRequest:
     seed: int
     """Seed of this request; engines that cannot honour it say so in ``is_seeded``."""
 
+    max_completion_tokens: int | None = None
+    """New tokens per completion of this request, where they are fewer than those of
+    ``SamplingParams``: for the rest of a completion that was begun before. None is no other."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -61,6 +65,9 @@ class SamplingParams:
 
 OnCompleted = Callable[[int, int], None]
 """Called with (completions of one request, tokens in them) whenever a request is finished."""
+
+IsEnough = Callable[[int, list[Completion]], bool]
+"""Called with (index of a finished request, its completions); True aborts what is in flight."""
 
 
 class RolloutEngine(Protocol):
@@ -93,6 +100,25 @@ class RolloutEngine(Protocol):
             ValueError: if a context is empty or leaves no room for a completion.
             RolloutError: if a request was lost after all retries.
             EngineError: if the engine is gone and could not be restarted.
+        """
+        ...
+
+    def sample_until(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        is_enough: IsEnough,
+        on_completed: OnCompleted | None = None,
+    ) -> list[list[Completion]]:
+        """Sample until ``is_enough`` says so; return what there is, in the order of the requests.
+
+        ``is_enough`` is called in the caller's thread after each finished request, and not again
+        once it was true. What is in flight is then aborted: such a completion has the finish
+        reason ``abort`` and the tokens so far, possibly none. ``on_completed`` hears of finished
+        requests only. If it is never enough, this is ``sample``.
+
+        Raises:
+            Exception: as ``sample``.
         """
         ...
 

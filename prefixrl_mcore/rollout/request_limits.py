@@ -36,6 +36,10 @@ def completion_limits(
         seen.add(request.request_id)
         if request.num_samples < 1:
             raise ValueError(f"{name}: expected num_samples >= 1, got {request.num_samples}")
+        if request.max_completion_tokens is not None and request.max_completion_tokens < 1:
+            raise ValueError(
+                f"{name}: expected max_completion_tokens >= 1, got {request.max_completion_tokens}"
+            )
         _check_context(name, request.context_token_ids, vocab_size)
         room = params.max_total_tokens - len(request.context_token_ids)
         if room < 1:
@@ -45,6 +49,8 @@ def completion_limits(
                 "rollout.max_total_tokens or drop the problem or its prefix"
             )
         limit = min(params.max_completion_tokens, room)
+        if request.max_completion_tokens is not None:
+            limit = min(limit, request.max_completion_tokens)
         total = len(request.context_token_ids) + limit
         if max_positions is not None and total > max_positions:
             raise ValueError(

@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import TransformersConfig
 from prefixrl_mcore.records import Completion
+from prefixrl_mcore.rollout.collected import Collected
 from prefixrl_mcore.rollout.decoding import BatchDecoder, Row
 from prefixrl_mcore.rollout.engine import (
     EngineError,
+    IsEnough,
     OnCompleted,
     SampleRequest,
     SamplingParams,
@@ -103,6 +105,24 @@ class TransformersEngine:
             ValueError: if a request or ``params`` makes no sense.
             EngineError: if the engine is closed, paused, or without complete weights.
         """
+        return self.sample_until(requests, params, lambda *_: False, on_completed)
+
+    def sample_until(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        is_enough: IsEnough,
+        on_completed: OnCompleted | None = None,
+    ) -> list[list[Completion]]:
+        """Sample until ``is_enough`` says so; return what there is, in the order of the requests.
+
+        Batches come one after the other, so that requests of later ones have no tokens at all if
+        it is enough before their turn. Equal calls abort at the same token.
+
+        Raises:
+            ValueError: if a request or ``params`` makes no sense.
+            EngineError: if the engine is closed, paused, or without complete weights.
+        """
         if self._cannot_sample:
             raise EngineError(f"{self.name}: cannot sample: {self._cannot_sample}")
         limits = completion_limits(
@@ -118,34 +138,15 @@ class TransformersEngine:
             for index in order
             for sample_index in range(requests[index].num_samples)
         ]
-        done: dict[str, dict[int, Completion]] = {request.request_id: {} for request in requests}
+        collected = Collected(requests, is_enough, on_completed)
         size = self._config.max_batch_size
         for first in range(0, len(rows), size):
-            self._sample_rows(rows[first : first + size], params, done, on_completed)
-        return [
-            [done[request.request_id][index] for index in range(request.num_samples)]
-            for request in requests
-        ]
-
-    def _sample_rows(
-        self,
-        rows: Sequence[Row],
-        params: SamplingParams,
-        done: dict[str, dict[int, Completion]],
-        on_completed: OnCompleted | None,
-    ) -> None:
-        """Sample one batch of rows into ``done`` (request id -> sample index -> completion)."""
-
-        def on_done(index: int, completion: Completion) -> None:
-            request = rows[index].request
-            of_request = done[request.request_id]
-            of_request[rows[index].sample_index] = completion
-            if on_completed is not None and len(of_request) == request.num_samples:
-                num_tokens = sum(len(one.token_ids) for one in of_request.values())
-                on_completed(request.num_samples, num_tokens)
-
-        decoder = BatchDecoder(self._model, rows, params, policy_version=self._policy_version)
-        decoder.run(on_done)
+            if collected.is_enough:
+                break
+            batch = rows[first : first + size]
+            decoder = BatchDecoder(self._model, batch, params, policy_version=self._policy_version)
+            decoder.run(lambda index, one, batch=batch: collected.add(batch[index], one))
+        return collected.in_order(policy_version=self._policy_version)
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:

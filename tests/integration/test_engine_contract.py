@@ -4,6 +4,7 @@ The SGLang engine runs on a real server. It is skipped where SGLang's environmen
 fails there instead when PREFIXRL_REQUIRE_SGLANG=1.
 """
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -231,6 +232,89 @@ def test_total_length_limits_each_request_by_itself(engine: RolloutEngine) -> No
 
     assert [len(group[0].token_ids) for group in groups] == [20, 5, 1]
     assert {group[0].finish_reason for group in groups} == {"length"}
+
+
+def test_a_request_can_be_limited_by_itself(engine: RolloutEngine) -> None:
+    requests = [request_of(0, 5), dataclasses.replace(request_of(1, 5), max_completion_tokens=7)]
+
+    groups = engine.sample(requests, params_of())
+
+    assert [len(group[0].token_ids) for group in groups] == [20, 7]
+    assert groups[1][0].finish_reason == "length"
+
+
+def test_enough_aborts_what_is_in_flight_and_keeps_its_tokens(
+    setting: Setting, engine: RolloutEngine
+) -> None:
+    _skip_without_sample_until(engine)
+    short = dataclasses.replace(request_of(7, 8, 2), max_completion_tokens=6)
+    requests = [request_of(0, 9, 2), request_of(1, 5), short, request_of(2, 12)]
+    asked: list[int] = []
+    announced: list[tuple[int, int]] = []
+
+    def is_enough(index: int, completions: list[Completion]) -> bool:
+        asked.append(index)
+        assert [len(one.token_ids) for one in completions] == [6, 6]
+        return True
+
+    params = params_of(max_completion_tokens=1000)
+    groups = engine.sample_until(
+        requests, params, is_enough, lambda *counts: announced.append(counts)
+    )
+
+    assert asked == [2]
+    assert announced == [(2, 12)]
+    assert [len(group) for group in groups] == [2, 1, 2, 1]
+    assert [one.finish_reason for one in groups[2]] == ["length"] * 2
+    aborted = [one for index in (0, 1, 3) for one in groups[index]]
+    assert {one.finish_reason for one in aborted} == {"abort"}
+    assert all(len(one.token_ids) < 1000 for one in aborted)
+    assert {one.policy_version for group in groups for one in group} == {0}
+    assert_logprobs_are_those_of(setting.model_a, requests, groups, temperature=1.0)
+
+
+def test_what_was_aborted_can_be_continued(setting: Setting, engine: RolloutEngine) -> None:
+    _skip_without_sample_until(engine)
+    short = dataclasses.replace(request_of(7, 8), max_completion_tokens=10)
+    request = request_of(0, 9)
+    params = params_of(temperature=0.0, max_completion_tokens=60)
+    _, (first,) = engine.sample_until([short, request], params, lambda index, _: index == 0)
+    assert first.finish_reason == "abort"
+
+    rest = dataclasses.replace(
+        request,
+        request_id="the rest",
+        context_token_ids=request.context_token_ids + first.token_ids,
+        max_completion_tokens=60 - len(first.token_ids),
+    )
+    ((later,),) = engine.sample([rest], params)
+
+    whole = first.continued_by(later)
+    expected = hf_greedy_completion(setting.model_a, request.context_token_ids, 60)
+    assert whole.token_ids == expected
+    assert_logprobs_are_those_of(setting.model_a, [request], [[whole]], temperature=1.0)
+
+
+def test_never_enough_is_to_sample_all(engine: RolloutEngine) -> None:
+    _skip_without_sample_until(engine)
+    requests = [request_of(seed, 10, 2) for seed in range(3)]
+    asked: list[int] = []
+
+    def is_enough(index: int, completions: list[Completion]) -> bool:
+        asked.append(index)
+        return False
+
+    groups = engine.sample_until(requests, params_of(), is_enough)
+
+    assert sorted(asked) == [0, 1, 2]
+    assert {one.finish_reason for group in groups for one in group} == {"length"}
+    if engine.is_seeded:
+        assert groups == engine.sample(requests, params_of())
+
+
+def _skip_without_sample_until(engine: RolloutEngine) -> None:
+    if isinstance(engine, SGLangEngine):
+        pytest.skip(f"{engine.name} cannot abort yet")
 
 
 def test_longest_total_can_be_used_up(engine: RolloutEngine) -> None:

@@ -20,6 +20,7 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.engine import (
     EngineError,
+    IsEnough,
     OnCompleted,
     RolloutError,
     SampleRequest,
@@ -170,6 +171,23 @@ class SGLangEngine:
         raise RolloutError(
             f"{self.name}: {len(lost)} of {len(requests)} requests were lost after "
             f"{self._config.max_retries + 1} attempts: {names}; the first: {lost[min(lost)]}"
+        )
+
+    def sample_until(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        is_enough: IsEnough,
+        on_completed: OnCompleted | None = None,
+    ) -> list[list[Completion]]:
+        """Refuse: this engine cannot abort a part of a call yet.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError(
+            f"{self.name}: cannot abort a part of a call; set rollout.schedule.oversampling = 1 or "
+            'rollout.engine = "transformers"'
         )
 
     def _sample_round(

@@ -7,10 +7,10 @@ UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := .venv/bin/python -m
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-sglang demo test test-all check format gpu clean
+.PHONY: help setup setup-sglang setup-sglang-next demo test test-all check format gpu clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 .uv/bin/uv:
 	python3 -m venv .uv
@@ -29,13 +29,19 @@ SGLANG_ENV := prefixrl_mcore/rollout/sglang/env
 
 setup-sglang: .venv-sglang/.locked  ## SGLang's own environment, in .venv-sglang
 
+.venv-sglang-next/.locked: $(wildcard $(SGLANG_ENV)/*.lock) $(SGLANG_ENV)/setup.sh | setup
+	$(SGLANG_ENV)/setup.sh $(UV) .venv/bin/python .venv-sglang-next cpu-next
+	@touch $@
+
+setup-sglang-next: .venv-sglang-next/.locked  ## the newest SGLang that is supported, for the tests
+
 demo: setup setup-sglang  ## the whole of PrefixRL on this CPU, with a report at the end
 	.venv/bin/prefixrl demo
 
 test: setup setup-sglang  ## the test suite (CPU)
 	$(RUN) pytest
 
-test-all: setup setup-sglang  ## the test suite with the slow proofs, as CI runs it
+test-all: setup setup-sglang setup-sglang-next  ## the test suite with the slow proofs, as CI runs it
 	$(RUN) pytest -m "not gpu and not multi_gpu"
 
 check: setup setup-sglang  ## format, lint, types, tests: green before every commit

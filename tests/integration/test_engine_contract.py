@@ -1,11 +1,11 @@
 """What every rollout engine must do; one suite, run against each of them.
 
-The SGLang engine runs on a real server. It is skipped where SGLang's environment is missing, and
-fails there instead when PREFIXRL_REQUIRE_SGLANG=1.
+The SGLang engine runs on real servers, one at each end of the supported versions: 0.5.17, and one
+whose weight updates are sessions. It is skipped where SGLang's environment is missing, and fails
+there instead when PREFIXRL_REQUIRE_SGLANG=1.
 """
 
 import dataclasses
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine, SampleRequ
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from tests.support.hf_logprobs import hf_completion_logprobs, hf_greedy_completion
 from tests.support.processes import wait_until_gone
+from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import EOS_ID, VOCABULARY, write_tiny_qwen3
 
 # Both sides compute in float32; they differ in the order of sums, by about 2e-6 nats.
 LOGPROB_TOLERANCE = 2e-5
 
-SGLANG_PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
 MAX_TOTAL_TOKENS = 1200
 
 
@@ -42,23 +42,25 @@ class Setting:
 
 
 @pytest.fixture(
-    scope="module", params=["transformers", pytest.param("sglang", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "transformers",
+        pytest.param("sglang", marks=pytest.mark.slow),
+        pytest.param("sglang-next", marks=pytest.mark.slow),
+    ],
 )
 def setting(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Setting]:
-    if request.param == "sglang" and not SGLANG_PYTHON.exists():
-        reason = f"SGLang's environment {SGLANG_PYTHON} is missing: make setup-sglang"
-        if os.environ.get("PREFIXRL_REQUIRE_SGLANG") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    is_transformers = request.param == "transformers"
+    python = Path() if is_transformers else sglang_python(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     folder_a = write_tiny_qwen3(folder / "a", seed=0)
     folder_b = write_tiny_qwen3(folder / "b", seed=1)
     config = RolloutConfig(
-        engine=request.param,
+        engine="transformers" if is_transformers else "sglang",
         max_total_tokens=MAX_TOTAL_TOKENS,
-        sglang=SGLangConfig(python=SGLANG_PYTHON, start_timeout_seconds=300, max_retries=2),
+        sglang=SGLangConfig(python=python, start_timeout_seconds=300, max_retries=2),
         transformers=TransformersConfig(max_batch_size=16),
     )
     engine = build_engine(

@@ -1,6 +1,5 @@
 """A folder exported from a trained checkpoint, as engines load it from disk."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,17 @@ from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig
 from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import RolloutEngine, SampleRequest, SamplingParams
 from tests.support.policies import build_policy, make_batch
+from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import write_tiny_qwen3
 
-SGLANG_PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
 CONTEXTS = ((5, 9, 14), (1, 30, 4, 4, 20, 7), tuple(range(4, 28)))
 
 
-def start(name: str, model: Path, logs: Path) -> RolloutEngine:
+def start(name: str, model: Path, logs: Path, python: Path = Path()) -> RolloutEngine:
     config = RolloutConfig(
         engine="sglang" if name == "sglang" else "transformers",
         max_total_tokens=100,
-        sglang=SGLangConfig(python=SGLANG_PYTHON, start_timeout_seconds=300, max_retries=2),
+        sglang=SGLangConfig(python=python, start_timeout_seconds=300, max_retries=2),
     )
     return build_engine(config, model, logits_dtype="float32", logs_folder=logs, device="cpu")
 
@@ -41,11 +40,7 @@ def greedy(engine: RolloutEngine) -> list[tuple[int, ...]]:
 def test_an_engine_says_of_the_exported_folder_what_it_says_of_the_live_policy(
     name: str, tmp_path: Path
 ) -> None:
-    if name == "sglang" and not SGLANG_PYTHON.exists():
-        reason = f"SGLang's environment {SGLANG_PYTHON} is missing: make setup-sglang"
-        if os.environ.get("PREFIXRL_REQUIRE_SGLANG") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    python = sglang_python() if name == "sglang" else Path()
     source = write_tiny_qwen3(tmp_path / "source")
     policy = build_policy(source)
     policy.update(make_batch())
@@ -59,7 +54,7 @@ def test_an_engine_says_of_the_exported_folder_what_it_says_of_the_live_policy(
     live.close()
     assert expected != before  # the update is seen
 
-    exported = start(name, tmp_path / "out", tmp_path / "logs")
+    exported = start(name, tmp_path / "out", tmp_path / "logs", python)
     try:
         assert exported.policy_version == -1  # nothing was sent: weights are those on disk
         assert greedy(exported) == expected

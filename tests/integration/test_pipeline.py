@@ -21,6 +21,7 @@ from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.loss.row_metrics import metric_names
 from prefixrl_mcore.observability.phases import TIMED
 from prefixrl_mcore.policy import router
+from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_run import ROOT, TinyTask, metrics_of, without_clock
 
 PEAK_FLOPS = 1e10
@@ -284,10 +285,7 @@ def test_the_baselines_are_the_same_program(
 
 @pytest.mark.slow
 def test_training_with_a_real_sglang_server(tiny_task: TinyTask, tmp_path: Path) -> None:
-    python = ROOT / ".venv-sglang" / "bin" / "python"
-    if not python.exists():
-        assert os.environ.get("PREFIXRL_REQUIRE_SGLANG") != "1", f"{python} does not exist"
-        pytest.skip("no .venv-sglang; run `make setup-sglang`")
+    python = sglang_python()
     run = tmp_path / "sglang"
     flags = ("--rollout.engine", "sglang", "--rollout.sglang.python", str(python))
     assert tiny_task.run("train", run, *flags) == 0

@@ -42,7 +42,7 @@ class FakeSGLang:
         if path == "/model_info":
             return 200, {"weight_version": self.weight_version}
         if path == "/server_info":
-            return 200, {"version": "0.0-fake"} | self.precision
+            return 200, {"version": "0.5.23" if self.has_sessions else "0.5.17"} | self.precision
         if path == "/generate":
             return self._generate(payload)
         if path in ("/begin_weight_update", "/end_weight_update"):
@@ -103,6 +103,10 @@ def serve(fake: FakeSGLang) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path == "/begin_weight_update":  # may only be posted to
+                status = 405 if fake.has_sessions else 404
+                self._send(status, {"detail": "no"})
+                return
             self._reply({})
 
         def do_POST(self) -> None:
@@ -114,6 +118,9 @@ def serve(fake: FakeSGLang) -> Iterator[str]:
             if status == 0:
                 self.close_connection = True
                 return
+            self._send(status, content)
+
+        def _send(self, status: int, content: Any) -> None:
             body = b"" if content is None else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))

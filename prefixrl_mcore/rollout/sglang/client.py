@@ -11,6 +11,7 @@ import torch
 import urllib3
 from torch import Tensor
 
+from prefixrl_mcore.rollout.sglang.protocol import ServerProtocol, read_protocol
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
 
 _CONNECT_SECONDS = 5.0
@@ -50,6 +51,7 @@ class SGLangClient:
         self.url = url.rstrip("/")
         self._request_timeout_seconds = request_timeout_seconds
         self._pool = urllib3.PoolManager(maxsize=MAX_CONNECTIONS, retries=False)
+        self._protocol: ServerProtocol | None = None
 
     def close(self) -> None:
         """Close the connections that are open."""
@@ -70,6 +72,33 @@ class SGLangClient:
     def server_info(self) -> Mapping[str, Any]:
         """Return the server's arguments, limits and ``version``."""
         return json.loads(self._call("GET", "/server_info", None, _CONTROL_SECONDS))
+
+    def detect_protocol(self, server_info: Mapping[str, Any]) -> ServerProtocol:
+        """Return what the server can do, and remember it until this is called again.
+
+        Args:
+            server_info: from ``server_info``.
+
+        Raises:
+            ServerLost: if the server does not answer.
+            EngineError: if its version is not supported.
+        """
+        self._protocol = read_protocol(
+            server_info,
+            has_update_sessions=self._has_endpoint("/begin_weight_update"),
+            url=self.url,
+        )
+        return self._protocol
+
+    def _has_endpoint(self, path: str) -> bool:
+        """Return whether the server knows a path that may only be posted to, without posting."""
+        try:
+            self._call("GET", path, None, _CONTROL_SECONDS)
+        except ServerRefusal as refusal:
+            if refusal.status not in (404, 405):
+                raise
+            return refusal.status == 405
+        return True
 
     def generate(self, payload: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return one answer per sample, in order.
@@ -109,14 +138,14 @@ class SGLangClient:
     def begin_update(self) -> bool:
         """Open a session of weight updates; return False where the server knows none.
 
-        Servers before 0.5.21 have no sessions. A session that a killed trainer left open is ended
-        first.
+        A session that a killed trainer left open is ended first.
         """
+        protocol = self._protocol or self.detect_protocol(self.server_info())
+        if not protocol.has_update_sessions:
+            return False
         try:
             self._control("/begin_weight_update", {})
-        except ServerRefusal as refusal:
-            if refusal.status == 404:
-                return False
+        except ServerRefusal:
             self._control("/end_weight_update", {})
             self._control("/begin_weight_update", {})
         return True

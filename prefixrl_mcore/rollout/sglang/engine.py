@@ -434,10 +434,10 @@ class SGLangEngine:
         """Note the server's version; raise EngineError if its logits are not the trainer's."""
         try:
             info = self._client.server_info()
+            self._version = self._client.detect_protocol(info).version
         except (ServerLost, ServerRefusal) as error:
             raise EngineError(f"SGLang: {error}") from error
         check_logits(info, self._config, self._logits_dtype)
-        self._version = str(info.get("version", "of unknown version"))
 
     def _served_weights(self) -> str:
         """Return the name of the weights that the server has."""

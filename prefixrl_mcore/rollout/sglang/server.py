@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
 _SUPERVISOR = _HERE / "supervisor.py"
-_CPU_LAUNCHER = _HERE / "cpu" / "launch.py"
+LAUNCHER = _HERE / "launcher" / "serve.py"
 _STAND_INS = _HERE / "cpu" / "stand_ins"
 
 _POLL_SECONDS = 0.1
@@ -217,7 +217,7 @@ def _server_arguments(
     max_total_tokens: int,
 ) -> list[str]:
     """Return what the interpreter is given to run."""
-    launcher = [str(_CPU_LAUNCHER)] if device == "cpu" else ["-m", "sglang.launch_server"]
+    launcher = [str(LAUNCHER)] if device == "cpu" else ["-m", "sglang.launch_server"]
     arguments: dict[str, str] = {
         "--model-path": str(model_folder),
         "--host": "127.0.0.1",

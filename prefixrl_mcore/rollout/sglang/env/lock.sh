@@ -12,6 +12,8 @@ compile() {
         --no-build --python-version 3.12 --python-platform x86_64-manylinux_2_34 "$@"
 }
 
-compile "$@" --config-file no-dependencies.toml requirements-cpu.in \
-    --output-file requirements-cpu.lock
+for kind in cpu cpu-next; do
+    compile "$@" --config-file no-dependencies.toml "requirements-$kind.in" \
+        --output-file "requirements-$kind.lock"
+done
 compile "$@" requirements-gpu.in --output-file requirements-gpu.lock

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Build SGLang's own environment:  setup.sh UV PYTHON FOLDER [cpu|gpu]
-# Without the last argument: gpu where nvidia-smi lists a GPU, cpu elsewhere.
+# Build SGLang's own environment:  setup.sh UV PYTHON FOLDER [cpu|gpu|cpu-next]
+# Without the last argument: gpu where nvidia-smi lists a GPU, cpu elsewhere. cpu-next is the newest
+# version that is supported, for the tests.
 set -euo pipefail
 
 uv=$1 python=$2 folder=$3
@@ -22,7 +23,7 @@ fi
 # Proves that the server's modules import, and leaves their bytecode behind, without which every
 # start takes twice as long.
 unset PYTHONDONTWRITEBYTECODE
-if [[ $kind == cpu ]]; then
+if [[ $kind == cpu* ]]; then
     export SGLANG_USE_CPU_ENGINE=1 PYTHONPATH=$here/../cpu/stand_ins CUDA_VISIBLE_DEVICES=
 fi
 "$folder/bin/python" -W ignore -c '

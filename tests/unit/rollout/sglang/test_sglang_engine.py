@@ -24,8 +24,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def fake() -> FakeSGLang:
-    return FakeSGLang()
+def fake(request: pytest.FixtureRequest) -> FakeSGLang:
+    """A server; with sessions where a test is parametrized with True."""
+    return FakeSGLang(has_sessions=getattr(request, "param", False))
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_answers_become_completions(engine: SGLangEngine) -> None:
     assert first.token_ids == (SAMPLED_TOKEN,) * 6
     assert first.logprobs == (SAMPLED_LOGPROB,) * 6
     assert (first.finish_reason, first.policy_version) == ("length", -1)
-    assert engine.name == "sglang 0.0-fake"
+    assert engine.name == "sglang 0.5.17"
 
 
 def test_lost_answers_are_asked_for_again(
@@ -107,11 +108,10 @@ def test_sample_of_other_weights_is_refused(engine: SGLangEngine, fake: FakeSGLa
         engine.sample([request_of()], params_of())
 
 
-@pytest.mark.parametrize("has_sessions", [False, True])
+@pytest.mark.parametrize("fake", [False, True], indirect=True)
 def test_weights_are_sent_whole_and_the_cache_is_flushed_with_the_last_of_them(
-    engine: SGLangEngine, fake: FakeSGLang, has_sessions: bool
+    engine: SGLangEngine, fake: FakeSGLang
 ) -> None:
-    fake.has_sessions = has_sessions
     fake.calls.clear()
 
     engine.load_weights(weights(), 3)
@@ -119,7 +119,7 @@ def test_weights_are_sent_whole_and_the_cache_is_flushed_with_the_last_of_them(
     assert fake.loaded == {name: list(weight.shape) for name, weight in weights()}
     assert not fake.is_session_open
     assert fake.is_cache_fresh
-    assert ("/end_weight_update" in fake.calls) == has_sessions
+    assert ("/end_weight_update" in fake.calls) == fake.has_sessions
     assert engine.sample([request_of()], params_of())[0][0].policy_version == 3
 
 
@@ -165,10 +165,10 @@ def test_weights_come_in_the_servers_precision_and_in_buckets(
     assert [name for part in parts for name, _ in part] == list(sent)
 
 
+@pytest.mark.parametrize("fake", [True], indirect=True)
 def test_session_that_a_killed_trainer_left_open_is_ended(
     engine: SGLangEngine, fake: FakeSGLang
 ) -> None:
-    fake.has_sessions = True
     fake.is_session_open = True
 
     engine.load_weights(weights(), 3)

@@ -7,7 +7,8 @@ UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := .venv/bin/python -m
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-sglang setup-sglang-next demo test test-all check format gpu clean
+.PHONY: help setup setup-sglang setup-sglang-next setup-launch slurm-up slurm-down demo test test-all check format \
+    gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -35,16 +36,31 @@ setup-sglang: .venv-sglang/.locked  ## SGLang's own environment, in .venv-sglang
 
 setup-sglang-next: .venv-sglang-next/.locked  ## the newest SGLang that is supported, for the tests
 
+LAUNCH_ENV := prefixrl_mcore/launch/env
+.venv-launch/.locked: $(LAUNCH_ENV)/requirements.lock $(LAUNCH_ENV)/setup.sh | setup
+	$(LAUNCH_ENV)/setup.sh $(UV) .venv/bin/python .venv-launch
+	@touch $@
+
+setup-launch: .venv-launch/.locked  ## NeMo-Run's own environment, for prefixrl launch, in .venv-launch
+
+# Options of the cluster: make slurm-up SLURM="--nodes 2 --gpus 8 --accounting"
+SLURM ?=
+slurm-up:  ## a Slurm cluster on this machine, as root (slurm/testing/install.sh installs Slurm)
+	@python3 slurm/testing/cluster.py up $(SLURM)
+
+slurm-down:  ## end that cluster and everything that runs on it
+	@python3 slurm/testing/cluster.py down
+
 demo: setup setup-sglang  ## the whole of PrefixRL on this CPU, with a report at the end
 	.venv/bin/prefixrl demo
 
-test: setup setup-sglang  ## the test suite (CPU)
+test: setup setup-sglang setup-launch  ## the test suite (CPU)
 	$(RUN) pytest
 
-test-all: setup setup-sglang setup-sglang-next  ## the test suite with the slow proofs, as CI runs it
+test-all: setup setup-sglang setup-sglang-next setup-launch  ## the test suite with the slow proofs, as CI runs it
 	$(RUN) pytest -m "not gpu and not multi_gpu"
 
-check: setup setup-sglang  ## format, lint, types, tests: green before every commit
+check: setup setup-sglang setup-launch  ## format, lint, types, tests: green before every commit
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/pyright

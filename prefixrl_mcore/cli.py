@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from prefixrl_mcore.checkpoint.manifest import SaveError
+from prefixrl_mcore.commands.model_files import add_checkpoint_commands, add_convert_commands
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import RunConfig
 
@@ -202,12 +203,12 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     """Add the commands that work on files instead of a config."""
     traces = commands.add_parser("traces", help="import, show and check traces of a trace store")
     _add_traces_commands(traces)
-    _add_convert_commands(
+    add_convert_commands(
         commands.add_parser(
             "convert", help="convert between checkpoints and Hugging Face folders, and compare them"
         )
     )
-    _add_checkpoint_commands(
+    add_checkpoint_commands(
         commands.add_parser("checkpoint", help="list, show and verify the checkpoints of a run")
     )
 
@@ -228,68 +229,6 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     demo.add_argument("--fresh", action="store_true", help="delete the folder's results first")
     demo.add_argument("--engine", choices=("sglang", "transformers"), help="rollout engine")
     demo.set_defaults(run=_demo)
-
-
-def _add_convert_commands(convert: argparse.ArgumentParser) -> None:
-    """Add ``convert to-hf | from-hf | verify``."""
-    actions = convert.add_subparsers(title="actions", required=True, metavar="ACTION")
-    to_hf = actions.add_parser(
-        "to-hf",
-        help="checkpoint -> Hugging Face folder",
-        description="Write a checkpoint's weights as a Hugging Face folder, without a model, a "
-        "GPU or other ranks. Repeated after a kill, it goes on from the finished files.",
-    )
-    to_hf.add_argument("checkpoint", type=Path, help="checkpoint folder (…/step-000040)")
-    to_hf.add_argument("out", type=Path, help="folder to be made")
-    to_hf.set_defaults(run=_convert_to_hf)
-    from_hf = actions.add_parser(
-        "from-hf",
-        help="Hugging Face folder -> checkpoint",
-        description="Write a Hugging Face folder's weights as a checkpoint that loads in any "
-        "parallel layout. Repeated after a kill, it goes on from the finished files.",
-    )
-    from_hf.add_argument("model", type=Path, help="Hugging Face folder")
-    from_hf.add_argument("out", type=Path, help="checkpoint folder to be made")
-    from_hf.set_defaults(run=_convert_from_hf)
-    for command in (to_hf, from_hf):
-        command.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as it is")
-        command.add_argument(
-            "--shard-size",
-            default="5GB",
-            metavar="SIZE",
-            help="begin a new weight file above this (default 5GB); a kill costs at most one file",
-        )
-    verify = actions.add_parser(
-        "verify",
-        help="compare two models tensor by tensor; exit code 1 if they differ",
-        description="Compare two models, each a Hugging Face folder or a checkpoint: names, "
-        "shapes, types and checksums of all weights, and what the configs say of the computation. "
-        "Exit code 0 if they are the same, bit for bit, 1 if they differ, 2 on bad input.",
-    )
-    verify.add_argument("first", type=Path, help="Hugging Face folder or checkpoint")
-    verify.add_argument("second", type=Path, help="Hugging Face folder or checkpoint")
-    verify.add_argument(
-        "--forward",
-        action="store_true",
-        help="run both with transformers too; needs memory for one of them",
-    )
-    verify.add_argument(
-        "--prompts", type=Path, help="one prompt per line, for --forward, which it implies"
-    )
-    verify.set_defaults(run=_convert_verify)
-
-
-def _add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
-    """Add ``checkpoint ls | show | verify``; none of them needs torch."""
-    actions = checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION")
-    for name, run, text in (
-        ("ls", _checkpoint_ls, "one line per checkpoint: size, layout, age, complete or why not"),
-        ("show", _checkpoint_show, "all that a checkpoint says of itself"),
-        ("verify", _checkpoint_verify, "compare every file with its checksum; exit code 1 if bad"),
-    ):
-        action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("path", type=Path, help="run folder, its checkpoints, or one of them")
-        action.set_defaults(run=run)
 
 
 def _add_traces_commands(traces: argparse.ArgumentParser) -> None:
@@ -482,57 +421,6 @@ def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
     )
     print_check(config, machine, suggest=arguments.suggest)
     return 0
-
-
-def _convert_to_hf(arguments: argparse.Namespace, _rest: list[str]) -> int:
-    from prefixrl_mcore.trainer.convert_commands import run_to_hf
-
-    run_to_hf(
-        arguments.checkpoint,
-        arguments.out,
-        dtype=arguments.dtype,
-        file_size=arguments.shard_size,
-    )
-    return 0
-
-
-def _convert_from_hf(arguments: argparse.Namespace, _rest: list[str]) -> int:
-    from prefixrl_mcore.trainer.convert_commands import run_from_hf
-
-    run_from_hf(
-        arguments.model, arguments.out, dtype=arguments.dtype, file_size=arguments.shard_size
-    )
-    return 0
-
-
-def _convert_verify(arguments: argparse.Namespace, _rest: list[str]) -> int:
-    from prefixrl_mcore.trainer.verify_models import run_verify
-
-    with_forward = arguments.forward or arguments.prompts is not None
-    are_equal = run_verify(
-        arguments.first, arguments.second, with_forward=with_forward, prompts=arguments.prompts
-    )
-    return 0 if are_equal else 1
-
-
-def _checkpoint_ls(arguments: argparse.Namespace, _rest: list[str]) -> int:
-    from prefixrl_mcore.trainer.checkpoint_commands import list_checkpoints
-
-    list_checkpoints(arguments.path)
-    return 0
-
-
-def _checkpoint_show(arguments: argparse.Namespace, _rest: list[str]) -> int:
-    from prefixrl_mcore.trainer.checkpoint_commands import show_checkpoint
-
-    show_checkpoint(arguments.path)
-    return 0
-
-
-def _checkpoint_verify(arguments: argparse.Namespace, _rest: list[str]) -> int:
-    from prefixrl_mcore.trainer.checkpoint_commands import verify_checkpoints
-
-    return 0 if verify_checkpoints(arguments.path) else 1
 
 
 def _report(arguments: argparse.Namespace, _rest: list[str]) -> int:

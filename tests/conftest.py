@@ -1,4 +1,4 @@
-"""Fixtures that several folders share, and the rule that a GPU run may not pass by skipping."""
+"""Fixtures that several folders share, and the rule that a promised GPU or Slurm is no skip."""
 
 # ruff: noqa: E402 - Triton and cuBLAS read these variables when they are first used
 
@@ -39,9 +39,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ``CAPABILITY_SKIP`` stays a skip.
     """
     report = yield
-    needs_gpu = item.get_closest_marker("gpu") is not None
-    is_required = needs_gpu and os.environ.get("PREFIXRL_REQUIRE_GPU") == "1"
-    if is_required and report.skipped and CAPABILITY_SKIP not in str(report.longrepr):
-        report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} skipped although PREFIXRL_REQUIRE_GPU=1"
+    for marker in ("gpu", "slurm"):
+        variable = f"PREFIXRL_REQUIRE_{marker.upper()}"
+        is_required = (
+            item.get_closest_marker(marker) is not None and os.environ.get(variable) == "1"
+        )
+        if is_required and report.skipped and CAPABILITY_SKIP not in str(report.longrepr):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} skipped although {variable}=1: {report.longrepr}"
     return report

@@ -1,0 +1,351 @@
+"""A Slurm cluster of several nodes on this machine, for trying and testing launches.
+
+    python3 slurm/testing/cluster.py up [--nodes 4 ...]    starts it and waits until it is idle
+    eval "$(python3 slurm/testing/cluster.py env)"         lets srun, sbatch, ... of a shell find it
+    python3 slurm/testing/cluster.py status | down | wipe
+
+It needs root and what install.sh installs, and no more of Python than its standard library. All
+state is in one folder; ``down`` ends exactly the processes that ``up`` started.
+"""
+
+import argparse
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from networks import inside, make_networks, remove_networks
+from processes import Daemons, say, wait_for
+from settings import Cluster, read_cluster, write_settings
+
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo")
+_DATABASE_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
+_SOCKET_PATH_BYTES = 107
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def main() -> int:
+    """Carry out one command and return its exit code."""
+    arguments = _parse()
+    folder = arguments.dir.resolve()
+    try:
+        if arguments.command == "up":
+            _check_machine(arguments, folder)
+            _up(_cluster(arguments, folder))
+            return 0
+        cluster = read_cluster(folder)
+        if cluster is None:
+            say(f"no cluster in {folder}")
+            return 0 if arguments.command in ("down", "wipe") else 1
+        if arguments.command == "env":
+            sys.stdout.write(f"export SLURM_CONF={shlex.quote(str(_slurm_conf(cluster)))}\n")
+            return 0
+        if arguments.command == "status":
+            return _status(cluster)
+        _down(cluster)
+        if arguments.command == "wipe":
+            shutil.rmtree(folder)
+    except RuntimeError as error:
+        say(f"error: {error}")
+        return 1
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="A Slurm cluster on this machine.")
+    parser.add_argument("command", choices=("up", "env", "status", "down", "wipe"))
+    parser.add_argument("--dir", type=Path, default=Path("runs/slurm-cluster"), help="its folder")
+    parser.add_argument("--nodes", type=int, default=4, help="nodes n1, n2, ... (4)")
+    parser.add_argument("--cpus", type=int, default=4, help="CPUs that a node claims (4)")
+    parser.add_argument("--memory-mb", type=int, default=8000, help="memory that it claims (8000)")
+    parser.add_argument("--gpus", type=int, default=0, help="pretended GPUs of a node (0)")
+    parser.add_argument(
+        "--no-networks", action="store_true", help="no host names and addresses of the nodes' own"
+    )
+    parser.add_argument(
+        "--no-cgroups", action="store_true", help="no memory limits, and signals reach all children"
+    )
+    parser.add_argument(
+        "--accounting", action="store_true", help="with slurmdbd: sacct, accounts, QOS"
+    )
+    return parser.parse_args()
+
+
+def _cluster(arguments: argparse.Namespace, folder: Path) -> Cluster:
+    """Return the cluster to start."""
+    ports = _free_ports(3 + arguments.nodes)
+    return Cluster(
+        folder=folder,
+        nodes=arguments.nodes,
+        cpus=arguments.cpus,
+        memory_mb=arguments.memory_mb,
+        gpus=arguments.gpus,
+        has_networks=not arguments.no_networks,
+        has_accounting=arguments.accounting,
+        has_cgroups=not arguments.no_cgroups,
+        controller_port=ports,
+        database_port=ports + 1,
+        mariadb_port=ports + 2,
+        node_port=6818 if not arguments.no_networks else ports + 3,
+    )
+
+
+def _free_ports(number: int) -> int:
+    """Return the first of so many ports in a row that nobody listens on."""
+    for first in range(26800, 32000, number):
+        with suppress(OSError):
+            for port in range(first, first + number):
+                with socket.socket() as free:
+                    free.bind(("0.0.0.0", port))
+            return first
+    raise RuntimeError(f"no {number} free ports in a row between 26800 and 32000")
+
+
+def _check_machine(arguments: argparse.Namespace, folder: Path) -> None:
+    """Refuse a machine that lacks something, and a folder that is in use.
+
+    Raises:
+        RuntimeError: naming what is missing, and the remedy.
+    """
+    if os.geteuid() != 0:
+        raise RuntimeError("the local cluster must be started as root")
+    programs = _PROGRAMS + (_DATABASE_PROGRAMS if arguments.accounting else ())
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        raise RuntimeError(f"not installed: {', '.join(missing)}; run slurm/testing/install.sh")
+    if not arguments.no_networks:
+        tried = subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False)
+        if tried.returncode or shutil.which("ip") is None:
+            raise RuntimeError("this machine has no network namespaces; say --no-networks")
+    if not arguments.no_cgroups and not _can_use_cgroups():
+        raise RuntimeError("control groups cannot be written on this machine; say --no-cgroups")
+    length = len(bytes(folder / "run" / "mariadb.socket"))
+    if length > _SOCKET_PATH_BYTES:
+        raise RuntimeError(f"--dir {folder}: too long for the path of a socket; choose a shorter")
+    if any(character.isspace() for character in str(folder)):
+        raise RuntimeError(f"--dir {folder}: Slurm takes no path with a space in it")
+    running = Daemons(folder).alive()
+    if running:
+        raise RuntimeError(f"{folder}: {', '.join(running)} run already; say down first")
+
+
+def _can_use_cgroups() -> bool:
+    """Return whether slurmd can make control groups here."""
+    memory = _CGROUPS / "memory" if (_CGROUPS / "memory").is_dir() else _CGROUPS
+    return os.access(memory, os.W_OK)
+
+
+def _up(cluster: Cluster) -> None:
+    """Start all daemons, each when the one before answers; nothing is left if one does not."""
+    folder = cluster.folder
+    for name in ("etc", "run", "log", "state", "spool", "dev"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(cluster.gpus):
+        device = folder / "dev" / f"gpu{number}"
+        if not device.exists():
+            os.mknod(device, 0o020666, os.makedev(195, number))
+    write_settings(cluster)
+    say(f"starting a Slurm cluster of {cluster.nodes} nodes in {folder}")
+    daemons = Daemons(folder)
+    try:
+        _start_munge(cluster, daemons)
+        if cluster.has_networks:
+            remove_networks(cluster)
+            make_networks(cluster)
+        if cluster.has_accounting:
+            _start_database(cluster, daemons)
+        _start_slurm(cluster, daemons)
+    except BaseException:
+        _down(cluster)
+        raise
+    say(f'ready; for a shell: eval "$(python3 {sys.argv[0]} env --dir {folder})"')
+
+
+def _start_munge(cluster: Cluster, daemons: Daemons) -> None:
+    """Start the daemon that signs the messages of all others."""
+    run, key = cluster.folder / "run", cluster.folder / "etc" / "munge.key"
+    if not key.exists():
+        key.touch(mode=0o400)
+        key.chmod(0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+    daemons.start(
+        "munged",
+        [
+            *("munged", "--foreground", "--force", f"--key-file={key}"),
+            *(f"--socket={run}/munge.socket", f"--pid-file={run}/munged.pid"),
+            *(f"--log-file={cluster.folder}/log/munged.log", f"--seed-file={run}/munged.seed"),
+        ],
+    )
+    wait_for(
+        "munge signs",
+        lambda: _succeeds(["munge", "-n", "-S", f"{run}/munge.socket"]),
+        seconds=30,
+        log=cluster.folder / "log" / "munged.out",
+    )
+
+
+def _start_database(cluster: Cluster, daemons: Daemons) -> None:
+    """Start MariaDB and slurmdbd, and register the cluster with an account of root."""
+    folder, data = cluster.folder, cluster.folder / "database"
+    client = ["mariadb", "--no-defaults", f"--socket={folder}/run/mariadb.socket", "--user=root"]
+    if not data.exists():
+        say("  making a database ...")
+        _run(
+            [
+                *("mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=root"),
+                *("--auth-root-authentication-method=normal", "--skip-test-db"),
+            ]
+        )
+    daemons.start(
+        "mariadbd",
+        [
+            *("mariadbd", "--no-defaults", f"--datadir={data}", "--user=root"),
+            *(f"--socket={folder}/run/mariadb.socket", f"--port={cluster.mariadb_port}"),
+            *("--bind-address=127.0.0.1", f"--pid-file={folder}/run/mariadbd.pid"),
+        ],
+    )
+    wait_for(
+        "MariaDB answers",
+        lambda: _succeeds([*client, "--execute=select 1"]),
+        seconds=60,
+        log=folder / "log" / "mariadbd.out",
+    )
+    _run(
+        [
+            *client,
+            "--execute=create database if not exists slurm; "
+            "create user if not exists slurm@'127.0.0.1' identified by 'slurm'; "
+            "create user if not exists slurm@'localhost' identified by 'slurm'; "
+            "grant all on slurm.* to slurm@'127.0.0.1'; "
+            "grant all on slurm.* to slurm@'localhost';",
+        ]
+    )
+    daemons.start("slurmdbd", ["slurmdbd", "-D"], environment=_environment(cluster))
+    wait_for(
+        "slurmdbd answers",
+        lambda: _succeeds(["sacctmgr", "--noheader", "show", "cluster"], cluster),
+        seconds=60,
+        log=folder / "log" / "slurmdbd.log",
+    )
+    for words in ("cluster local", "account ci", "user root account=ci"):
+        _run(["sacctmgr", "--immediate", "add", *words.split()], cluster)
+
+
+def _start_slurm(cluster: Cluster, daemons: Daemons) -> None:
+    """Start the controller and the nodes, and wait until all are idle."""
+    log = cluster.folder / "log" / "slurmctld.log"
+    environment = _environment(cluster)
+    daemons.start("slurmctld", ["slurmctld", "-D", "-i"], environment=environment)
+    wait_for(
+        "slurmctld answers", lambda: _succeeds(["scontrol", "ping"], cluster), seconds=60, log=log
+    )
+    for node in cluster.node_names:
+        command = ["slurmd", "-D", "-N", node]
+        if cluster.has_networks:
+            command = inside(cluster, node, command)
+        daemons.start(f"slurmd-{node}", command, environment=environment)
+    wait_for(
+        f"{cluster.nodes} nodes are idle",
+        lambda: _idle_nodes(cluster) == cluster.nodes,
+        seconds=90,
+        log=log,
+    )
+
+
+def _down(cluster: Cluster) -> None:
+    """Cancel all jobs, then end the daemons from the last to the first."""
+    daemons = Daemons(cluster.folder)
+    if "slurmctld" in daemons.alive() and _output(["squeue", "--noheader"], cluster):
+        # What a job has started outlives the slurmd that started it.
+        for state in ("PENDING", "RUNNING", "SUSPENDED"):
+            _succeeds(["scancel", f"--state={state}"], cluster)
+        with suppress(RuntimeError):
+            wait_for(
+                "jobs end",
+                lambda: not _output(["squeue", "--noheader"], cluster),
+                seconds=60,
+                log=cluster.folder / "log" / "slurmctld.log",
+            )
+    for prefix in ("slurmd-", "slurmctld", "slurmdbd", "mariadbd", "munged"):
+        daemons.stop(prefix)
+    if cluster.has_networks:
+        remove_networks(cluster)
+    for node in cluster.node_names:
+        _remove_cgroups(node)
+    say(f"the cluster of {cluster.folder} is down")
+
+
+def _remove_cgroups(node: str) -> None:
+    """Remove the control groups that a node's slurmd leaves behind."""
+    for pattern in (f"slurm_{node}", f"*/slurm_{node}"):
+        for top in _CGROUPS.glob(pattern):
+            for folder, _, _ in os.walk(top, topdown=False):
+                with suppress(OSError):
+                    Path(folder).rmdir()
+
+
+def _status(cluster: Cluster) -> int:
+    """Show processes and nodes; exit code 1 if not all nodes are up."""
+    alive = Daemons(cluster.folder).alive()
+    say(f"{cluster.folder}: {', '.join(alive) or 'nothing'} running")
+    if "slurmctld" not in alive:
+        return 1
+    sys.stdout.write(_output(["sinfo", "--Node", "--long"], cluster) + "\n")
+    return 0
+
+
+def _idle_nodes(cluster: Cluster) -> int:
+    """Return how many nodes are idle."""
+    states = _output(["sinfo", "--noheader", "--Node", "--partition=batch", "-o", "%t"], cluster)
+    return states.split().count("idle")
+
+
+def _slurm_conf(cluster: Cluster) -> Path:
+    return cluster.folder / "etc" / "slurm.conf"
+
+
+def _environment(cluster: Cluster) -> dict[str, str]:
+    return {"SLURM_CONF": str(_slurm_conf(cluster))}
+
+
+def _output(command: list[str], cluster: Cluster) -> str:
+    """Return what a command of Slurm prints; nothing if it fails."""
+    done = subprocess.run(
+        command,
+        env={**os.environ, **_environment(cluster)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _succeeds(command: list[str], cluster: Cluster | None = None) -> bool:
+    """Return whether a command ends well."""
+    environment = {**os.environ, **(_environment(cluster) if cluster else {})}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def _run(command: list[str], cluster: Cluster | None = None) -> None:
+    """Run a command that must succeed.
+
+    Raises:
+        RuntimeError: with what it said.
+    """
+    environment = {**os.environ, **(_environment(cluster) if cluster else {})}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode and "Nothing new added" not in done.stdout:
+        said = (done.stderr + done.stdout).strip()
+        raise RuntimeError(f"{shlex.join(command)}: exit code {done.returncode}: {said}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The local cluster: nodes with names and addresses of their own, and nothing left behind."""
+
+import json
+import os
+import subprocess
+import zlib
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import missing_for_slurm, run_cluster
+
+pytestmark = pytest.mark.slurm
+
+
+def _srun(*arguments: str, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        ["srun", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **(environment or {})},
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _processes_of(folder: Path) -> list[str]:
+    """Return the command lines of processes that were started for a cluster."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes()
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(folder) in command or str(folder).encode() in environment:
+            found.append(command)
+    return found
+
+
+def test_two_nodes_have_names_and_addresses_of_their_own(slurm: Path) -> None:
+    said = _srun("--nodes=2", "bash", "-c", "echo $(hostname) $(hostname --ip-address)")
+    names, addresses = zip(*(line.split() for line in said.splitlines()), strict=True)
+    assert sorted(names) == ["n1", "n2"]
+    assert len(set(addresses)) == 2
+    assert all(address.startswith("10.231.") for address in addresses)
+
+
+def test_two_nodes_listen_on_the_same_port(slurm: Path) -> None:
+    listen = "import socket, time; s = socket.create_server(('', 8000)); time.sleep(1); print(1)"
+    assert _srun("--nodes=2", "python3", "-c", listen).split() == ["1", "1"]
+
+
+def test_a_job_gets_the_gpus_that_it_asks_for(slurm: Path) -> None:
+    said = _srun("--nodes=1", "--gpus-per-node=2", "bash", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    assert said.strip() == "0,1"
+
+
+def test_down_leaves_no_process_and_no_network(tmp_path: Path) -> None:
+    reason = missing_for_slurm()
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path / "c"
+    up = run_cluster("up", folder, "--nodes", "2", "--no-cgroups")
+    assert up.returncode == 0, up.stderr
+    assert "2 nodes are idle" in up.stderr
+    daemons = [daemon["name"] for daemon in json.loads((folder / "pids.json").read_text())]
+    assert daemons == ["munged", "slurmctld", "slurmd-n1", "slurmd-n2"]
+    environment = {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
+    job = subprocess.Popen(
+        ["srun", "--nodes=2", "sleep", "600"],
+        env={**os.environ, **environment},
+        stderr=subprocess.DEVNULL,
+    )
+    networks = json.loads((folder / "cluster.json").read_text())
+    assert networks["has_networks"] is True
+    down = run_cluster("down", folder)
+    assert down.returncode == 0, down.stderr
+    job.wait(timeout=30)
+    assert _processes_of(folder) == []
+    assert not list(Path("/sys/class/net").glob(f"slurm{_mark(folder)}*"))
+    assert not list(Path("/run/netns").glob(f"slurm{_mark(folder)}*"))
+    assert run_cluster("up", folder, "--nodes", "2", "--no-cgroups").returncode == 0  # again
+    assert run_cluster("wipe", folder).returncode == 0
+    assert not folder.exists()
+
+
+def _mark(folder: Path) -> str:
+    """Return the part of names that is the cluster's own."""
+    return f"{zlib.crc32(str(folder).encode()) & 0xFFFF:04x}"
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    environment = {"PATH": str(tmp_path)}
+    done = subprocess.run(
+        [os.path.realpath("/proc/self/exe"), "slurm/testing/cluster.py", "up", "--dir", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 1
+    if os.geteuid() == 0:
+        assert "not installed: munged, slurmctld" in done.stderr
+        assert "run slurm/testing/install.sh" in done.stderr

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from string import digits
 from typing import Any, cast
 
 import torch
@@ -334,8 +335,13 @@ def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
 
 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Drop Transformer Engine's private state, which is empty in bfloat16 and version-bound."""
-    return {key: value for key, value in state.items() if not key.endswith(_EXTRA_STATE)}
+    """Drop Transformer Engine's private state, which is empty in bfloat16 and version-bound.
+
+    Grouped experts number theirs: ``_extra_state``, ``_extra_state1`` and so on.
+    """
+    return {
+        key: value for key, value in state.items() if not key.rstrip(digits).endswith(_EXTRA_STATE)
+    }
 
 
 def _model_key(index: int) -> str:

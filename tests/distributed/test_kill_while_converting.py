@@ -41,6 +41,8 @@ FROM_HF: dict[str, tuple[Stage, int]] = {
     "name of the folder": (("os.rename", "*/.out.converting"), 6),
 }
 """Stage, and how many finished files it leaves."""
+LAST_JOURNAL: Stage = ("os.remove", "*/.out.converting.json")
+"""The folder has its name, the journal beside it is still there."""
 
 
 def convert(direction: str, source: Path, out: Path, on_bytes: Callable[[int], object]) -> None:
@@ -101,6 +103,30 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
         for path in folder.rglob("*")
         if path.suffix in (".safetensors", ".distcp")
     }
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+def test_a_conversion_killed_after_its_last_rename_is_finished_by_the_next(
+    sources: dict[str, Path],
+    undisturbed: dict[str, dict[str, bytes]],
+    tmp_path: Path,
+    direction: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source, out = sources[direction], tmp_path / "out"
+    with pytest.raises(ProcessException):
+        run_on_ranks(convert_and_die, direction, source, out, LAST_JOURNAL, world_size=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.converting.json", "out"]
+    assert contents(out) == undisturbed[direction]
+    before = identities(out)
+
+    with caplog.at_level("INFO"):
+        convert(direction, source, out, lambda _number: None)
+
+    assert "was finished by a killed conversion" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(out) == undisturbed[direction]
+    assert identities(out) == before
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``prefixrl train --init``: a Hugging Face folder or a checkpoint as the initial model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,7 @@ NO_LEARNING = ("--policy.optimizer.lr", "1e-30", "--method", "rl", "--trainer.nu
 
 
 def train(task: TinyTask, run: Path, init: Path, *more: str) -> int:
-    flags = task.flags(run, *NO_LEARNING, *more)
-    at = flags.index("--model.path")
-    del flags[at : at + 2]
-    return main(["train", str(CONFIG), "--init", str(init), *flags])
+    return replace(task, init=init).run("train", run, *NO_LEARNING, *more)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -263,6 +264,38 @@ def test_sigterm_finishes_the_step_saves_and_says_so(tiny_task: TinyTask, tmp_pa
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.name == f"step-{steps:06d}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "checkpoint"])
+def test_collect_prefixes_and_train_with_init_are_the_run_with_model_path(
+    tiny_task: TinyTask, trained: Path, tmp_path: Path, kind: str
+) -> None:
+    base = tiny_task.folder / "base"
+    init = {"folder": base, "checkpoint": tmp_path / "checkpoint"}[kind]
+    if kind == "checkpoint":
+        assert main(["convert", "from-hf", str(base), str(init)]) == 0
+    task, run = replace(tiny_task, init=init), tmp_path / "run"
+    data = (
+        "--data.traces",
+        str(tmp_path / "traces"),
+        "--data.prefixes",
+        str(tmp_path / "prefixes"),
+    )
+    for command in ("collect", "prefixes", "train"):
+        assert task.run(command, run, *data) == 0, command
+
+    of_files = {"seconds": 0.0, "source_model": "", "weights_hash": "of the files' bytes"}
+    ours, theirs = (
+        [replace(record, **of_files) for record in TraceStore.open(path).traces()]
+        for path in (tmp_path / "traces", tiny_task.folder / "traces")
+    )
+    assert ours == theirs
+    cut = Path("prefixes") / "prefixes.parquet"
+    assert (tmp_path / cut).read_bytes() == (tiny_task.folder / cut).read_bytes()
+    for lines in ("train", "eval"):
+        assert without_clock(metrics_of(run, lines)) == without_clock(metrics_of(trained, lines))
+    assert sum(line["rollout/num_prefix_groups"] for line in metrics_of(run, "train")) >= 8
 
 
 @pytest.mark.parametrize("method", ["rl", "sft_then_rl"])

@@ -34,11 +34,17 @@ class TinyTask:
 
     folder: Path
 
+    init: Path | None = None
+    """What the run begins with, for ``--init``; None takes ``folder/base`` as ``model.path``."""
+
     def flags(self, run_folder: Path, *more: str) -> list[str]:
         """Return the flags of a short run in ``run_folder``."""
+        model = (
+            ("--model.path", self.folder / "base") if self.init is None else ("--init", self.init)
+        )
         return [
             *("--run-folder", str(run_folder)),
-            *("--model.path", str(self.folder / "base")),
+            *map(str, model),
             *("--data.problems", str(self.folder / "train.jsonl")),
             *("--data.held-out.held-out", str(self.folder / "held_out.jsonl")),
             *("--data.traces", str(self.folder / "traces")),

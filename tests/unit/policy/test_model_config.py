@@ -1,13 +1,14 @@
 """Reading of Hugging Face ``config.json``: what is mapped, what is refused and how it is named."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from prefixrl_mcore.checkpoint.convert.rules import ModelDims
+from prefixrl_mcore.checkpoint.convert.rules import ModelDims, find_table
 from prefixrl_mcore.config.model_shape import Llama3Scaling, MixtureShape
 from prefixrl_mcore.config.policy import PolicyConfig
 from prefixrl_mcore.policy.layers import Layers
@@ -16,37 +17,11 @@ from prefixrl_mcore.policy.model_config import (
     read_hf_config,
     read_model_shape,
 )
+from tests.support.released_configs import RELEASED
 
 LOCAL = Layers(spec="local", attention="sdpa", fuses_weight_gradients=False, reasons=())
 
-QWEN3_8B_V4: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 12288,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 36,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+QWEN3_8B_V4 = RELEASED["Qwen3-8B"]
 
 
 def _v5() -> dict[str, Any]:
@@ -260,88 +235,43 @@ def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
         read_hf_config(tmp_path)
 
 
-RELEASED_EXTRAS: dict[str, dict[str, Any]] = {
-    "Qwen2.5-7B": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "initializer_range": 0.02,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 131072,
-        "max_window_layers": 28,
-        "model_type": "qwen2",
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.40.1",
-        "use_cache": True,
-        "use_mrope": False,
-        "use_sliding_window": False,
-        "vocab_size": 152064,
-    },
-    "Qwen3-Coder-30B-A3B": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "decoder_sparse_step": 1,
-        "eos_token_id": 151645,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": 5472,
-        "max_position_embeddings": 262144,
-        "max_window_layers": 28,
-        "mlp_only_layers": [],
-        "model_type": "qwen3_moe",
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": True,
-        "num_attention_heads": 32,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 48,
-        "num_key_value_heads": 4,
-        "output_router_logits": False,
-        "qkv_bias": False,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 10000000,
-        "router_aux_loss_coef": 0.0,
-        "shared_expert_intermediate_size": 0,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.52.3",
-        "use_cache": True,
-        "use_qk_norm": True,
-        "use_sliding_window": False,
-        "vocab_size": 151936,
-    },
+NUM_PARAMETERS = {
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    # Half of 61,064,245,248, which is total_size in the index of its published bfloat16 files.
+    "Qwen3-Coder-30B-A3B-Instruct": 30_532_122_624,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-3B": 3_212_749_824,
 }
-"""Files with fields that transformers does not read, as they are published."""
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_config_is_understood_and_its_table_has_all_parameters(name: str) -> None:
+    config = RELEASED[name]
+    shape = read_model_shape(config)
+    assert (shape.num_layers, shape.vocab_size) == (
+        config["num_hidden_layers"],
+        config["vocab_size"],
+    )
+    assert shape.layernorm_epsilon == config["rms_norm_eps"]
+    shapes = find_table(config).hf_shapes(ModelDims.from_hf_config(config))
+    assert sum(math.prod(one) for one in shapes.values()) == NUM_PARAMETERS[name]
 
 
 @pytest.mark.parametrize(
     ("name", "field", "other"),
     [
         ("Qwen2.5-7B", "use_mrope", True),
-        ("Qwen3-Coder-30B-A3B", "use_qk_norm", False),
-        ("Qwen3-Coder-30B-A3B", "shared_expert_intermediate_size", 512),
-        ("Qwen3-Coder-30B-A3B", "qkv_bias", True),
+        ("Qwen3-Coder-30B-A3B-Instruct", "use_qk_norm", False),
+        ("Qwen3-Coder-30B-A3B-Instruct", "shared_expert_intermediate_size", 512),
+        ("Qwen3-Coder-30B-A3B-Instruct", "qkv_bias", True),
     ],
 )
 def test_a_field_of_a_release_is_understood_with_its_one_value(
     name: str, field: str, other: Any
 ) -> None:
-    config = RELEASED_EXTRAS[name]
+    config = RELEASED[name]
     assert read_model_shape(config).vocab_size == config["vocab_size"]
     with pytest.raises(ValueError, match=f"{field} = {other}"):
         read_model_shape({**config, field: other})

@@ -1,0 +1,5 @@
+"""Tensors of FP8."""
+
+
+class QuantizedTensor:
+    """None of ours is one."""

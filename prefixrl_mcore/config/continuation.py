@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "rollout.sglang.start_timeout_seconds",
     "rollout.sglang.request_timeout_seconds",
     "rollout.sglang.max_retries",
+    "rollout.sglang.sync.",
     "rollout.transformers.max_batch_size",
     "reward.num_workers",
     "batch.stream_tokens",

@@ -8,6 +8,24 @@ from pydantic import Field, model_validator
 from prefixrl_mcore.config.base import Config
 
 
+class SyncConfig(Config):
+    """How the policy's weights get to the servers."""
+
+    transport: Literal["tensor", "distributed", "disk"] | None = None
+    """``tensor``: in the request. ``distributed``: broadcast from rank 0 to all servers (NCCL;
+    gloo on CPUs). ``disk``: a folder that trainer and servers share. None chooses and says why."""
+
+    bucket_bytes: int = Field(default=512 * 1024**2, ge=1024)
+    """Weights that are on their way at a time; rank 0 has memory for two buckets of this size."""
+
+    folder: Path | None = None
+    """Where the transport ``disk`` writes, for all servers under the same path; None is a folder in
+    the run's."""
+
+    timeout_seconds: float = Field(default=600.0, gt=0.0)
+    """How long a server may take to join a broadcast, and to load a bucket."""
+
+
 class SGLangConfig(Config):
     """A SGLang server run as a child process, in its own virtual environment."""
 
@@ -37,6 +55,9 @@ class SGLangConfig(Config):
 
     max_retries: int = Field(default=2, ge=0)
     """Times that lost requests are issued again (after a restart if the server died)."""
+
+    sync: SyncConfig = Field(default_factory=SyncConfig)
+    """How weights get to the servers."""
 
     extra_args: tuple[str, ...] = ()
     """Further arguments of ``sglang.launch_server``; precision has settings of its own."""

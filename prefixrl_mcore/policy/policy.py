@@ -308,9 +308,9 @@ class MegatronPolicy:
         return self._passes.reference_logprobs(batch)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, full tensor) of every weight, on every rank.
+        """Yield (Hugging Face name, full tensor) of every weight on rank 0, nothing elsewhere.
 
-        All ranks must exhaust the iterator.
+        All ranks must exhaust the iterator together.
         """
         return export_hf_weights(self.model_chunks, self.hf_config)
 

@@ -4,7 +4,7 @@ An engine knows contexts and weights. It does not know problems, prefixes, group
 The trainer talks to it from one rank; the engine may use any number of devices of its own.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,6 +70,11 @@ IsEnough = Callable[[int, list[Completion]], bool]
 """Called with (index of a finished request, its completions); True aborts what is in flight."""
 
 
+WeightStream = Callable[[], Iterator[tuple[str, "Tensor"]]]
+"""Begins a stream of (Hugging Face name, full tensor) pairs, one per weight of the model. A tensor
+is valid until the next one is asked for. The stream may be left half-way by closing it."""
+
+
 class RolloutEngine(Protocol):
     """What the trainer needs of an inference engine; one contract-test suite runs on each."""
 
@@ -122,11 +127,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, "Tensor"]], policy_version: int) -> None:
+    def load_weights(self, stream: WeightStream, policy_version: int) -> None:
         """Replace all weights; later completions carry ``policy_version``.
 
         Args:
-            weights: (Hugging Face name, full tensor) pairs; consumed once, in order.
+            stream: begins the weights. As long as this version is current, the engine may begin
+                them again inside ``load_weights`` and ``sample``, from the caller's thread: for a
+                server that was started anew.
             policy_version: optimizer steps applied to these weights.
 
         Raises:

@@ -5,7 +5,7 @@ one computation of its context, and finished rows leave the batch.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from prefixrl_mcore.rollout.engine import (
     OnCompleted,
     SampleRequest,
     SamplingParams,
+    WeightStream,
 )
 from prefixrl_mcore.rollout.float32_head import use_float32_head
 from prefixrl_mcore.rollout.request_limits import completion_limits
@@ -149,7 +150,7 @@ class TransformersEngine:
         return collected.in_order(policy_version=self._policy_version)
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+    def load_weights(self, stream: WeightStream, policy_version: int) -> None:
         """Replace all weights; later completions carry ``policy_version``.
 
         Raises:
@@ -162,7 +163,7 @@ class TransformersEngine:
         self._cannot_sample = "its weights are incomplete; load_weights failed or did not finish"
         shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
         coverage = WeightCoverage(shapes=shapes, tied_names=self._tied_names)
-        for name, weight in weights:
+        for name, weight in stream():
             if coverage.is_to_load(name, tuple(weight.shape)):
                 self._weights[name].copy_(weight)
         coverage.check_complete()

@@ -24,6 +24,7 @@ from prefixrl_mcore.observability.metrics import MetricsWriter
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
+from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer import dry_run
@@ -32,7 +33,7 @@ from prefixrl_mcore.trainer.initial_model import provide_initial_model, with_ini
 from prefixrl_mcore.trainer.loop import train
 from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.run_policy import build_policy
-from prefixrl_mcore.trainer.session import Session, retention_of
+from prefixrl_mcore.trainer.session import EXPORT, Session, retention_of
 from prefixrl_mcore.trainer.sft import run_sft
 from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
 from prefixrl_mcore.trainer.step_metrics import read_hardware
@@ -217,6 +218,7 @@ def build_session(
         topology=topology,
         renderer=renderer,
         policy=policy,
+        services=CollectiveServices({EXPORT: policy.export_weights}),
         source=MixtureSource(union(prefixed, originals), seed=config.seed),
         meter=FlopsMeter(
             num_parameters=count_parameters(config.model.path),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.policy.policy import MegatronPolicy
+from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.policy.topology import Topology, run_on_first
 from prefixrl_mcore.records import Group, PrefixedProblem, Problem, TrainingSequence, UpdateResult
 from prefixrl_mcore.trainer.agreement import GapAlarm
@@ -46,6 +48,9 @@ from prefixrl_mcore.trainer.step_metrics import (
 )
 
 logger = logging.getLogger(__name__)
+
+EXPORT = "export"
+"""Service that streams the policy's weights to rank 0."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,6 +75,9 @@ class Session:
 
     policy: MegatronPolicy
     """This rank's part of the policy."""
+
+    services: CollectiveServices
+    """What rank 0 may ask all ranks for while it drives the engine: ``EXPORT``."""
 
     source: MixtureSource
     """Order of the prefixed and original problems; in the same state on every rank."""
@@ -142,23 +150,23 @@ class Session:
     def sync_weights(self) -> None:
         """Bring the engine to the policy's version; all ranks call this (collective export)."""
         with self.phases.phase("sync"):
-            version = self.policy.policy_version
-            engine_version = run_on_first(lambda: self._evaluator.engine.policy_version)
-            if engine_version == version:
-                return
+            self.services.run_on_first(self._sync_weights)
+
+    def _sync_weights(self) -> None:
+        """Do the work of ``sync_weights`` on rank 0."""
+        engine, version = self._evaluator.engine, self.policy.policy_version
+        if engine.policy_version != version:
             self.progress.update(waiting_for="weight sync")
-            weights = self.policy.export_weights()
-            if self.topology.is_first:
-                self._evaluator.engine.load_weights(weights, version)
-            for _ in weights:  # the other ranks take part in the gathers until the stream ends
-                pass
+            engine.load_weights(partial(self.services.ask, EXPORT), version)
 
     def sample_and_score(
         self, prefixed_problems: Sequence[PrefixedProblem], step: int
     ) -> list[Group]:
         """Sample one group per prefixed problem and verify it; all ranks get the groups."""
         with self.phases.phase("rollout"):  # the other ranks wait in it
-            return run_on_first(lambda: self._sample_and_score(prefixed_problems, step))
+            return self.services.run_on_first(
+                lambda: self._sample_and_score(prefixed_problems, step)
+            )
 
     def _sample_and_score(
         self, prefixed_problems: Sequence[PrefixedProblem], step: int
@@ -329,7 +337,7 @@ class Session:
         with self._memory_explained():
             self.sync_weights()
             with self.phases.phase("eval"):
-                run_on_first(lambda: self._evaluate(step))
+                self.services.run_on_first(lambda: self._evaluate(step))
 
     def _evaluate(self, step: int) -> None:
         """Do the work of ``evaluate`` on rank 0."""

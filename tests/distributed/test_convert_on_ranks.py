@@ -13,7 +13,7 @@ from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
 from prefixrl_mcore.config.policy import ParallelConfig
 from tests.support.layouts import parallel_config
-from tests.support.policies import build_policy
+from tests.support.policies import build_policy, weights_of
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny_models import build_tiny_families, randomize, write_model_folder
 from tests.support.weights import weights_in
@@ -33,7 +33,7 @@ def through(
     policy = build_policy(other, parallel=parallel, dtype=dtype)
     load_checkpoint(checkpoint, policy)
     save_checkpoint(out, 1, policy, {})
-    return {name: tensor.clone() for name, tensor in policy.export_weights()}
+    return weights_of(policy)
 
 
 def assert_same_bits(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> None:

@@ -75,7 +75,7 @@ def setting(
 @pytest.fixture
 def engine(setting: Setting) -> RolloutEngine:
     """The engine, with model A loaded as version 0."""
-    setting.engine.load_weights(weights_of(setting.model_a), 0)
+    setting.engine.load_weights(lambda: iter(weights_of(setting.model_a)), 0)
     return setting.engine
 
 
@@ -157,9 +157,9 @@ def test_loaded_weights_are_sampled_from_and_stamped(
 ) -> None:
     requests = [request_of(seed, 12, 2) for seed in range(4)]
 
-    engine.load_weights(iter(weights_of(setting.model_b)), 7)
+    engine.load_weights(lambda: iter(weights_of(setting.model_b)), 7)
     with_b = engine.sample(requests, params_of())
-    engine.load_weights(iter(weights_of(setting.model_a)), 8)
+    engine.load_weights(lambda: iter(weights_of(setting.model_a)), 8)
     with_a = engine.sample(requests, params_of())
 
     assert_logprobs_are_those_of(setting.model_b, requests, with_b, temperature=1.0)
@@ -407,9 +407,9 @@ def test_weights_that_do_not_cover_the_model_are_refused(
     message: str,
 ) -> None:
     with pytest.raises(EngineError, match=message):
-        engine.load_weights(spoil(weights_of(setting.model_b)), 3)
+        engine.load_weights(lambda: iter(spoil(weights_of(setting.model_b))), 3)
 
-    engine.load_weights(weights_of(setting.model_b), 4)
+    engine.load_weights(lambda: iter(weights_of(setting.model_b)), 4)
     requests = [request_of(0, 6)]
     groups = engine.sample(requests, params_of())
     assert_logprobs_are_those_of(setting.model_b, requests, groups, temperature=1.0)
@@ -419,7 +419,7 @@ def test_tied_head_may_be_sent_under_its_own_name(setting: Setting, engine: Roll
     weights = weights_of(setting.model_b)
     head = ("lm_head.weight", dict(weights)["model.embed_tokens.weight"])
 
-    engine.load_weights([*weights, head], 5)
+    engine.load_weights(lambda: iter([*weights, head]), 5)
 
     requests = [request_of(0, 6)]
     groups = engine.sample(requests, params_of())
@@ -443,7 +443,7 @@ def test_engine_that_slept_needs_weights(setting: Setting, engine: RolloutEngine
     with pytest.raises(EngineError, match="load_weights"):
         engine.sample([request_of(0, 5)], params_of())
 
-    engine.load_weights(weights_of(setting.model_b), 2)
+    engine.load_weights(lambda: iter(weights_of(setting.model_b)), 2)
     requests = [request_of(0, 5)]
     groups = engine.sample(requests, params_of())
     assert_logprobs_are_those_of(setting.model_b, requests, groups, temperature=1.0)
@@ -454,7 +454,7 @@ def test_killed_server_is_restarted_with_its_weights_and_the_batch_completes(
 ) -> None:
     if not isinstance(engine, SGLangEngine):
         pytest.skip(f"{engine.name} runs in this process")
-    engine.load_weights(weights_of(setting.model_b), 11)
+    engine.load_weights(lambda: iter(weights_of(setting.model_b)), 11)
     server = engine.server
     assert server is not None
     # The first request is done at once, and the rest then has hundreds of tokens to go.

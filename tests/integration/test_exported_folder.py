@@ -49,7 +49,7 @@ def test_an_engine_says_of_the_exported_folder_what_it_says_of_the_live_policy(
 
     live = start("transformers", source, tmp_path / "logs-live")
     before = greedy(live)
-    live.load_weights(policy.export_weights(), 1)
+    live.load_weights(policy.export_weights, 1)
     expected = greedy(live)
     live.close()
     assert expected != before  # the update is seen

@@ -5,6 +5,7 @@ and end calls are enforced where ``has_sessions`` is set.
 """
 
 import base64
+import io
 import json
 import pickle
 import threading
@@ -13,10 +14,35 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from torch import Tensor
+
 SAMPLED_TOKEN = 4
 SAMPLED_LOGPROB = -0.5
 
 Answer = dict[str, Any]
+
+
+class _Metadata:
+    """What SGLang's class of a flattened bucket's entries is read as."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata"):
+            return _Metadata
+        if module.split(".")[0] not in ("torch", "collections"):
+            raise pickle.UnpicklingError(f"SGLang does not load {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_bucket(serialized: str) -> list[tuple[str, Tensor]]:
+    """Return the weights of a flattened bucket, taken apart as SGLang does it."""
+    bucket = _Unpickler(io.BytesIO(base64.b64decode(serialized))).load()
+    return [
+        (entry.name, flat.view(entry.dtype).reshape(entry.shape))
+        for entry in bucket["metadata"]
+        for flat in [bucket["flattened_tensor"][entry.start_idx : entry.end_idx]]
+    ]
 
 
 class FakeSGLang:
@@ -49,6 +75,10 @@ class FakeSGLang:
             return self._session(path)
         if path == "/update_weights_from_tensor":
             return self._update(payload)
+        if path == "/update_weight_version":
+            self.weight_version = payload["new_version"]
+        if path == "/flush_cache":
+            self.is_cache_fresh = True
         return 200, {"success": True}
 
     def _generate(self, payload: dict[str, Any]) -> tuple[int, Any]:
@@ -90,10 +120,8 @@ class FakeSGLang:
         if self.has_sessions and not self.is_session_open:
             return 400, {"success": False, "message": "must run between begin and end"}
         (serialized,) = payload["serialized_named_tensors"]
-        for name, weight in pickle.loads(base64.b64decode(serialized)):
-            self.loaded[name] = list(weight.shape)
-        self.weight_version = payload.get("weight_version", self.weight_version)
-        self.is_cache_fresh = payload["flush_cache"]
+        self.loaded |= {name: list(weight.shape) for name, weight in read_bucket(serialized)}
+        self.is_cache_fresh = False
         return 200, {"success": True}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -120,8 +121,32 @@ def build_policy(
 
 
 def weights_of(policy: MegatronPolicy) -> dict[str, Tensor]:
-    """Return a copy of every weight by its Hugging Face name; all ranks must call this."""
-    return {name: tensor.detach().clone() for name, tensor in policy.export_weights()}
+    """Return a copy of every weight by its Hugging Face name; all ranks must call this.
+
+    All replicas of the model must have the same, since the first one's are returned.
+    """
+    _check_replicas(policy)
+    weights = {name: tensor.detach().clone() for name, tensor in policy.export_weights()}
+    if dist.get_world_size() == 1:
+        return weights
+    shared = [weights]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _check_replicas(policy: MegatronPolicy) -> None:
+    """Raise unless this rank's weights are those of its data-parallel group's other ranks."""
+    for chunk in policy.model_chunks:
+        for name, parameter in chunk.named_parameters():
+            group = (
+                parallel_state.get_data_parallel_group(with_context_parallel=True)
+                if getattr(parameter, "allreduce", True)
+                else parallel_state.get_expert_data_parallel_group()
+            )
+            largest = parameter.detach().clone()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            if not torch.equal(largest, parameter):
+                raise AssertionError(f"{name} differs between replicas of the model")
 
 
 def gradients_of(policy: MegatronPolicy) -> dict[str, Tensor]:

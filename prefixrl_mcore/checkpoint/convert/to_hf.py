@@ -20,16 +20,19 @@ _Key = tuple[str, Place]
 def export_hf_weights(
     model_chunks: Sequence[nn.Module], hf_config: Mapping[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, full tensor) for every weight of the model, each once.
+    """Yield (Hugging Face name, full tensor) for every weight on rank 0, nothing on other ranks.
 
-    Every rank gets every tensor, in the order of the family's table, in the parameters' own type
-    and on their device. A weight's owning pipeline stage broadcasts its parts to the other
-    stages, then each tensor-parallel group gathers the whole; an expert is broadcast by its owner
-    in each expert-parallel group, and gathered in each expert tensor-parallel group. Vocabulary
-    padding is cut, and a tied output head is left out. A tensor may share memory with the live
-    weights: use or copy it before the next optimizer step.
+    In the order of the family's table, each once, in the parameters' own type and on their device.
+    Vocabulary padding is cut, and a tied output head is left out. A tensor may share memory with
+    the live weights: use or copy it before the next optimizer step.
 
-    All ranks must call this and exhaust it together: collectives over the pipeline-, tensor-,
+    A weight goes to rank 0 and nowhere else, from the replica that rank 0 is part of. Its
+    owning pipeline stage sends its parts to the first stage; there, an expert goes on to the first
+    expert-parallel rank; then the first rank of the group that shares the weight gathers it. So
+    rank 0 holds one weight twice (parts and whole), a rank on the way one part of it, the others
+    nothing.
+
+    All ranks must call this and exhaust it together: transfers inside the pipeline-, tensor-,
     expert- and expert tensor-parallel groups.
 
     Raises:
@@ -52,11 +55,17 @@ def export_hf_weights(
                 f"{mine.expert}), expected {dims.num_layers} layers as config.json says; build the "
                 "model from that config"
             )
-        if owner is None:
-            part = _share_over_stages(local.get(key), facts[key], device)
-        else:
-            part = _share_expert(owner, local.get(key), facts[key], device)
+        if not _is_of_first_replica(rule):
+            continue
+        if rule.kind == "replicated" and dist.get_rank(parts_group(rule)) != 0:
+            continue
+        part = _send_to_first_stage(local.get(key), facts[key], device, owner)
+        if owner is not None:
+            part = _send_to_first_expert_rank(part, facts[key], device, owner)
         full = _gather_parts(rule, part)
+        if full is None:
+            continue
+        del part
         tensors = layout.full_to_hf(
             rule.kind, full, rows=rule.rows(dims), num_groups=dims.num_groups
         )
@@ -84,18 +93,12 @@ def _gather_facts(local: Mapping[_Key, Tensor]) -> dict[_Key, _Facts]:
     return facts
 
 
-def _share_over_stages(part: Tensor | None, facts: _Facts, device: torch.device) -> Tensor:
-    """Return the owner's part on every rank of the pipeline-parallel group."""
-    group = _stage_group()
-    if dist.get_world_size(group) == 1 and part is not None:
-        return part
-    owner, shape, dtype = facts
-    if dist.get_rank() == owner and part is not None:
-        buffer = part.contiguous()  # gloo delivers wrong bytes from a tensor with gaps
-    else:
-        buffer = torch.empty(shape, dtype=dtype, device=device)
-    dist.broadcast(buffer, src=owner, group=group)
-    return buffer
+def _is_of_first_replica(rule: Rule) -> bool:
+    """Return whether this rank's part of the weight belongs to rank 0's replica of the model."""
+    if rule.is_per_expert:
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return dist.get_rank(cast(dist.ProcessGroup, group)) == 0
 
 
 def _expert_owner(place: Place, dims: ModelDims) -> tuple[int | None, Place]:
@@ -112,21 +115,47 @@ def _expert_owner(place: Place, dims: ModelDims) -> tuple[int | None, Place]:
     return owner, Place(layer=place.layer, expert=first + index)
 
 
-def _share_expert(
-    owner: int, counterpart: Tensor | None, facts: _Facts, device: torch.device
-) -> Tensor:
-    """Return this rank's part of the expert of expert-parallel rank ``owner`` on every rank.
+def _send_to_first_stage(
+    part: Tensor | None, facts: _Facts, device: torch.device, expert_owner: int | None
+) -> Tensor | None:
+    """Return this rank's part of the weight if it is on the first pipeline stage, else None.
 
-    The pipeline stages of one expert-parallel rank hold the same experts, so the owner's stages
-    share it first.
+    An expert takes this way in its owner's pipeline group only.
     """
+    if expert_owner not in (None, parallel_state.get_expert_model_parallel_rank()):
+        return None
+    return _move(part, facts, device, source=facts[0], group=_stage_group())
+
+
+def _send_to_first_expert_rank(
+    part: Tensor | None, facts: _Facts, device: torch.device, owner: int
+) -> Tensor | None:
+    """Return this rank's part of an expert if it is the first expert-parallel rank, else None."""
+    if parallel_state.get_pipeline_model_parallel_rank() != 0:
+        return None
     group = cast(dist.ProcessGroup, parallel_state.get_expert_model_parallel_group())
-    if dist.get_rank(group) == owner:
-        buffer = _share_over_stages(counterpart, facts, device).contiguous()
-    else:
-        buffer = torch.empty(facts[1], dtype=facts[2], device=device)
-    if dist.get_world_size(group) > 1:
-        dist.broadcast(buffer, src=dist.get_global_rank(group, owner), group=group)
+    return _move(part, facts, device, source=dist.get_global_rank(group, owner), group=group)
+
+
+def _move(
+    part: Tensor | None,
+    facts: _Facts,
+    device: torch.device,
+    *,
+    source: int,
+    group: dist.ProcessGroup,
+) -> Tensor | None:
+    """Return the part that global rank ``source`` has on the first rank of ``group``, else None."""
+    first = dist.get_global_rank(group, 0)
+    if source == first:
+        return part if dist.get_rank() == first else None
+    if dist.get_rank() == source:
+        assert part is not None, "the source holds the part"
+        dist.send(part.contiguous(), dst=first, group=group)
+    if dist.get_rank() != first:
+        return None
+    buffer = torch.empty(facts[1], dtype=facts[2], device=device)
+    dist.recv(buffer, src=source, group=group)
     return buffer
 
 
@@ -134,12 +163,17 @@ def _stage_group() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
 
 
-def _gather_parts(rule: Rule, part: Tensor) -> Tensor:
-    """Return the whole Megatron weight on every rank that has a part of it."""
+def _gather_parts(rule: Rule, part: Tensor | None) -> Tensor | None:
+    """Return the whole Megatron weight on rank 0, and None on every other rank."""
+    if part is None:
+        return None
     group = parts_group(rule)
     size = dist.get_world_size(group)
     if size == 1 or rule.kind == "replicated":
         return part
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return layout.merge(rule.kind, parts)
+    part = part.contiguous()  # gloo delivers wrong bytes from a tensor with gaps
+    parts = None
+    if dist.get_rank(group) == 0:
+        parts = [torch.empty_like(part) for _ in range(size)]
+    dist.gather(part, parts, dst=dist.get_global_rank(group, 0), group=group)
+    return None if parts is None else layout.merge(rule.kind, parts)

@@ -1,26 +1,21 @@
 """HTTP calls to a SGLang server: what is sent, what comes back, and what went wrong."""
 
-import base64
 import json
-import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 import urllib3
-from torch import Tensor
 
 from prefixrl_mcore.rollout.sglang.protocol import ServerProtocol, read_protocol
-from prefixrl_mcore.rollout.weight_names import WeightCoverage
 
 _CONNECT_SECONDS = 5.0
 _HEALTH_SECONDS = 5.0
 _CONTROL_SECONDS = 600.0
 """Limit of control calls: a flush is quick, a bucket of weights may be large."""
 
-_BUCKET_BYTES = 256 * 1024**2
-"""Weights that are sent in one call; base64 makes a third more of them."""
+_UPDATED_NOT_FLUSHED = "but the cache was not flushed"
+"""Part of a refusal that says that the weights were loaded."""
 
 MAX_CONNECTIONS = 256
 """Requests in flight at once; the server has a queue of its own."""
@@ -127,13 +122,13 @@ class SGLangClient:
         """Go on after ``pause``."""
         self._control("/continue_generation", {})
 
-    def sleep(self) -> None:
-        """Free device memory."""
-        self._control("/release_memory_occupation", {})
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Free the device memory of ``weights`` or ``kv_cache``; nothing may be in flight."""
+        self._control("/release_memory_occupation", {"tags": list(tags)})
 
-    def wake(self) -> None:
-        """Take device memory again."""
-        self._control("/resume_memory_occupation", {})
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take device memory again; each of ``tags`` must have been released."""
+        self._control("/resume_memory_occupation", {"tags": list(tags)})
 
     def begin_update(self) -> bool:
         """Open a session of weight updates; return False where the server knows none.
@@ -154,27 +149,33 @@ class SGLangClient:
         """Close the session."""
         self._control("/end_weight_update", {})
 
-    def update_weights(
-        self, serialized: str, *, num_ranks: int, weight_version: str | None
-    ) -> None:
-        """Load one bucket of weights; the last one also forgets all keys and values.
+    def update_from_tensor(self, serialized: Sequence[str]) -> None:
+        """Load the weights of one flattened bucket; one entry per tensor-parallel rank."""
+        self._update(
+            "/update_weights_from_tensor",
+            {"serialized_named_tensors": list(serialized), "load_format": "flattened_bucket"},
+        )
 
-        Nothing may be in flight: the flush would be refused, though the weights had changed. (The
-        endpoint for flushing would do as well, but returns memory to the system too, which takes
-        ten times as long as the update of a small model.)
+    def update_from_disk(self, folder: Path) -> None:
+        """Load the safetensors files of a folder that the server sees under the same path."""
+        self._update("/update_weights_from_disk", {"model_path": str(folder)})
 
-        Args:
-            serialized: from ``serialize_weights``.
-            num_ranks: tensor-parallel ranks; each takes its part of the full tensors.
-            weight_version: name of the weights from now on; None until the last bucket.
-        """
-        payload: dict[str, Any] = {
-            "serialized_named_tensors": [serialized] * num_ranks,
-            "flush_cache": weight_version is not None,
-        }
-        if weight_version is not None:
-            payload["weight_version"] = weight_version
-        self._control("/update_weights_from_tensor", payload)
+    def set_weight_version(self, name: str) -> None:
+        """Name the weights; every later sample carries the name."""
+        self._control("/update_weight_version", {"new_version": name, "abort_all_requests": False})
+
+    def flush_cache(self) -> None:
+        """Forget all keys and values; refused while a request runs or waits."""
+        self._control("/flush_cache", {})
+
+    def _update(self, path: str, payload: Mapping[str, Any]) -> None:
+        """Load weights without touching the cache, which is flushed once after the last."""
+        try:
+            self._control(path, {**payload, "flush_cache": False})
+        except ServerRefusal as refusal:
+            # The weights were loaded all the same; loading them again would do no harm.
+            if _UPDATED_NOT_FLUSHED not in refusal.text:
+                raise
 
     def _control(self, path: str, payload: Mapping[str, Any]) -> None:
         """Post; raise ServerRefusal also for an answer that says ``success: false``."""
@@ -241,56 +242,3 @@ def generate_payload(
         "logprob_start_len": -1,
         "rid": request_id,
     }
-
-
-def serialize_weights(
-    weights: Iterable[tuple[str, Tensor]], coverage: WeightCoverage, dtype: torch.dtype
-) -> list[str]:
-    """Return the weights as the server reads them, in buckets: plain pickles, by value.
-
-    Raises:
-        EngineError: if the weights are not exactly those of ``coverage``.
-    """
-    buckets: list[str] = []
-    bucket: list[tuple[str, Tensor]] = []
-    num_bytes = 0
-    for name, weight in weights:
-        if not coverage.is_to_load(name, tuple(weight.shape)):
-            continue
-        bucket.append((name, weight.detach().to(device="cpu", dtype=dtype).contiguous()))
-        num_bytes += weight.numel() * dtype.itemsize
-        if num_bytes >= _BUCKET_BYTES:
-            buckets.append(_pickled(bucket))
-            bucket, num_bytes = [], 0
-    coverage.check_complete()
-    return [*buckets, _pickled(bucket)] if bucket else buckets
-
-
-def _pickled(bucket: list[tuple[str, Tensor]]) -> str:
-    # A view would be pickled with all of the storage that it looks at.
-    own = [(name, weight.clone()) for name, weight in bucket]
-    with _stock_storage_pickles():
-        return base64.b64encode(pickle.dumps(own, protocol=4)).decode("ascii")
-
-
-@contextmanager
-def _stock_storage_pickles() -> Iterator[None]:
-    """Let pickled tensors name torch's own loader of storages, as a server expects.
-
-    Importing megatron-core replaces ``torch.storage._load_from_bytes``; tensors pickled after that
-    name megatron's function, which the server's process does not have and refuses.
-    """
-    replaced = torch.storage._load_from_bytes
-    torch.storage._load_from_bytes = _load_from_bytes
-    try:
-        yield
-    finally:
-        torch.storage._load_from_bytes = replaced
-
-
-def _load_from_bytes(data: bytes) -> object:
-    """Stand for torch's function of this name in a pickle; only its name is ever used."""
-    raise NotImplementedError("torch.storage._load_from_bytes takes its place when it is read")
-
-
-_load_from_bytes.__module__ = "torch.storage"

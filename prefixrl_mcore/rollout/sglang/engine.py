@@ -8,12 +8,11 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import SGLangConfig
@@ -25,6 +24,7 @@ from prefixrl_mcore.rollout.engine import (
     RolloutError,
     SampleRequest,
     SamplingParams,
+    WeightStream,
 )
 from prefixrl_mcore.rollout.request_limits import completion_limits
 from prefixrl_mcore.rollout.sglang.answer import AnswerReader
@@ -34,7 +34,6 @@ from prefixrl_mcore.rollout.sglang.client import (
     ServerRefusal,
     SGLangClient,
     generate_payload,
-    serialize_weights,
 )
 from prefixrl_mcore.rollout.sglang.precision import check_logits
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
@@ -43,10 +42,17 @@ from prefixrl_mcore.rollout.weight_names import (
     read_end_token_ids,
     read_weight_coverage,
 )
+from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
+from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete, sync_weights
+from prefixrl_mcore.rollout.weight_sync.tensor import TensorByValue
+from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
 
 logger = logging.getLogger(__name__)
 
 _HEALTH_POLL_SECONDS = 1.0
+
+_MEMORY_TAGS = ("weights", "kv_cache")
+"""Device memory that ``sleep`` frees."""
 
 _PAUSED = "it is paused; call resume first"
 _CLOSED = "it is closed"
@@ -56,7 +62,7 @@ class SGLangEngine:
     """Samples on a SGLang server; a server that dies is started again with the same weights.
 
     ``sample`` and ``load_weights`` exclude each other; the rest may be called from other threads.
-    The last weights are kept in host memory, in the server's precision, for a restart.
+    For a restart, the last weights are asked for again.
     """
 
     def __init__(
@@ -100,7 +106,8 @@ class SGLangEngine:
         self._run = uuid.uuid4().hex[:8]
         self._policy_version = -1
         self._weight_version = self._weights_name(-1)
-        self._buckets: list[str] = []
+        self._stream: WeightStream | None = None
+        self._transport: Transport = TensorByValue()
         self._cannot_sample = ""
         self._num_calls = 0
         self._num_starts = 0
@@ -115,6 +122,8 @@ class SGLangEngine:
             )
             self._wait_until_healthy()
             self._weight_version = self._served_weights()
+            if is_incomplete(self._weight_version):
+                self._cannot_sample = "a trainer died while it sent weights; call load_weights"
 
     @property
     def name(self) -> str:
@@ -270,14 +279,13 @@ class SGLangEngine:
         )
         return [reader.read(answer) for answer in answers]
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+    def load_weights(self, stream: WeightStream, policy_version: int) -> None:
         """Replace all weights; later completions carry ``policy_version``.
 
-        The whole stream is read and checked before the server gets any of it.
-
         Raises:
-            EngineError: if a name is unknown, missing or repeated, or its shape differs; if the
-                server refuses the weights; if completions are being sampled.
+            EngineError: if a name is unknown, missing or repeated, or its shape differs (the
+                engine has incomplete weights then); if the server refuses the weights; if
+                completions are being sampled.
         """
         if self._cannot_sample == _CLOSED:
             raise EngineError(f"{self.name}: cannot load weights: {_CLOSED}")
@@ -286,9 +294,7 @@ class SGLangEngine:
                 f"{self.name}: cannot load weights while completions are sampled; wait for sample"
             )
         try:
-            coverage = read_weight_coverage(self._model_folder)
-            self._buckets = serialize_weights(weights, coverage, self._dtype)
-            self._policy_version = policy_version
+            self._stream = stream
             self._weight_version = self._weights_name(policy_version)
             state = self._cannot_sample
             self._cannot_sample = "its weights are incomplete; load_weights failed"
@@ -297,36 +303,31 @@ class SGLangEngine:
             except ServerLost as error:
                 logger.warning("%s: lost while weights were loaded: %s", self.name, error)
                 self._recover()
+            self._policy_version = policy_version
             self._cannot_sample = state if state == _PAUSED else ""
         finally:
             self._in_use.release()
 
     def _push_weights(self) -> None:
-        """Send the current weights; raise ServerLost if the server went away meanwhile."""
-        started = time.monotonic()
-        try:
-            has_session = self._client.begin_update()
-            try:
-                for index, bucket in enumerate(self._buckets):
-                    is_last = index == len(self._buckets) - 1
-                    self._client.update_weights(
-                        bucket,
-                        num_ranks=self._config.tensor_parallel_size,
-                        weight_version=self._weight_version if is_last else None,
-                    )
-            finally:
-                if has_session:
-                    self._client.end_update()
-        except ServerRefusal as refusal:
-            raise EngineError(
-                f"{self.name}: weights of version {self._policy_version} were refused: {refusal}"
-            ) from refusal
-        if self._served_weights() != self._weight_version:
-            raise EngineError(
-                f"{self.name}: the server has weights {self._served_weights()!r} after an update "
-                f"to {self._weight_version!r}; does another trainer use it?"
-            )
-        logger.debug("%s: weights sent in %.2f s", self.name, time.monotonic() - started)
+        """Send the current weights; raise ServerLost if the server did not take them."""
+        target = SyncTarget(
+            client=self._client,
+            num_ranks=self._config.tensor_parallel_size,
+            name=self._client.url,
+        )
+        report = sync_weights([target], self._transport, self._buckets, self._weight_version)
+        for cause in report.failed.values():
+            raise ServerLost(cause)
+
+    def _buckets(self) -> Generator[Bucket]:
+        """Begin the current weights."""
+        assert self._stream is not None, "load_weights was called"
+        return pack_buckets(
+            self._stream(),
+            read_weight_coverage(self._model_folder),
+            dtype=self._dtype,
+            bucket_bytes=self._config.sync.bucket_bytes,
+        )
 
     def pause(self) -> None:
         """Hold what is in flight; ``sample`` refuses until ``resume``."""
@@ -343,11 +344,11 @@ class SGLangEngine:
     def sleep(self) -> None:
         """Give device memory back; the weights are lost."""
         self._cannot_sample = "it slept; call wake and load_weights first"
-        self._command(self._client.sleep)
+        self._command(lambda: self._client.release_memory(_MEMORY_TAGS))
 
     def wake(self) -> None:
         """Take device memory again; ``load_weights`` must follow before sampling."""
-        self._command(self._client.wake)
+        self._command(lambda: self._client.resume_memory(_MEMORY_TAGS))
 
     def is_healthy(self) -> bool:
         """Return whether the server answers and ``sample`` would be accepted."""
@@ -360,7 +361,7 @@ class SGLangEngine:
             self._server.stop()
             self._server = None
         self._client.close()
-        self._buckets = []
+        self._stream = None
 
     def _command(self, call: Callable[[], None]) -> None:
         try:
@@ -403,7 +404,7 @@ class SGLangEngine:
             self._wait_until_healthy()
         if self._served_weights() == self._weight_version:
             return
-        if not self._buckets:
+        if self._stream is None:
             raise EngineError(
                 f"{self.name}: the server at {self._client.url} was restarted with other weights"
             )

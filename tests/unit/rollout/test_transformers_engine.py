@@ -136,12 +136,12 @@ def test_failed_load_leaves_an_engine_that_refuses_to_sample(model_folder: Path)
     weights = [(n, w.detach()) for n, w in build_tiny_qwen3(seed=1).named_parameters()]
 
     with pytest.raises(EngineError, match="did not come"):
-        engine.load_weights(weights[:-1], 1)
+        engine.load_weights(lambda: iter(weights[:-1]), 1)
 
     assert not engine.is_healthy()
     with pytest.raises(EngineError, match="incomplete"):
         engine.sample([request_of(0, 5, 1)], params_of())
-    engine.load_weights(weights, 1)
+    engine.load_weights(lambda: iter(weights), 1)
     assert engine.is_healthy()
 
 
@@ -151,9 +151,11 @@ def test_untied_head_is_loaded_and_required(tmp_path: Path) -> None:
     weights = [(name, weight.detach()) for name, weight in other.named_parameters()]
     engine = engine_of(folder)
     with pytest.raises(EngineError, match=r"did not come: lm_head\.weight"):
-        engine.load_weights([pair for pair in weights if pair[0] != "lm_head.weight"], 1)
+        engine.load_weights(
+            lambda: iter([pair for pair in weights if pair[0] != "lm_head.weight"]), 1
+        )
 
-    engine.load_weights(weights, 2)
+    engine.load_weights(lambda: iter(weights), 2)
     request = request_of(0, 8, 1)
     ((completion,),) = engine.sample([request], params_of())
 
@@ -168,13 +170,13 @@ def test_experts_are_loaded_by_their_names_in_files(tmp_path: Path) -> None:
     new = write_model_folder(build_tiny_qwen3_moe(seed=1), tmp_path / "new")
     engine = engine_of(tmp_path / "old")
     weights = load_file(new / "model.safetensors")
-    engine.load_weights(weights.items(), 1)
+    engine.load_weights(lambda: iter(weights.items()), 1)
     request = request_of(0, 6, 2)
     sampled = token_ids_of(engine.sample([request], params_of()))
     assert sampled == token_ids_of(engine_of(new).sample([request], params_of()))
     del weights["model.layers.1.mlp.experts.3.up_proj.weight"]
     with pytest.raises(EngineError, match=r"experts\.3\.up_proj"):
-        engine.load_weights(weights.items(), 2)
+        engine.load_weights(lambda: iter(weights.items()), 2)
 
 
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:

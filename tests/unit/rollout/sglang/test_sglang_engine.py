@@ -1,7 +1,5 @@
-import base64
 import json
 import logging
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +8,7 @@ import torch
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
-from prefixrl_mcore.rollout.sglang import client as sglang_client
-from prefixrl_mcore.rollout.sglang.client import serialize_weights
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
-from prefixrl_mcore.rollout.weight_names import WeightCoverage
 from tests.support.fake_sglang import SAMPLED_LOGPROB, SAMPLED_TOKEN, Answer, FakeSGLang, serve
 from tests.support.tiny_models import EOS_ID, build_tiny_qwen3, write_tiny_qwen3
 
@@ -101,7 +96,7 @@ def test_refused_request_is_not_asked_for_again(engine: SGLangEngine, fake: Fake
 
 
 def test_sample_of_other_weights_is_refused(engine: SGLangEngine, fake: FakeSGLang) -> None:
-    engine.load_weights(weights(), 3)
+    engine.load_weights(lambda: iter(weights()), 3)
     fake.weight_version = "someone else's"
 
     with pytest.raises(EngineError, match='sampled with weights "someone else\'s", expected'):
@@ -114,7 +109,7 @@ def test_weights_are_sent_whole_and_the_cache_is_flushed_with_the_last_of_them(
 ) -> None:
     fake.calls.clear()
 
-    engine.load_weights(weights(), 3)
+    engine.load_weights(lambda: iter(weights()), 3)
 
     assert fake.loaded == {name: list(weight.shape) for name, weight in weights()}
     assert not fake.is_session_open
@@ -123,72 +118,38 @@ def test_weights_are_sent_whole_and_the_cache_is_flushed_with_the_last_of_them(
     assert engine.sample([request_of()], params_of())[0][0].policy_version == 3
 
 
-def test_slice_of_a_large_tensor_is_sent_without_the_rest() -> None:
-    large = torch.arange(100_000, dtype=torch.float32)
-    coverage = WeightCoverage(shapes={"w": (2,)})
-
-    (bucket,) = serialize_weights([("w", large[3:5])], coverage, torch.float32)
-
-    ((name, weight),) = pickle.loads(base64.b64decode(bucket))
-    assert (name, weight.tolist()) == ("w", [3.0, 4.0])
-    assert len(bucket) < 2000
-
-
-def test_pickled_weights_name_only_torch_once_megatron_is_imported() -> None:
-    import megatron.core  # noqa: F401  replaces a function that pickled tensors name
-
-    coverage = WeightCoverage(shapes={"w": (2, 3)})
-    weight = torch.randn(2, 3).bfloat16()
-
-    (bucket,) = serialize_weights([("w", weight)], coverage, torch.bfloat16)
-
-    data = base64.b64decode(bucket)
-    assert b"megatron" not in data
-    assert b"_load_from_bytes" in data
-    ((name, read),) = pickle.loads(data)
-    assert name == "w"
-    assert torch.equal(read, weight)
-
-
-def test_weights_come_in_the_servers_precision_and_in_buckets(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sglang_client, "_BUCKET_BYTES", 8)
-    sent = {f"w{index}": torch.full((3,), float(index)) for index in range(5)}
-    coverage = WeightCoverage(shapes=dict.fromkeys(sent, (3,)))
-
-    buckets = serialize_weights(sent.items(), coverage, torch.bfloat16)
-
-    parts = [pickle.loads(base64.b64decode(bucket)) for bucket in buckets]
-    assert [len(part) for part in parts] == [2, 2, 1]
-    assert {weight.dtype for part in parts for _, weight in part} == {torch.bfloat16}
-    assert [name for part in parts for name, _ in part] == list(sent)
-
-
 @pytest.mark.parametrize("fake", [True], indirect=True)
 def test_session_that_a_killed_trainer_left_open_is_ended(
     engine: SGLangEngine, fake: FakeSGLang
 ) -> None:
     fake.is_session_open = True
 
-    engine.load_weights(weights(), 3)
+    engine.load_weights(lambda: iter(weights()), 3)
 
     assert engine.policy_version == 3
     assert not fake.is_session_open
 
 
-def test_incomplete_weights_reach_the_server_not_even_in_part(
-    engine: SGLangEngine, fake: FakeSGLang
-) -> None:
+def test_incomplete_weights_are_never_sampled_from(engine: SGLangEngine, fake: FakeSGLang) -> None:
+    fake.has_sessions = True
     with pytest.raises(EngineError, match="did not come"):
-        engine.load_weights(weights()[:-1], 3)
+        engine.load_weights(lambda: iter(weights()[:-1]), 3)
 
-    assert fake.loaded == {}
     assert engine.policy_version == -1
+    assert fake.weight_version.endswith(":3:incomplete")
+    assert "/end_weight_update" not in fake.calls
+    assert "/continue_generation" not in fake.calls
+    with pytest.raises(EngineError, match="its weights are incomplete"):
+        engine.sample([request_of()], params_of())
+
+    engine.load_weights(lambda: iter(weights()), 4)
+    assert fake.weight_version.endswith(":4")
+    assert not fake.is_session_open
+    assert engine.sample([request_of()], params_of())[0][0].policy_version == 4
 
 
 def test_restarted_server_gets_the_weights_again(engine: SGLangEngine, fake: FakeSGLang) -> None:
-    engine.load_weights(weights(), 3)
+    engine.load_weights(lambda: iter(weights()), 3)
     fake.loaded.clear()
     fake.weight_version = "those of the folder"
     fake.num_dropped_answers = 1

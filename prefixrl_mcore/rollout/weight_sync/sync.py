@@ -1,0 +1,199 @@
+"""One update of the weights of all servers: pause, load bucket by bucket, flush, resume.
+
+While a server has weights of more than one version, their name says so, and it stays paused: what
+a trainer that died left behind is recognised and never sampled from.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+
+from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.client import ServerRefusal
+from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
+from prefixrl_mcore.rollout.weight_sync.transport import (
+    Failures,
+    SyncTarget,
+    Transport,
+    on_all,
+)
+
+logger = logging.getLogger(__name__)
+
+_INCOMPLETE = "incomplete"
+_BYTES_PER_GIGABYTE = 1e9
+
+MakeBuckets = Callable[[], Generator[Bucket]]
+"""Begins a new stream of all buckets; called again if an update must begin again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncReport:
+    """What an update did."""
+
+    transport: str
+    """Name of the transport."""
+
+    num_bytes: int
+    """Weights that went through, in the engine's precision; counted once for all servers."""
+
+    num_buckets: int
+    """Buckets that they were sent in."""
+
+    seconds: float
+    """Wall time from the first pause to the last resume; export included."""
+
+    sending_seconds: float
+    """Part of it in which a bucket was on its way; the rest is export that nothing overlapped, and
+    the calls before and after."""
+
+    failed: Mapping[str, str]
+    """Name of each target that has incomplete weights now -> why."""
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Return 10^9 bytes of weights per second of the whole update."""
+        return self.num_bytes / _BYTES_PER_GIGABYTE / self.seconds
+
+    def metrics(self) -> dict[str, float]:
+        """Return the report under its names in the metrics."""
+        return {
+            "sync/seconds": self.seconds,
+            "sync/bytes": float(self.num_bytes),
+            "sync/num_buckets": float(self.num_buckets),
+            "sync/gigabytes_per_second": self.gigabytes_per_second,
+            "sync/sending_seconds": self.sending_seconds,
+            "sync/num_failed_servers": float(len(self.failed)),
+        }
+
+
+def is_incomplete(weight_version: str) -> bool:
+    """Return whether a server with weights of this name was left in the middle of an update."""
+    return weight_version.endswith(f":{_INCOMPLETE}")
+
+
+def sync_weights(
+    targets: Sequence[SyncTarget],
+    transport: Transport,
+    make_buckets: MakeBuckets,
+    weight_version: str,
+) -> SyncReport:
+    """Load new weights into all targets; they are sampled from under the name ``weight_version``.
+
+    The next bucket is exported while the last one is being sent, by one thread, which uses no
+    collective of the policy's. A target that fails stays paused, under a name that
+    ``is_incomplete`` knows; the others go on.
+
+    Args:
+        targets: servers that nothing is in flight on.
+        transport: carries the buckets.
+        make_buckets: begins the stream of buckets, which checks that they are all of the model's
+            weights. It is exhausted, or closed before its end.
+        weight_version: name of the new weights.
+
+    Raises:
+        EngineError: if the stream is not that of the model's weights, or the transport has nowhere
+            to put them. No target has usable weights then.
+    """
+    started = time.monotonic()
+    update = _Update(targets, transport, weight_version)
+    try:
+        update.begin()
+        update.send(make_buckets)
+        update.end()
+    except OSError as error:
+        raise EngineError(f"weight sync by {transport.name}: {error}") from error
+    finally:
+        transport.close()
+    for name, cause in update.failed.items():
+        logger.warning("weight sync: %s did not get the weights: %s", name, cause)
+    return SyncReport(
+        transport=transport.name,
+        num_bytes=update.num_bytes,
+        num_buckets=update.num_buckets,
+        seconds=time.monotonic() - started,
+        sending_seconds=update.sending_seconds,
+        failed=update.failed,
+    )
+
+
+class _Update:
+    """The state of one update."""
+
+    def __init__(
+        self, targets: Sequence[SyncTarget], transport: Transport, weight_version: str
+    ) -> None:
+        self._targets = targets
+        self._transport = transport
+        self._weight_version = weight_version
+        self._open_sessions: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self.num_bytes = 0
+        self.num_buckets = 0
+        self.sending_seconds = 0.0
+
+    @property
+    def _left(self) -> list[SyncTarget]:
+        """The targets that have not failed."""
+        return [target for target in self._targets if target.name not in self.failed]
+
+    def begin(self) -> None:
+        """Pause the targets and mark their weights as incomplete."""
+        self.failed |= on_all(self._targets, self._begin_one)
+        self.failed |= self._transport.open(self._left)
+
+    def _begin_one(self, target: SyncTarget) -> None:
+        target.client.pause()
+        target.client.set_weight_version(f"{self._weight_version}:{_INCOMPLETE}")
+        if self._transport.has_session and target.client.begin_update():
+            self._open_sessions.add(target.name)
+
+    def send(self, make_buckets: MakeBuckets) -> None:
+        """Send all buckets, each while the next one is made."""
+        with closing(make_buckets()) as buckets, ThreadPoolExecutor(1, "weight-sync") as sender:
+            sending: Future[Failures] | None = None
+            while self._left:
+                bucket = next(buckets, None)
+                if sending is not None:
+                    self.failed |= sending.result()
+                if bucket is None:
+                    break
+                if bucket.data.is_cuda:  # the sender has a stream of its own
+                    torch.cuda.current_stream(bucket.data.device).synchronize()
+                self.num_bytes += bucket.num_bytes
+                self.num_buckets += 1
+                sending = sender.submit(self._send_one, bucket, self._left)
+        self.failed |= self._transport.finish(self._left)
+
+    def _send_one(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
+        """Do the work of the sender."""
+        started = time.monotonic()
+        try:
+            return self._transport.send(bucket, targets)
+        finally:
+            self.sending_seconds += time.monotonic() - started
+
+    def end(self) -> None:
+        """Make the new weights usable in the targets that have them all."""
+        self.failed |= on_all(self._left, self._end_one)
+
+    def _end_one(self, target: SyncTarget) -> None:
+        client = target.client
+        if target.name in self._open_sessions:
+            client.end_update()
+        client.flush_cache()
+        client.set_weight_version(self._weight_version)
+        served = client.model_info()["weight_version"]
+        if served != self._weight_version:
+            raise ServerRefusal(
+                "/model_info",
+                200,
+                f"weights {served!r} after an update to {self._weight_version!r}; does another "
+                "trainer use the server?",
+            )
+        client.resume()

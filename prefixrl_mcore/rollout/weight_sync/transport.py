@@ -1,0 +1,81 @@
+"""How buckets of weights get to servers: what every transport does, and whom it does it for."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from prefixrl_mcore.rollout.sglang.client import ServerLost, ServerRefusal, SGLangClient
+from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
+
+logger = logging.getLogger(__name__)
+
+Failures = Mapping[str, str]
+"""Name of a target -> why it did not take the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncTarget:
+    """A server that is to have the weights."""
+
+    client: SGLangClient
+    """Its endpoints."""
+
+    num_ranks: int
+    """Its tensor-parallel ranks; each takes its part of the full weights."""
+
+    name: str
+    """Unique among the targets; named in errors."""
+
+
+class Transport(Protocol):
+    """Carries the buckets of one update; its methods are called from one thread, in this order.
+
+    A target that fails is left out of the later calls.
+    """
+
+    @property
+    def name(self) -> str:
+        """``disk``, ``tensor`` or ``distributed``, with what else tells it from others."""
+        ...
+
+    @property
+    def has_session(self) -> bool:
+        """Whether the server must be told where an update begins and ends (from 0.5.21)."""
+        ...
+
+    def open(self, targets: Sequence[SyncTarget]) -> Failures:
+        """Prepare for an update of these targets.
+
+        Raises:
+            OSError: if there is nowhere to write to.
+        """
+        ...
+
+    def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
+        """Bring one bucket to all targets; return when its memory is not needed any more."""
+        ...
+
+    def finish(self, targets: Sequence[SyncTarget]) -> Failures:
+        """Return when the targets have all buckets loaded."""
+        ...
+
+    def close(self) -> None:
+        """Forget the update, complete or not; safe to call at any time, and twice."""
+        ...
+
+
+def on_all(targets: Sequence[SyncTarget], call: Callable[[SyncTarget], object]) -> dict[str, str]:
+    """Do ``call`` for all targets at once; return which of them were lost or refused it."""
+    if not targets:
+        return {}
+    with ThreadPoolExecutor(len(targets), "weight-sync") as pool:
+        futures = {target.name: pool.submit(call, target) for target in targets}
+    failures: dict[str, str] = {}
+    for name, future in futures.items():
+        try:
+            future.result()
+        except (ServerLost, ServerRefusal) as error:
+            failures[name] = str(error)
+    return failures

@@ -1,0 +1,121 @@
+"""Rank 0 works alone and asks the others for collectives, over real processes."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from prefixrl_mcore.policy.serving import CollectiveServices
+from tests.support.ranks import run_on_ranks
+
+NUM_ITEMS = 5
+
+
+def sums() -> Iterator[int]:
+    """Yield 0, 1 * world size, 2 * world size, ... by one all-reduce each."""
+    for item in range(NUM_ITEMS):
+        total = torch.tensor([item])
+        dist.all_reduce(total)
+        yield int(total)
+
+
+def take(services: CollectiveServices, number: int) -> list[int]:
+    """Ask for the sums and leave them after ``number``."""
+    items = services.ask("sums")
+    return [next(items) for _ in range(number)]
+
+
+def served(rank: int, function: Callable[[CollectiveServices], object]) -> object:
+    """Run ``function`` on rank 0, and then prove that the ranks are in step."""
+    services = CollectiveServices({"sums": sums})
+    try:
+        result = services.run_on_first(lambda: function(services))
+    except ValueError as error:
+        result = repr(error)
+    in_step = torch.tensor([rank])
+    dist.all_reduce(in_step)
+    return result, int(in_step)
+
+
+def ask_twice(services: CollectiveServices) -> object:
+    return [list(services.ask("sums")), list(services.ask("sums"))]
+
+
+def ask_nothing(services: CollectiveServices) -> object:
+    return "nothing"
+
+
+def leave_half_way(services: CollectiveServices) -> object:
+    return take(services, 2)
+
+
+def leave_and_ask_again(services: CollectiveServices) -> object:
+    first = services.ask("sums")
+    next(first)
+    again = list(services.ask("sums"))
+    return [again, list(first)]  # the first was ended by asking again
+
+
+def fail_half_way(services: CollectiveServices) -> object:
+    for item in services.ask("sums"):
+        if item:
+            raise ValueError(f"cannot use {item}")
+    return None
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (ask_twice, [[0, 3, 6, 9, 12]] * 2),
+        (ask_nothing, "nothing"),
+        (leave_half_way, [0, 3]),
+        (leave_and_ask_again, [[0, 3, 6, 9, 12], []]),
+        (fail_half_way, "ValueError('cannot use 3')"),
+    ],
+)
+def test_every_rank_gets_what_rank_0_made_of_the_collectives(
+    function: Callable[[CollectiveServices], object], expected: object
+) -> None:
+    assert run_on_ranks(served, function, world_size=3) == [(expected, 3)] * 3
+
+
+def failing_sums(failing_rank: int) -> Iterator[int]:
+    for item in sums():
+        if item and dist.get_rank() == failing_rank:
+            raise MemoryError("no room for a part")
+        yield item
+
+
+def failing(rank: int, failing_rank: int, folder: Path) -> None:
+    """Fail in the service; note what this rank raised, and end as a rank that fails does."""
+    services = CollectiveServices({"sums": lambda: failing_sums(failing_rank)})
+    try:
+        services.run_on_first(lambda: list(services.ask("sums")))
+    except Exception as error:
+        (folder / str(rank)).write_text(f"{type(error).__name__}: {error}")
+    os._exit(0)  # closes the connections, as the end of a failing process does
+
+
+@pytest.mark.parametrize("failing_rank", [1, 2])
+def test_failure_of_another_rank_in_a_service_reaches_rank_0_with_its_rank(
+    tmp_path: Path, failing_rank: int
+) -> None:
+    with pytest.raises(FileNotFoundError):  # the ranks end without a result
+        run_on_ranks(failing, failing_rank, tmp_path, world_size=3)
+
+    expected = f"rank {failing_rank} failed in 'sums': MemoryError: no room for a part"
+    assert (tmp_path / "0").read_text() == f"ServiceFailure: {expected}"
+    assert (tmp_path / str(failing_rank)).read_text() == f"ServiceFailure: {expected}"
+
+
+def test_alone_a_service_is_a_plain_generator() -> None:
+    services = CollectiveServices({"numbers": lambda: iter([1, 2, 3])})
+
+    assert services.run_on_first(lambda: list(services.ask("numbers"))) == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="'numbers': no rank is standing by"):
+        services.ask("numbers")
+    with pytest.raises(ZeroDivisionError):
+        services.run_on_first(lambda: 1 // len([*services.ask("numbers")][3:]))

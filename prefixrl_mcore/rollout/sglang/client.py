@@ -160,6 +160,36 @@ class SGLangClient:
         """Load the safetensors files of a folder that the server sees under the same path."""
         self._update("/update_weights_from_disk", {"model_path": str(folder)})
 
+    def init_update_group(
+        self,
+        *,
+        address: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
+        timeout_seconds: float,
+    ) -> None:
+        """Join a process group of ``world_size``, from rank ``rank_offset`` on; rank 0 is ours."""
+        payload = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group_name,
+            "backend": backend,
+        }
+        self._control("/init_weights_update_group", payload, timeout_seconds)
+
+    def update_from_distributed(self, payload: Mapping[str, Any], timeout_seconds: float) -> None:
+        """Receive weights that rank 0 of a group broadcasts meanwhile, and load them."""
+        self._update("/update_weights_from_distributed", payload, timeout_seconds)
+
+    def destroy_update_group(self, group_name: str) -> None:
+        """Leave a process group."""
+        self._control("/destroy_weights_update_group", {"group_name": group_name})
+
     def set_weight_version(self, name: str) -> None:
         """Name the weights; every later sample carries the name."""
         self._control("/update_weight_version", {"new_version": name, "abort_all_requests": False})
@@ -168,18 +198,22 @@ class SGLangClient:
         """Forget all keys and values; refused while a request runs or waits."""
         self._control("/flush_cache", {})
 
-    def _update(self, path: str, payload: Mapping[str, Any]) -> None:
+    def _update(
+        self, path: str, payload: Mapping[str, Any], timeout_seconds: float = _CONTROL_SECONDS
+    ) -> None:
         """Load weights without touching the cache, which is flushed once after the last."""
         try:
-            self._control(path, {**payload, "flush_cache": False})
+            self._control(path, {**payload, "flush_cache": False}, timeout_seconds)
         except ServerRefusal as refusal:
             # The weights were loaded all the same; loading them again would do no harm.
             if _UPDATED_NOT_FLUSHED not in refusal.text:
                 raise
 
-    def _control(self, path: str, payload: Mapping[str, Any]) -> None:
+    def _control(
+        self, path: str, payload: Mapping[str, Any], timeout_seconds: float = _CONTROL_SECONDS
+    ) -> None:
         """Post; raise ServerRefusal also for an answer that says ``success: false``."""
-        data = self._call("POST", path, payload, _CONTROL_SECONDS)
+        data = self._call("POST", path, payload, timeout_seconds)
         try:
             answer = json.loads(data) if data else None
         except json.JSONDecodeError:

@@ -91,7 +91,8 @@ def sync_weights(
 
     Args:
         targets: servers that nothing is in flight on.
-        transport: carries the buckets.
+        transport: carries the buckets. Where one target's failure breaks the others' update, they
+            try once more without it.
         make_buckets: begins the stream of buckets, which checks that they are all of the model's
             weights. It is exhausted, or closed before its end.
         weight_version: name of the new weights.
@@ -101,16 +102,14 @@ def sync_weights(
             to put them. No target has usable weights then.
     """
     started = time.monotonic()
-    update = _Update(targets, transport, weight_version)
-    try:
-        update.begin()
-        update.send(make_buckets)
-        update.end()
-    except OSError as error:
-        raise EngineError(f"weight sync by {transport.name}: {error}") from error
-    finally:
-        transport.close()
-    for name, cause in update.failed.items():
+    update = _run(_Update(targets, transport, weight_version), make_buckets)
+    failed = update.failed
+    again = [t for t in targets if t.name in transport.innocent and t.client.is_healthy()]
+    if again and len(again) < len(targets):
+        update = _run(_Update(again, transport, weight_version), make_buckets)
+        failed = {name: failed[name] for name in failed.keys() - {t.name for t in again}}
+        failed |= update.failed
+    for name, cause in failed.items():
         logger.warning("weight sync: %s did not get the weights: %s", name, cause)
     return SyncReport(
         transport=transport.name,
@@ -118,8 +117,21 @@ def sync_weights(
         num_buckets=update.num_buckets,
         seconds=time.monotonic() - started,
         sending_seconds=update.sending_seconds,
-        failed=update.failed,
+        failed=failed,
     )
+
+
+def _run(update: "_Update", make_buckets: MakeBuckets) -> "_Update":
+    """Do an update from beginning to end, and return it."""
+    try:
+        update.begin()
+        update.send(make_buckets)
+        update.end()
+    except OSError as error:
+        raise EngineError(f"weight sync by {update.transport.name}: {error}") from error
+    finally:
+        update.transport.close()
+    return update
 
 
 class _Update:
@@ -129,7 +141,7 @@ class _Update:
         self, targets: Sequence[SyncTarget], transport: Transport, weight_version: str
     ) -> None:
         self._targets = targets
-        self._transport = transport
+        self.transport = transport
         self._weight_version = weight_version
         self._open_sessions: set[str] = set()
         self.failed: dict[str, str] = {}
@@ -145,12 +157,12 @@ class _Update:
     def begin(self) -> None:
         """Pause the targets and mark their weights as incomplete."""
         self.failed |= on_all(self._targets, self._begin_one)
-        self.failed |= self._transport.open(self._left)
+        self.failed |= self.transport.open(self._left)
 
     def _begin_one(self, target: SyncTarget) -> None:
         target.client.pause()
         target.client.set_weight_version(f"{self._weight_version}:{_INCOMPLETE}")
-        if self._transport.has_session and target.client.begin_update():
+        if self.transport.has_session and target.client.begin_update():
             self._open_sessions.add(target.name)
 
     def send(self, make_buckets: MakeBuckets) -> None:
@@ -168,13 +180,13 @@ class _Update:
                 self.num_bytes += bucket.num_bytes
                 self.num_buckets += 1
                 sending = sender.submit(self._send_one, bucket, self._left)
-        self.failed |= self._transport.finish(self._left)
+        self.failed |= self.transport.finish(self._left)
 
     def _send_one(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
         """Do the work of the sender."""
         started = time.monotonic()
         try:
-            return self._transport.send(bucket, targets)
+            return self.transport.send(bucket, targets)
         finally:
             self.sending_seconds += time.monotonic() - started
 

@@ -19,6 +19,7 @@ class TensorByValue:
 
     name = "tensor (by value)"
     has_session = True
+    innocent: frozenset[str] = frozenset()
 
     def open(self, targets: Sequence[SyncTarget]) -> Failures:
         """Do nothing."""

@@ -1,10 +1,10 @@
 """How buckets of weights get to servers: what every transport does, and whom it does it for."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from prefixrl_mcore.rollout.sglang.client import ServerLost, ServerRefusal, SGLangClient
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
@@ -45,6 +45,11 @@ class Transport(Protocol):
         """Whether the server must be told where an update begins and ends (from 0.5.21)."""
         ...
 
+    @property
+    def innocent(self) -> Container[str]:
+        """Targets that failed in this update only because another one did; they may try again."""
+        ...
+
     def open(self, targets: Sequence[SyncTarget]) -> Failures:
         """Prepare for an update of these targets.
 
@@ -72,6 +77,11 @@ def on_all(targets: Sequence[SyncTarget], call: Callable[[SyncTarget], object]) 
         return {}
     with ThreadPoolExecutor(len(targets), "weight-sync") as pool:
         futures = {target.name: pool.submit(call, target) for target in targets}
+    return collect_failures(futures)
+
+
+def collect_failures(futures: Mapping[str, Future[Any]]) -> dict[str, str]:
+    """Wait for calls, by the target's name; return which were lost or refused."""
     failures: dict[str, str] = {}
     for name, future in futures.items():
         try:

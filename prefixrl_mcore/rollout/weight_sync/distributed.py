@@ -1,0 +1,206 @@
+"""Weights by broadcast from the trainer to all ranks of all servers: NCCL, or gloo on CPUs.
+
+The path over NCCL has not been run yet.
+"""
+
+import datetime
+import logging
+import socket
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
+from prefixrl_mcore.rollout.weight_sync.transport import (
+    Failures,
+    SyncTarget,
+    collect_failures,
+    on_all,
+)
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.0005
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Broadcast:
+    """Broadcasts every bucket in a process group of its own, in which the trainer is rank 0.
+
+    The group is made for one update and belongs to the thread that sends: the policy's collectives
+    go on meanwhile, in other groups, with ranks that do not wait for any server. It is not kept for
+    the next update, since a server that was started anew in between has no part in it, and one
+    that is told to receive from a group that it does not know ends itself.
+
+    The ranks of all servers receive together, so one that is lost breaks the update of all.
+    """
+
+    has_session = True
+
+    def __init__(self, backend: str, *, timeout_seconds: float) -> None:
+        """Prepare for ``nccl`` or ``gloo``.
+
+        Args:
+            backend: must fit the device of trainer and servers.
+            timeout_seconds: how long servers may take to join, and to receive a bucket.
+        """
+        self.name = f"distributed ({backend})"
+        self.innocent: frozenset[str] = frozenset()
+        self._backend = backend
+        self._timeout_seconds = timeout_seconds
+        self._group: dist.ProcessGroup | None = None
+        self._group_name = ""
+        self._store: dist.TCPStore | None = None
+
+    def open(self, targets: Sequence[SyncTarget]) -> Failures:
+        """Make the group; return which targets did not join, or all if the group was not made."""
+        self.close()
+        self.innocent = frozenset()
+        if not targets:
+            return {}
+        sizes = [target.num_ranks for target in targets]
+        offsets = dict(
+            zip((t.name for t in targets), accumulate(sizes[:-1], initial=1), strict=True)
+        )
+        world_size = 1 + sum(sizes)
+        timeout = datetime.timedelta(seconds=self._timeout_seconds)
+        address = _own_address(targets)
+        # A free port; the servers may come in any order, and before or after this rank.
+        store = dist.TCPStore(
+            address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
+        )
+        self._store, self._group_name = store, f"prefixrl-{uuid.uuid4().hex}"
+        with ThreadPoolExecutor(len(targets), "weight-sync-join") as pool:
+            joining = {
+                target.name: pool.submit(
+                    target.client.init_update_group,
+                    address=address,
+                    port=store.port,
+                    rank_offset=offsets[target.name],
+                    world_size=world_size,
+                    group_name=self._group_name,
+                    backend=self._backend,
+                    timeout_seconds=self._timeout_seconds,
+                )
+                for target in targets
+            }
+            cause = self._join(world_size, timeout)
+        return self._failures(joining, cause)
+
+    def _join(self, world_size: int, timeout: datetime.timedelta) -> str:
+        """Take part in the group as rank 0; return why it was not made, or nothing."""
+        assert self._store is not None, "the store comes first"
+        try:
+            self._group, _ = distributed_c10d._new_process_group_helper(
+                world_size,
+                0,
+                [],
+                dist.Backend(self._backend),
+                dist.PrefixStore(self._group_name, self._store),
+                group_name=distributed_c10d.GroupName(self._group_name),
+                timeout=timeout,
+            )
+        except RuntimeError as error:
+            return f"no process group with all servers in {self._timeout_seconds:.0f} s: {error}"
+        distributed_c10d._world.pg_group_ranks[self._group] = {i: i for i in range(world_size)}
+        return ""
+
+    def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
+        """Broadcast one bucket while all targets receive it; return when they have loaded it."""
+        entries = bucket.entries
+        payload = {
+            "names": [entry.name for entry in entries],
+            "dtypes": [str(bucket.dtype).removeprefix("torch.")] * len(entries),
+            "shapes": [list(entry.shape) for entry in entries],
+            "group_name": self._group_name,
+            "load_format": "flattened_bucket",
+        }
+        with ThreadPoolExecutor(len(targets), "weight-sync-receive") as pool:
+            receiving = {
+                target.name: pool.submit(
+                    target.client.update_from_distributed, payload, self._timeout_seconds
+                )
+                for target in targets
+            }
+            cause = self._broadcast(bucket, receiving)
+            if cause:
+                self._destroy()  # so that the servers that still receive give up
+        return self._failures(receiving, cause)
+
+    def _broadcast(self, bucket: Bucket, receiving: Mapping[str, Future[None]]) -> str:
+        """Broadcast the bytes; return why that failed, or nothing."""
+        assert self._group is not None, "open comes first"
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        deadline = time.monotonic() + self._timeout_seconds
+        try:
+            with _current(bucket):
+                work = self._group.broadcast([bucket.data], options)
+                while not work.is_completed():
+                    if any(future.done() and future.exception() for future in receiving.values()):
+                        return "a server does not receive"
+                    if time.monotonic() > deadline:
+                        return f"not received by all servers in {self._timeout_seconds:.0f} s"
+                    time.sleep(_POLL_SECONDS)
+                work.wait()
+        except RuntimeError as error:  # a connection broke
+            return str(error)
+        return ""
+
+    def _failures(self, futures: Mapping[str, Future[None]], cause: str) -> Failures:
+        """Return why targets failed: for a reason of their own, or because of ``cause``."""
+        failures = collect_failures(futures)
+        if not failures and not cause:
+            return {}
+        guilty = ", ".join(sorted(failures)) or "unknown which"
+        broke = f"the broadcast to all servers broke ({guilty}): {cause or 'one failed'}"
+        together = dict.fromkeys(futures.keys() - failures.keys(), broke)
+        self.innocent = frozenset(together)
+        return {**failures, **together}
+
+    def finish(self, targets: Sequence[SyncTarget]) -> Failures:
+        """Leave the group on both sides."""
+        name, self._group_name = self._group_name, ""
+        failures = on_all(targets, lambda target: target.client.destroy_update_group(name))
+        self._destroy()
+        return failures
+
+    def close(self) -> None:
+        """Leave the group, complete or not."""
+        self._destroy()
+        self._store = None
+
+    def _destroy(self) -> None:
+        """Leave the group on this side; connections are closed even if something is on its way."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        try:
+            group.abort()
+            dist.destroy_process_group(group)
+        except RuntimeError as error:
+            logger.warning("weight sync: the process group was not ended cleanly: %s", error)
+
+
+def _current(bucket: Bucket) -> AbstractContextManager[object]:
+    """Return a context in which the bucket's GPU is the current one of this thread."""
+    return torch.cuda.device(bucket.data.device) if bucket.data.is_cuda else nullcontext()
+
+
+def _own_address(targets: Sequence[SyncTarget]) -> str:
+    """Return an address of this machine that all targets can reach."""
+    hosts = [urlparse(target.client.url).hostname or "" for target in targets]
+    remote = [host for host in hosts if host not in _LOOPBACK]
+    if not remote:
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((remote[0], 9))  # sends nothing; chooses the interface
+        return probe.getsockname()[0]

@@ -1,0 +1,205 @@
+"""Weights from a policy on four ranks into real SGLang servers, by every transport.
+
+Skipped where SGLang's environment is missing; fails there instead if PREFIXRL_REQUIRE_SGLANG=1.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefixrl_mcore.config.policy import OptimizerConfig
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.policy.policy import MegatronPolicy
+from prefixrl_mcore.policy.serving import CollectiveServices
+from prefixrl_mcore.records import TrainingSequence
+from prefixrl_mcore.rollout.sglang.client import SGLangClient, generate_payload
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
+from prefixrl_mcore.rollout.weight_names import read_weight_coverage
+from prefixrl_mcore.rollout.weight_sync.buckets import pack_buckets
+from prefixrl_mcore.rollout.weight_sync.disk import Disk
+from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
+from prefixrl_mcore.rollout.weight_sync.sync import SyncReport, sync_weights
+from prefixrl_mcore.rollout.weight_sync.tensor import TensorByValue
+from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
+from tests.support.fake_sglang import FakeSGLang, serve
+from tests.support.layouts import parallel_config
+from tests.support.policies import TEMPERATURE, build_policy, make_batch
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny_models import build_tiny_llama, build_tiny_qwen3, write_model_folder
+
+pytestmark = pytest.mark.slow
+
+SGLANG_PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
+
+# Both sides compute in float32, in other orders: 4e-6 nats were measured.
+LOGPROB_TOLERANCE = 3e-5
+
+# What an update moves: the engine is really sampling with the weights of before.
+STALE_GAP = 1e-3
+
+BUCKET_BYTES = 50_000
+TP2_PP2 = parallel_config(tp=2, pp=2)
+
+MODELS: dict[str, tuple[Callable[..., PreTrainedModel], int]] = {
+    "qwen3": (build_tiny_qwen3, 1),
+    "llama": (build_tiny_llama, 2),
+}
+"""Name -> (model, tensor-parallel ranks of its server)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """A running server and what it serves."""
+
+    folder: Path
+    url: str
+    num_ranks: int
+
+    def target(self) -> SyncTarget:
+        client = SGLangClient(self.url, request_timeout_seconds=60)
+        return SyncTarget(client=client, num_ranks=self.num_ranks, name=self.url)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    if not SGLANG_PYTHON.exists():
+        reason = f"SGLang's environment {SGLANG_PYTHON} is missing: make setup-sglang"
+        if os.environ.get("PREFIXRL_REQUIRE_SGLANG") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    build, num_ranks = MODELS[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    folder = write_model_folder(build(), root / "model")
+    server = SGLangServer.start(
+        folder,
+        SGLangConfig(python=SGLANG_PYTHON, tensor_parallel_size=num_ranks),
+        logits_dtype="float32",
+        device="cpu",
+        max_total_tokens=200,
+        weight_version="of the folder",
+        log_file=root / "server.log",
+    )
+    try:
+        yield Served(folder=folder, url=server.client.url, num_ranks=num_ranks)
+    finally:
+        server.stop()
+
+
+def transport_named(name: str, folder: Path) -> Transport:
+    if name == "disk":
+        return Disk(folder)
+    return Broadcast("gloo", timeout_seconds=60) if name == "distributed" else TensorByValue()
+
+
+def push(
+    served: Served,
+    transport: Transport,
+    stream: Callable[[], Iterator[tuple[str, Tensor]]],
+    weight_version: str,
+    *others: SyncTarget,
+) -> SyncReport:
+    """Send weights to the server, as an engine does it."""
+    dtype = next(iter(stream()))[1].dtype
+    return sync_weights(
+        [served.target(), *others],
+        transport,
+        lambda: pack_buckets(
+            stream(),
+            read_weight_coverage(served.folder),
+            dtype=dtype,
+            bucket_bytes=BUCKET_BYTES,
+        ),
+        weight_version,
+    )
+
+
+def sample(served: Served, weight_version: str) -> list[TrainingSequence]:
+    """Sample completions, which must be stamped with ``weight_version``."""
+    client = SGLangClient(served.url, request_timeout_seconds=60)
+    sequences: list[TrainingSequence] = []
+    for index, context in enumerate([(5,), (4, 9, 17, 21), tuple(range(4, 30))]):
+        answers = client.generate(
+            generate_payload(
+                context_token_ids=context,
+                num_samples=2,
+                max_new_tokens=12,
+                temperature=TEMPERATURE,
+                stop_token_ids=(),
+                request_id=f"{weight_version}/{index}.",
+            )
+        )
+        for number, answer in enumerate(answers):
+            meta = answer["meta_info"]
+            assert meta["weight_version"] == weight_version
+            sequences.append(
+                TrainingSequence(
+                    sequence_id=f"{index}/{number}",
+                    group_index=index,
+                    context_token_ids=context,
+                    completion_token_ids=tuple(answer["output_ids"]),
+                    advantage=1.0,
+                    rollout_logprobs=tuple(t[0] for t in meta["output_token_logprobs"]),
+                )
+            )
+    return sequences
+
+
+def largest_gap(policy: MegatronPolicy, sequences: list[TrainingSequence]) -> float:
+    """Return the largest difference of engine's and policy's logprobs; all ranks call this."""
+    batch = make_batch(sequences, streams_multiple=2)
+    return max(
+        float(np.abs(stream.rollout_logprobs_R - logprobs_R).max())
+        for stream, (logprobs_R, _) in zip(batch.streams, policy.row_statistics(batch), strict=True)
+        if stream.num_rows
+    )
+
+
+def train_and_sync(
+    rank: int, served: Served, transports: list[str], folder: Path
+) -> list[tuple[str, float, float]]:
+    """Update, sync and sample; return each transport's gaps before and after the sync."""
+    optimizer = OptimizerConfig(lr=1e-3)
+    policy = build_policy(served.folder, parallel=TP2_PP2, optimizer=optimizer)
+    services = CollectiveServices({"export": policy.export_weights})
+    stream = partial(services.ask, "export")
+    gaps: list[tuple[str, float, float]] = []
+    version = "of the folder"
+    for index, name in enumerate(transports):
+        policy.update(make_batch(streams_multiple=2))
+        stale = services.run_on_first(lambda version=version: sample(served, version))
+        version = f"version {index}"
+
+        def sync(name: str = name, version: str = version) -> list[TrainingSequence]:
+            report = push(served, transport_named(name, folder), stream, version)
+            assert report.failed == {}
+            assert report.num_buckets > 3
+            return sample(served, version)
+
+        fresh = services.run_on_first(sync)
+        gaps.append((name, largest_gap(policy, stale), largest_gap(policy, fresh)))
+    return gaps
+
+
+def test_engine_and_policy_on_four_ranks_agree_after_every_sync_and_not_before(
+    served: Served, tmp_path: Path
+) -> None:
+    transports = ["tensor", "distributed", "disk", "distributed", "tensor"]
+
+    results = run_on_ranks(train_and_sync, served, transports, tmp_path, world_size=4)
+
+    print(served.num_ranks, results[0])
+    assert results[1:] == results[:1] * 3
+    assert [name for name, _, _ in results[0]] == transports
+    for name, before, after in results[0]:
+        assert before > STALE_GAP, name
+        assert after < LOGPROB_TOLERANCE, name
+    assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,6 @@ from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
 from prefixrl_mcore.rollout.weight_sync.sync import SyncReport, sync_weights
 from prefixrl_mcore.rollout.weight_sync.tensor import TensorByValue
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
-from tests.support.fake_sglang import FakeSGLang, serve
 from tests.support.layouts import parallel_config
 from tests.support.policies import TEMPERATURE, build_policy, make_batch
 from tests.support.ranks import run_on_ranks
@@ -47,11 +46,10 @@ STALE_GAP = 1e-3
 BUCKET_BYTES = 50_000
 TP2_PP2 = parallel_config(tp=2, pp=2)
 
-MODELS: dict[str, tuple[Callable[..., PreTrainedModel], int]] = {
-    "qwen3": (build_tiny_qwen3, 1),
-    "llama": (build_tiny_llama, 2),
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "qwen3": build_tiny_qwen3,
+    "llama": build_tiny_llama,
 }
-"""Name -> (model, tensor-parallel ranks of its server)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +58,10 @@ class Served:
 
     folder: Path
     url: str
-    num_ranks: int
 
     def target(self) -> SyncTarget:
         client = SGLangClient(self.url, request_timeout_seconds=60)
-        return SyncTarget(client=client, num_ranks=self.num_ranks, name=self.url)
+        return SyncTarget(client=client, num_ranks=1, name=self.url)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -76,12 +73,11 @@ def served(
         if os.environ.get("PREFIXRL_REQUIRE_SGLANG") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    build, num_ranks = MODELS[request.param]
     root = tmp_path_factory.mktemp(request.param)
-    folder = write_model_folder(build(), root / "model")
+    folder = write_model_folder(MODELS[request.param](), root / "model")
     server = SGLangServer.start(
         folder,
-        SGLangConfig(python=SGLANG_PYTHON, tensor_parallel_size=num_ranks),
+        SGLangConfig(python=SGLANG_PYTHON),
         logits_dtype="float32",
         device="cpu",
         max_total_tokens=200,
@@ -89,7 +85,7 @@ def served(
         log_file=root / "server.log",
     )
     try:
-        yield Served(folder=folder, url=server.client.url, num_ranks=num_ranks)
+        yield Served(folder=folder, url=server.client.url)
     finally:
         server.stop()
 
@@ -196,7 +192,6 @@ def test_engine_and_policy_on_four_ranks_agree_after_every_sync_and_not_before(
 
     results = run_on_ranks(train_and_sync, served, transports, tmp_path, world_size=4)
 
-    print(served.num_ranks, results[0])
     assert results[1:] == results[:1] * 3
     assert [name for name, _, _ in results[0]] == transports
     for name, before, after in results[0]:

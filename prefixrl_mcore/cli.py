@@ -18,8 +18,10 @@ from rich.logging import RichHandler
 
 from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.commands.model_files import add_checkpoint_commands, add_convert_commands
+from prefixrl_mcore.commands.slurm import add_jobs_commands, add_launch_command
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.launch.slurm.states import SlurmError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(error)
         logger.debug("raised here (shown by --verbose)", exc_info=True)
         return 2
-    except SaveError as error:  # the storage refused, and the message says what to do
+    except (SaveError, SlurmError) as error:  # the message says what to do
         _print_error(error)
         return 1
     except KeyboardInterrupt:
@@ -212,6 +214,11 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         commands.add_parser("checkpoint", help="list, show and verify the checkpoints of a run")
     )
 
+    add_launch_command(commands)
+    add_jobs_commands(
+        commands.add_parser("jobs", help="list, show and cancel what launch has submitted")
+    )
+
     report = commands.add_parser("report", help="one HTML page that compares one or more runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, help="default: report.html in the first run folder")
@@ -314,7 +321,7 @@ def _load(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
         raise ValueError("--init and --model.path say the same thing; give one of them")
     if arguments.help_settings:
         rest = [*rest, "--help"]
-    if arguments.config.suffix != ".toml" and not arguments.config.exists():
+    if arguments.config.suffix not in (".toml", ".json") and not arguments.config.exists():
         raise ValueError(
             f"CONFIG {arguments.config}: does not exist and is no TOML file; CONFIG comes first, "
             "flags after it"

@@ -26,6 +26,12 @@ _PROGRAM = (sys.executable, "-m", "prefixrl_mcore.cli")
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _BAD_INPUT = 2
 _PR_SET_PDEATHSIG = 1
+RANK_DEFAULTS = {
+    "OMP_NUM_THREADS": "1",  # ranks share the cores
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # equal bits from equal runs
+}
+"""What a rank runs with unless the user says otherwise."""
+
 _POLL_SECONDS = 0.05
 _TERM_SECONDS = 5.0
 
@@ -97,9 +103,7 @@ def _start(
     port = str(_free_port())
     for rank in range(world_size):
         environment = {
-            # The user's own values are kept.
-            "OMP_NUM_THREADS": "1",  # ranks share the cores
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # equal bits from equal runs
+            **RANK_DEFAULTS,
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError, read_toml, validate
-from prefixrl_mcore.config.load import dump_json, load_config
+from prefixrl_mcore.config.load import dump_json, load_config, with_settings
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.demo.settings import TaskConfig
 
@@ -250,3 +250,34 @@ def test_rules_beside_keeping_everything_are_refused(
         _load(tmp_path, text, "--checkpoint.keep-last", "None")
     assert stopped.value.code == 2
     assert "keep_last = None keeps every checkpoint" in capsys.readouterr().err
+
+
+def test_settings_are_written_as_in_toml_and_may_be_bare_words() -> None:
+    values = {"trainer": {"num_steps": 4}, "method": "rl"}
+    changed = with_settings(
+        values,
+        ["trainer.num_steps=7", "policy.parallel.sequence_parallel=true", "run_folder=runs/a=b",
+         "data.held_out={ a = 'b' }", 'method="prefixrl"'],
+    )  # fmt: skip
+    assert changed == {
+        "trainer": {"num_steps": 7},
+        "method": "prefixrl",
+        "policy": {"parallel": {"sequence_parallel": True}},
+        "run_folder": "runs/a=b",
+        "data": {"held_out": {"a": "b"}},
+    }
+    assert values == {"trainer": {"num_steps": 4}, "method": "rl"}
+
+
+@pytest.mark.parametrize("setting", ["num_steps", "--trainer.num-steps=3", "method.a=1", "=3"])
+def test_a_setting_without_key_or_value_is_refused(setting: str) -> None:
+    with pytest.raises(ConfigError):
+        with_settings({"method": "rl"}, [setting])
+
+
+def test_a_dumped_config_is_a_config_file(tmp_path: Path) -> None:
+    config = load_config(RunConfig, CONFIGS / "demo" / "run.toml", [])
+    (tmp_path / "config.json").write_text(dump_json(config))
+    assert load_config(RunConfig, tmp_path / "config.json", []) == config
+    flags = ["--trainer.num-steps", "3"]
+    assert load_config(RunConfig, tmp_path / "config.json", flags).trainer.num_steps == 3

@@ -1,0 +1,112 @@
+"""``prefixrl launch`` and ``prefixrl jobs``: runs on a Slurm cluster."""
+
+import argparse
+from pathlib import Path
+
+_JOBS = Path("runs/jobs")
+
+
+def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``launch CONFIG --site SITE [key=value ...]``."""
+    launch = commands.add_parser(
+        "launch",
+        help="train on a Slurm cluster: check, submit, follow, exit as the job did",
+        description="Check a config against a site, submit it to Slurm through NeMo-Run, show its "
+        "state and log until it ends, requeues included. Exit code 0 only if the job completed.",
+        epilog="Settings follow as key=value, for example trainer.num_steps=100. See "
+        "slurm/README.md.",
+        usage="prefixrl launch CONFIG --site SITE [options] [key=value ...]",
+    )
+    launch.add_argument("config", type=Path, metavar="CONFIG", help="TOML file, see configs/")
+    launch.add_argument(
+        "--site", required=True, metavar="SITE", help="site profile: a name or a .toml file"
+    )
+    launch.add_argument(
+        "--shape",
+        choices=("colocated", "split", "heterogeneous"),
+        default="colocated",
+        help="rollouts on the trainer's nodes (default), on others of the same job, or on others "
+        "of a heterogeneous job",
+    )
+    launch.add_argument("--nodes", type=int, metavar="N", help="refuse a config of another number")
+    launch.add_argument(
+        "--rollout-nodes", type=int, metavar="N", help="nodes with servers alone (1 unless none)"
+    )
+    launch.add_argument("--name", help="of the job (default: the run folder's)")
+    launch.add_argument("--resume", action="store_true", help="continue the run of the folder")
+    launch.add_argument(
+        "--dry-run", action="store_true", help="print the batch script, submit nothing"
+    )
+    launch.add_argument("--detach", action="store_true", help="do not wait for the job")
+    launch.set_defaults(run=_launch)
+
+
+def add_jobs_commands(jobs: argparse.ArgumentParser) -> None:
+    """Add ``jobs list | status | logs | cancel``."""
+    actions = jobs.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for name, run, text in (
+        ("list", _list, "one line per job"),
+        ("status", _status, "state of a job; of a failed one why; exit code as launch"),
+        ("logs", _logs, "log of a task of a job"),
+        ("cancel", _cancel, "end a job"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument(
+            "--jobs", type=Path, default=_JOBS, metavar="FOLDER", help=f"default: {_JOBS}"
+        )
+        action.set_defaults(run=run)
+        if name != "list":
+            action.add_argument("job", help="Slurm's number, or the beginning of its folder's name")
+        if name == "logs":
+            action.add_argument(
+                "--task", default="trainer-0", help="trainer-0 (default), ... batch"
+            )
+            action.add_argument("--start", type=int, help="which start (default: the last)")
+            action.add_argument("--follow", action="store_true", help="until the job ends")
+
+
+def _launch(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from prefixrl_mcore.launch.slurm.launch import LaunchOptions, launch
+
+    how = LaunchOptions(
+        shape=arguments.shape,
+        nodes=arguments.nodes,
+        rollout_nodes=arguments.rollout_nodes,
+        name=arguments.name,
+        resume=arguments.resume,
+        dry_run=arguments.dry_run,
+        detach=arguments.detach,
+    )
+    return launch(arguments.config, rest, arguments.site, how)
+
+
+def _list(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.launch.slurm.jobs import list_jobs
+
+    list_jobs(arguments.jobs)
+    return 0
+
+
+def _status(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.launch.slurm.jobs import show_status
+
+    return show_status(arguments.jobs, arguments.job)
+
+
+def _logs(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.launch.slurm.jobs import show_logs
+
+    return show_logs(
+        arguments.jobs,
+        arguments.job,
+        task=arguments.task,
+        start=arguments.start,
+        is_followed=arguments.follow,
+    )
+
+
+def _cancel(arguments: argparse.Namespace, _rest: list[str]) -> int:
+    from prefixrl_mcore.launch.slurm.jobs import cancel
+
+    cancel(arguments.jobs, arguments.job)
+    return 0

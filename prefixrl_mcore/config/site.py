@@ -1,0 +1,193 @@
+"""A site profile: what a cluster wants to be told, apart from what is run on it."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from prefixrl_mcore.config.base import Config
+from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
+
+USR1_EXIT_CODE = 128 + 10
+"""What ``prefixrl train`` ends with when SIGUSR1 made it save and stop."""
+
+_TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+_OWN_SETTINGS = {
+    "account": "account",
+    "partition": "partition",
+    "qos": "qos",
+    "time": "time",
+    "mem": "memory",
+    "cpus-per-task": "cpus_per_task",
+    "constraint": "constraint",
+    "exclusive": "exclusive",
+    "gres": "gpu_request",
+    "gpus-per-node": "gpus_per_node",
+    "ntasks-per-node": "ranks_per_node",
+    "signal": "requeue.signal_seconds",
+    "requeue": "requeue",
+    "output": "job_folder",
+}
+"""Options of sbatch that have a setting of their own."""
+
+
+class ContainerConfig(Config):
+    """A container image that every task runs in, through Pyxis (``srun --container-image``)."""
+
+    image: str = Field(min_length=1)
+    """What Enroot knows it by: ``registry#name:tag``, or the path of a ``.sqsh`` file."""
+
+    mounts: tuple[str, ...] = ()
+    """``host:container[:options]``; the working directory, the job folder and the folders that the
+    config names must be among them, at the same path on both sides."""
+
+    environment: tuple[str, ...] = ()
+    """Names of variables whose value from outside wins over the image's own."""
+
+
+class RequeueConfig(Config):
+    """When a job goes back into the queue instead of ending."""
+
+    max_restarts: int = Field(default=20, ge=0)
+    """Restarts of one job at most, preemptions included; 0 never requeues."""
+
+    exit_codes: tuple[int, ...] = (TIME_LIMIT_EXIT_CODE, USR1_EXIT_CODE)
+    """Exit codes of the trainer that requeue the job: by default those that say that everything
+    was saved, before the time limit (75) and after SIGUSR1 (138). Adding 76 starts a stalled run
+    again from its last checkpoint."""
+
+    signal_seconds: int | None = Field(default=180, ge=1)
+    """Seconds before the end at which Slurm sends SIGUSR1 to all tasks (it may be up to a minute
+    earlier); long enough for a step and a save. None sends none."""
+
+
+class RolloutNodesConfig(Config):
+    """What differs for the rollout nodes of a heterogeneous job."""
+
+    partition: str | None = None
+    """Partition; None is that of the trainer."""
+
+    constraint: str | None = None
+    """Features that the nodes must have; None has none of its own."""
+
+    gpus_per_node: int | None = Field(default=None, ge=0)
+    """GPUs; None is as many as trainer nodes have."""
+
+
+class SiteConfig(Config):
+    """One cluster, as one user uses it."""
+
+    account: str | None = None
+    """``--account``; None leaves it to the cluster."""
+
+    partition: str | None = None
+    """``--partition``; None is the cluster's default."""
+
+    qos: str | None = None
+    """``--qos``; None is the account's default."""
+
+    time: str = Field(default="04:00:00")
+    """``--time``, ``[days-]hours:minutes:seconds``; a longer run goes on after a requeue."""
+
+    gpus_per_node: int = Field(ge=0)
+    """GPUs of a node; 0 is a site of CPUs."""
+
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    """How a job asks for them; ``none`` where whole nodes are given out."""
+
+    gpu_type: str | None = None
+    """Type in that request, such as ``h100`` (``gpu:h100:8``); None takes any."""
+
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    """Trainer ranks that one node takes; None is ``gpus_per_node``, one rank per GPU."""
+
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """``--cpus-per-task``, CPUs of one rank; None is the cluster's default."""
+
+    memory: str | None = None
+    """``--mem``, memory of a node, such as ``900G``; ``"0"`` is all of it; None is the cluster's
+    default."""
+
+    exclusive: bool = True
+    """``--exclusive``: no other job on the nodes."""
+
+    constraint: str | None = None
+    """``--constraint``: features that the nodes must have."""
+
+    sbatch: dict[str, str | Literal[True]] = Field(default_factory=dict)
+    """Further options of sbatch, without dashes: ``{ mail-type = "FAIL" }``; ``true`` is an option
+    without a value."""
+
+    srun_args: tuple[str, ...] = ()
+    """Further arguments of every srun, such as ``--mpi=pmix`` or ``--no-container-mount-home``."""
+
+    setup_lines: tuple[str, ...] = ()
+    """Lines of bash that each job runs on its first node before the tasks, whose exported variables
+    the tasks inherit: ``module load``, ``export NCCL_...``, ``source ~/.secrets``. The file that
+    they end up in is no place for secrets themselves."""
+
+    python: Path | None = None
+    """Interpreter that has the trainer, on the nodes or in the image; None is the one that
+    ``prefixrl launch`` runs under."""
+
+    launch_python: Path = Path(".venv-launch/bin/python")
+    """Interpreter of the environment that has NeMo-Run (``make setup-launch``)."""
+
+    job_folder: Path = Path("runs/jobs")
+    """Each job has a folder of its own in it; it must be on a file system that all nodes share."""
+
+    container: ContainerConfig | None = None
+    """Container of the tasks; None runs on the nodes themselves."""
+
+    requeue: RequeueConfig = Field(default_factory=RequeueConfig)
+    """When a job goes back into the queue."""
+
+    rollout_nodes: RolloutNodesConfig = Field(default_factory=RolloutNodesConfig)
+    """What differs for the rollout nodes of a heterogeneous job."""
+
+    @property
+    def node_ranks(self) -> int:
+        """Trainer ranks of a node."""
+        return self.gpus_per_node if self.ranks_per_node is None else self.ranks_per_node
+
+    @field_validator("time")
+    @classmethod
+    def _time_is_a_duration(cls, time: str) -> str:
+        if not _TIME.fullmatch(time):
+            raise ValueError("must be [days-]hours:minutes:seconds, such as 04:00:00")
+        return time
+
+    @field_validator("setup_lines", "srun_args")
+    @classmethod
+    def _a_line_is_one_line(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
+        if any("\n" in line for line in lines):
+            raise ValueError("each entry must be one line")
+        return lines
+
+    @model_validator(mode="after")
+    def _cpu_site_says_its_ranks(self) -> "SiteConfig":
+        if self.gpus_per_node == 0 and self.ranks_per_node is None:
+            raise ValueError(
+                "ranks_per_node is required where gpus_per_node = 0: there is no GPU to count"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_rank_has_a_gpu(self) -> "SiteConfig":
+        if self.gpus_per_node and self.node_ranks > self.gpus_per_node:
+            raise ValueError(
+                f"ranks_per_node = {self.node_ranks} must not exceed gpus_per_node = "
+                f"{self.gpus_per_node}: each trainer rank needs a GPU"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_sbatch_have_one_place(self) -> "SiteConfig":
+        for option in self.sbatch:
+            setting = _OWN_SETTINGS.get(option.replace("_", "-"))
+            if setting is not None:
+                raise ValueError(f"sbatch.{option}: has a setting of its own, {setting}")
+            if option.startswith("-"):
+                raise ValueError(f"sbatch.{option}: write it without dashes in front")
+        return self

@@ -1,0 +1,102 @@
+"""Following a job to its end: what it says, what Slurm says of it, and what went wrong.
+
+NeMo-Run can wait for a job too, but needs sacct, takes a requeue for the end, and forgets the exit
+code; so only what Slurm itself answers is asked here.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.states import JobState, job_state
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 1.0
+_POLLS_PER_QUESTION = 3
+_LOST_QUESTIONS = 200
+"""Questions in a row that Slurm may leave unanswered, ten minutes."""
+
+_TAIL_LINES = 20
+
+
+class LogReader:
+    """Reads what was added to the logs of a job since the last time."""
+
+    def __init__(self, folder: JobFolder, task: str = "trainer-0") -> None:
+        """Read the batch script's log, and one task's of every start."""
+        self._folder = folder
+        self._task = task
+        self._positions: dict[Path, int] = {}
+
+    def write_new(self, out: TextIO) -> None:
+        """Write what is new to ``out``; of a line that is not complete yet, what there is."""
+        tasks = [start / f"{self._task}.log" for start in self._folder.starts()]
+        for file in (self._folder.batch_log, *tasks):
+            position = self._positions.get(file, 0)
+            try:
+                with file.open("rb") as log:
+                    log.seek(position)
+                    added = log.read()
+            except OSError:  # not there yet
+                continue
+            if added:
+                self._positions[file] = position + len(added)
+                out.write(added.decode(errors="replace"))
+                out.flush()
+
+
+def follow(
+    folder: JobFolder,
+    job_id: str,
+    *,
+    ask: Callable[[str], JobState] = job_state,
+    sleep: Callable[[float], None] = time.sleep,
+    out: TextIO = sys.stdout,
+) -> int:
+    """Show logs and state of a job until it has ended; return 0 only if it completed.
+
+    A job that goes back into the queue is followed on.
+
+    Returns:
+        0, else the exit code of the batch script, 1 if it has none.
+    """
+    reader, shown, num_lost, has_ended = LogReader(folder), "", 0, False
+    while True:
+        state = ask(job_id)
+        num_lost = 0 if state.is_known else num_lost + 1
+        if num_lost > _LOST_QUESTIONS:
+            logger.error("job %s: Slurm has not answered for long; it may still run", job_id)
+            return 1
+        if state.is_known and str(state) != shown:
+            shown = str(state)
+            logger.info("job %s: %s", job_id, shown)
+        if state.has_ended and has_ended:  # twice: a requeue passes through such states
+            reader.write_new(out)
+            report_end(folder, job_id, state)
+            return state.result
+        has_ended = state.has_ended
+        for _ in range(_POLLS_PER_QUESTION):
+            reader.write_new(out)
+            sleep(_POLL_SECONDS)
+
+
+def report_end(folder: JobFolder, job_id: str, state: JobState) -> None:
+    """Log how a job ended; of a failed one which task failed first, and its last lines."""
+    if state.result == 0:
+        logger.info("job %s: completed; logs are in %s", job_id, folder.logs)
+        return
+    logger.error("job %s: %s; logs are in %s", job_id, state, folder.logs)
+    failure = folder.first_failure()
+    if failure is None:
+        file = folder.batch_log
+        what = "no task says why: killed, or never started; the batch script said"
+    else:
+        file = folder.starts()[-1] / f"{failure.task}.log"
+        what = f"{failure.task} on {failure.node} failed first, exit code {failure.exit_code}"
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    logger.error("%s:\n%s", what, "\n".join(lines[-_TAIL_LINES:]) or f"({file} is empty)")

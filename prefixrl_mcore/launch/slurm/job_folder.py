@@ -1,0 +1,169 @@
+"""What is kept of a job: its config, its batch script, its logs, its number."""
+
+import json
+import re
+import shlex
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.json_files import read_json_object
+from prefixrl_mcore.observability.atomic import write_json_atomic
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_REMEDY = "launch the job again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskFile:
+    """What a task reads: the one thing that it is given."""
+
+    config: str
+    """The resolved config, JSON."""
+
+    run_folder: str
+    """Where the run is written."""
+
+    working_directory: str
+    """What relative paths of the config are relative to."""
+
+    is_resumed: bool
+    """The run was begun by an earlier job, or elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskEnd:
+    """How a task ended, in its own words; a task that was killed has none."""
+
+    task: str
+    """Role and rank, ``trainer-0``: the name of its log, too."""
+
+    node: str
+    """Host name."""
+
+    exit_code: int
+    """What the task returned."""
+
+    unix_seconds: float
+    """When."""
+
+
+class JobFolder:
+    """The folder of one job."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder's parts; nothing is made."""
+        self.path = path
+        self.config = path / "config.json"
+        self.file = path / "job.json"
+        self.script = path / "batch.sh"
+        self.logs = path / "logs"
+        self.home = path / "nemo"
+        self._submitted = path / "submitted.json"
+
+    @classmethod
+    def make(cls, jobs: Path, name: str) -> "JobFolder":
+        """Make the folder of a new job, named after it and the time.
+
+        Raises:
+            ConfigError: if the name or the path cannot be used.
+        """
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"--name {name!r}: must be letters, digits, '.', '_' and '-', and begin with a "
+                "letter or digit"
+            )
+        jobs = jobs.absolute()
+        if shlex.quote(str(jobs)) != str(jobs) or "/nemo_run" in str(jobs):
+            raise ConfigError(
+                f"job_folder {jobs}: NeMo-Run takes no path with a space or another character that "
+                "means something to a shell, and replaces /nemo_run; choose another folder"
+            )
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        for attempt in range(100):
+            folder = jobs / (f"{name}-{stamp}" + (f"-{attempt}" if attempt else ""))
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise ConfigError(
+                    f"job_folder {jobs}: cannot be written: {error.strerror}"
+                ) from None
+            job = cls(folder)
+            job.logs.mkdir()
+            return job
+        raise ConfigError(f"job_folder {jobs}: 100 jobs of the name {name} in one second")
+
+    def write(self, task: TaskFile, submission: dict[str, Any]) -> None:
+        """Write what tasks and the submission read."""
+        write_json_atomic(self.file, {"task": asdict(task), "submission": submission})
+
+    def read_task(self) -> TaskFile:
+        """Return what tasks are told.
+
+        Raises:
+            ConfigError: if the file cannot be used.
+        """
+        return TaskFile(**read_json_object(self.file, remedy=_REMEDY)["task"])
+
+    def write_submitted(self, job_id: str) -> None:
+        """Keep the number that Slurm gave the job."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json_atomic(self._submitted, {"job_id": job_id, "submitted": now})
+
+    @property
+    def job_id(self) -> str | None:
+        """Slurm's number; None if the job was never submitted."""
+        try:
+            return str(json.loads(self._submitted.read_text())["job_id"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+    @property
+    def batch_log(self) -> Path:
+        """What the batch script says."""
+        return self.logs / "batch.log"
+
+    def write_end(self, start: int, end: TaskEnd) -> None:
+        """Keep how a task of a start ended."""
+        file = self.logs / f"start-{start}" / f"{end.task}.end.json"
+        write_json_atomic(file, asdict(end))
+
+    def first_failure(self) -> TaskEnd | None:
+        """Return which task of the last start failed first, as far as tasks could tell."""
+        starts = self.starts()
+        if not starts:
+            return None
+        ends = [TaskEnd(**json.loads(file.read_text())) for file in starts[-1].glob("*.end.json")]
+        failed = [end for end in ends if end.exit_code]
+        return min(failed, key=lambda end: end.unix_seconds, default=None)
+
+    def starts(self) -> list[Path]:
+        """Return the folders of the tasks' logs, one per start, in order."""
+        found = self.logs.glob("start-*")
+        return sorted(found, key=lambda path: int(path.name.removeprefix("start-")))
+
+
+def find_jobs(jobs: Path) -> list[JobFolder]:
+    """Return the submitted jobs of a folder, the oldest first."""
+    folders = [JobFolder(file.parent) for file in jobs.absolute().glob("*/submitted.json")]
+    return sorted(folders, key=lambda job: job.path.stat().st_ctime_ns)
+
+
+def find_job(jobs: Path, which: str) -> JobFolder:
+    """Return a job by Slurm's number, by the name of its folder, or by the beginning of it.
+
+    Raises:
+        ConfigError: if it is none, or several.
+    """
+    known = find_jobs(jobs)
+    exact = [job for job in known if which in (job.job_id, job.path.name)]
+    found = exact or [job for job in known if job.path.name.startswith(which)]
+    if len(found) != 1:
+        names = ", ".join(f"{job.job_id} ({job.path.name})" for job in found or known[-5:])
+        what = "several jobs" if found else "no job"
+        raise ConfigError(f"{which}: {what} of {jobs}; {'they are' if found else 'known'}: {names}")
+    return found[0]

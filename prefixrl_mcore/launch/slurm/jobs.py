@@ -1,0 +1,78 @@
+"""``prefixrl jobs``: the jobs that were launched into a folder."""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.launch.slurm.follow import follow, report_end
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, find_job, find_jobs
+from prefixrl_mcore.launch.slurm.states import cancel_job, job_state
+
+
+def list_jobs(jobs: Path) -> None:
+    """Print one line per job, the newest last."""
+    table = Table(title=f"jobs of {jobs}")
+    for column in ("job", "folder", "state", "restarts", "nodes"):
+        table.add_column(column)
+    for job in find_jobs(jobs):
+        state = job_state(_id_of(job))
+        told = state.state + (f" ({state.reason})" if state.reason else "")
+        table.add_row(_id_of(job), job.path.name, told, str(state.num_restarts), state.nodes)
+    Console().print(table, highlight=False)
+
+
+def show_status(jobs: Path, which: str) -> int:
+    """Print the state of a job, and why it failed if it did; return what ``launch`` would.
+
+    A job that has not ended gives 0.
+    """
+    job = find_job(jobs, which)
+    state = job_state(_id_of(job))
+    if state.has_ended:
+        report_end(job, _id_of(job), state)
+        return state.result
+    Console().print(f"job {_id_of(job)} ({job.path.name}): {state}", highlight=False, markup=False)
+    return 0
+
+
+def show_logs(jobs: Path, which: str, *, task: str, start: int | None, is_followed: bool) -> int:
+    """Write the log of a task to standard output; with ``is_followed`` until the job ends.
+
+    Raises:
+        ConfigError: if there is no such log.
+    """
+    job = find_job(jobs, which)
+    if is_followed:
+        return follow(job, _id_of(job))
+    file = _log_file(job, task, start)
+    if not file.exists():
+        known = sorted(log.relative_to(job.logs).as_posix() for log in job.logs.rglob("*.log"))
+        raise ConfigError(f"{file}: does not exist; there are: {', '.join(known) or 'no logs yet'}")
+    sys.stdout.write(file.read_text(errors="replace"))
+    return 0
+
+
+def cancel(jobs: Path, which: str) -> None:
+    """Cancel a job; the trainer saves first if Slurm leaves it the time."""
+    job = find_job(jobs, which)
+    cancel_job(_id_of(job))
+    Console().print(f"job {_id_of(job)} ({job.path.name}) is told to end", highlight=False)
+
+
+def _log_file(job: JobFolder, task: str, start: int | None) -> Path:
+    """Return the log of the batch script, or of a task's last or given start."""
+    if task == "batch":
+        return job.batch_log
+    starts = job.starts()
+    if start is None and starts:
+        return starts[-1] / f"{task}.log"
+    return job.logs / f"start-{start or 0}" / f"{task}.log"
+
+
+def _id_of(job: JobFolder) -> str:
+    """Return Slurm's number of a submitted job."""
+    assert job.job_id is not None, f"{job.path} was never submitted"
+    return job.job_id

@@ -1,0 +1,126 @@
+"""``prefixrl launch``: from a config and a site to a job, checked before anything is submitted."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefixrl_mcore.config.base import ConfigError, validate
+from prefixrl_mcore.config.load import dump_json, read_config_file, with_settings
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.launch.check import check_layout, read_shape
+from prefixrl_mcore.launch.slurm.follow import follow
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
+from prefixrl_mcore.launch.slurm.layout import Shape, explain, lay_out
+from prefixrl_mcore.launch.slurm.sites import load_site
+from prefixrl_mcore.launch.slurm.submission import describe, submit
+from prefixrl_mcore.observability.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchOptions:
+    """What the command line says beside config and site."""
+
+    shape: Shape = "colocated"
+    """Where rollouts are made."""
+
+    nodes: int | None = None
+    """Nodes in all, to be checked; None takes what the config needs."""
+
+    rollout_nodes: int | None = None
+    """Nodes with rollout servers alone."""
+
+    name: str | None = None
+    """Name of the job; None is the name of the run folder."""
+
+    resume: bool = False
+    """Continue the run of the folder."""
+
+    dry_run: bool = False
+    """Print the batch script and submit nothing."""
+
+    detach: bool = False
+    """Return as soon as the job is submitted."""
+
+
+def launch(config_file: Path, settings: Sequence[str], site_name: str, how: LaunchOptions) -> int:
+    """Submit a run, follow it, and return its exit code; 0 at once for a dry run or detached.
+
+    Args:
+        config_file: the run's config.
+        settings: ``dotted.key=value`` on top of it.
+        site_name: name or path of a site profile.
+        how: everything else.
+
+    Raises:
+        ConfigError: if config, site, or both together have a fault; nothing is submitted then.
+        SlurmError: if the submission fails.
+    """
+    site = load_site(site_name)
+    values = with_settings(read_config_file(config_file), settings)
+    config = validate(RunConfig, values, where=str(config_file))
+    layout = lay_out(
+        config, site, shape=how.shape, nodes=how.nodes, rollout_nodes=how.rollout_nodes
+    )
+    _check_model(config, dry_run=how.dry_run)
+    _check_run_folder(config, resume=how.resume)
+    name = how.name or config.run_folder.name
+    folder = JobFolder.make(site.job_folder, name)
+    folder.config.write_text(dump_json(config), encoding="utf-8")
+    task = TaskFile(
+        config=str(folder.config),
+        run_folder=str(config.run_folder),
+        working_directory=str(Path.cwd()),
+        is_resumed=how.resume,
+    )
+    folder.write(task, describe(name, site, layout, folder, dry_run=how.dry_run))
+    logger.info("%s: %s", name, explain(config, site, layout))
+    job_id = submit(site, folder)
+    if job_id is None:
+        logger.info("dry run: nothing is submitted; sbatch --requeue %s would", folder.script)
+        sys.stdout.write(folder.script.read_text())
+        return 0
+    logger.info("job %s is submitted; its folder is %s", job_id, folder.path)
+    if how.detach:
+        return 0
+    try:
+        return follow(folder, job_id)
+    except KeyboardInterrupt:
+        logger.warning(
+            "job %s goes on; prefixrl jobs logs %s --follow shows it again, prefixrl jobs cancel "
+            "%s ends it",
+            *(job_id, job_id, job_id),
+        )
+        return 130
+
+
+def _check_model(config: RunConfig, *, dry_run: bool) -> None:
+    """Refuse a layout that training would refuse; a dry run does without the model.
+
+    Raises:
+        ConfigError: naming what does not fit.
+    """
+    if dry_run and not config.model.path.exists():
+        logger.warning("model.path %s is not here: the layout is not checked", config.model.path)
+        return
+    check_layout(config, read_shape(config))
+
+
+def _check_run_folder(config: RunConfig, *, resume: bool) -> None:
+    """Refuse what training would refuse at its start, before the job waits for nodes.
+
+    Raises:
+        ConfigError: if the folder holds a run and is not to be resumed, or none and is.
+    """
+    folder = RunFolder(config.run_folder)
+    folder.check(config)
+    if resume and not folder.config_file.exists():
+        raise ConfigError(f"run_folder {config.run_folder}: holds no run to resume")
+    if not resume and folder.metrics_file.exists():
+        raise ConfigError(
+            f"run_folder {config.run_folder}: holds a training run already; continue it with "
+            "--resume, or choose another with run_folder=..."
+        )

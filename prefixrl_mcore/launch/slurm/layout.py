@@ -1,0 +1,158 @@
+"""Which nodes and tasks a run needs at a site: the arithmetic, and its errors."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.config.site import SiteConfig
+
+Shape = Literal["colocated", "split", "heterogeneous"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobLayout:
+    """Nodes and tasks of one job."""
+
+    shape: Shape
+    """``colocated``: every node trains and generates; ``split``: one job, trainer nodes first, then
+    rollout nodes; ``heterogeneous``: the same as two components of a heterogeneous job."""
+
+    trainer_nodes: int
+    """Nodes with trainer ranks."""
+
+    ranks_per_node: int
+    """Trainer ranks on each of them."""
+
+    rollout_nodes: int
+    """Nodes with rollout servers alone; 0 if colocated."""
+
+    servers_per_node: int
+    """Rollout servers on each of those; 0 if colocated."""
+
+    rollout_gpus_per_node: int
+    """GPUs of each of those."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes in all."""
+        return self.trainer_nodes + self.rollout_nodes
+
+
+def lay_out(
+    config: RunConfig,
+    site: SiteConfig,
+    *,
+    shape: Shape = "colocated",
+    nodes: int | None = None,
+    rollout_nodes: int | None = None,
+) -> JobLayout:
+    """Return the nodes that a run takes.
+
+    Args:
+        config: the run.
+        site: the cluster.
+        shape: where rollouts are made.
+        nodes: nodes in all, to be checked; None takes what the config needs.
+        rollout_nodes: nodes with servers alone; None is 1 unless colocated.
+
+    Raises:
+        ConfigError: if ranks do not fill whole nodes, or ``nodes`` is another number, with the
+            arithmetic.
+    """
+    if shape == "colocated" and rollout_nodes:
+        raise ConfigError(
+            f"--rollout-nodes {rollout_nodes} needs --shape split or heterogeneous, got colocated: "
+            "there every node generates"
+        )
+    rollout_nodes = 0 if shape == "colocated" else rollout_nodes or 1
+    trainer_nodes, ranks_per_node = _trainer_nodes(config, site, rollout_nodes)
+    rollout_gpus = site.gpus_per_node
+    if shape == "heterogeneous" and site.rollout_nodes.gpus_per_node is not None:
+        rollout_gpus = site.rollout_nodes.gpus_per_node
+    layout = JobLayout(
+        shape=shape,
+        trainer_nodes=trainer_nodes,
+        ranks_per_node=ranks_per_node,
+        rollout_nodes=rollout_nodes,
+        servers_per_node=_servers_per_node(config, rollout_gpus) if rollout_nodes else 0,
+        rollout_gpus_per_node=rollout_gpus if rollout_nodes else 0,
+    )
+    if nodes is not None and nodes != layout.num_nodes:
+        raise ConfigError(
+            f"--nodes {nodes} does not fit: {explain(config, site, layout)}; say --nodes "
+            f"{layout.num_nodes}, or change policy.parallel"
+        )
+    return layout
+
+
+def explain(config: RunConfig, site: SiteConfig, layout: JobLayout) -> str:
+    """Return the arithmetic of a layout, in one line."""
+    ranks = _ranks(config)
+    text = f"{ranks} on {layout.trainer_nodes} x {layout.ranks_per_node} {_unit(site)}"
+    if layout.rollout_nodes:
+        servers = layout.rollout_nodes * layout.servers_per_node
+        size = config.rollout.sglang.tensor_parallel_size
+        text += f" + {servers} rollout servers x TP {size} on {layout.rollout_nodes} nodes"
+        if layout.rollout_gpus_per_node:
+            text += f" x {layout.rollout_gpus_per_node} GPUs"
+    return f"{text} = {layout.num_nodes} nodes"
+
+
+def _ranks(config: RunConfig) -> str:
+    """Return the number of trainer ranks as a product."""
+    parallel = config.policy.parallel
+    return (
+        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
+        f"CP {parallel.context_parallel_size} x DP {parallel.data_parallel_size} = "
+        f"{parallel.world_size} trainer ranks"
+    )
+
+
+def _unit(site: SiteConfig) -> str:
+    """Return what a trainer rank takes."""
+    return "GPUs" if site.gpus_per_node else "ranks"
+
+
+def _trainer_nodes(config: RunConfig, site: SiteConfig, rollout_nodes: int) -> tuple[int, int]:
+    """Return trainer nodes and the ranks on each.
+
+    Raises:
+        ConfigError: if the ranks do not fill whole nodes.
+    """
+    world_size, per_node = config.policy.parallel.world_size, site.node_ranks
+    if world_size <= per_node:
+        return 1, world_size
+    full, left = divmod(world_size, per_node)
+    if left == 0:
+        return full, per_node
+    rest = config.policy.parallel.data_parallel_size
+    others = world_size // rest
+    fitting = [dp for dp in range(1, 2 * rest + 1) if others * dp % per_node == 0]
+    remedy = f"or set ranks_per_node of the site to a divisor of {world_size}"
+    if fitting:
+        nearest = min(fitting, key=lambda dp: abs(dp - rest))
+        remedy = f"for example policy.parallel.data_parallel_size={nearest}, {remedy}"
+    raise ConfigError(
+        f"{_ranks(config)} do not fill whole nodes of {per_node} {_unit(site)}: {full} nodes have "
+        f"{full * per_node}, {full + 1} have {(full + 1) * per_node}"
+        + (f" (beside {rollout_nodes} rollout nodes)" if rollout_nodes else "")
+        + f". Change policy.parallel, {remedy}"
+    )
+
+
+def _servers_per_node(config: RunConfig, gpus: int) -> int:
+    """Return how many rollout servers a node of so many GPUs takes.
+
+    Raises:
+        ConfigError: if GPUs would be left over, or one server does not fit.
+    """
+    size = config.rollout.sglang.tensor_parallel_size
+    if gpus == 0:
+        return 1
+    if gpus % size:
+        raise ConfigError(
+            f"rollout.sglang.tensor_parallel_size = {size} does not divide the {gpus} GPUs of a "
+            "rollout node: servers do not reach over nodes and leave no GPU out"
+        )
+    return gpus // size

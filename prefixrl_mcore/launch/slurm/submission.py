@@ -1,0 +1,203 @@
+"""From a run, a site and a layout to a job of Slurm, through NeMo-Run."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.site import SiteConfig
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.layout import JobLayout
+from prefixrl_mcore.launch.slurm.states import SlurmError
+
+_SUBMIT = Path(__file__).resolve().parents[1] / "nemo" / "submit.py"
+_TASK = "prefixrl_mcore.launch.slurm.task"
+_END_SECONDS = 60
+"""How long tasks may go on after the first of their step has ended. It is not killed at once: ranks
+that have saved together do not end at the same moment, and a killed one would change the job's
+exit code."""
+
+
+def describe(
+    name: str, site: SiteConfig, layout: JobLayout, folder: JobFolder, *, dry_run: bool
+) -> dict[str, Any]:
+    """Return what ``nemo/submit.py`` is asked to submit."""
+    return {
+        "title": name,
+        "home": str(folder.home),
+        "logs": str(folder.logs),
+        "dry_run": dry_run,
+        "is_heterogeneous": layout.shape == "heterogeneous",
+        "executor": _executor(site),
+        "tasks": _tasks(site, layout, folder),
+        "template": {
+            "logs": str(folder.logs),
+            "trainer_nodes": layout.trainer_nodes,
+            "requeue_codes": list(site.requeue.exit_codes) if site.requeue.max_restarts else [],
+            "max_restarts": site.requeue.max_restarts,
+        },
+    }
+
+
+def submit(site: SiteConfig, folder: JobFolder) -> str | None:
+    """Let NeMo-Run write the batch script and, unless it is a dry run, submit it.
+
+    Returns:
+        Slurm's number of the job; None after a dry run.
+
+    Raises:
+        ConfigError: if there is no environment with NeMo-Run, or no Slurm.
+        SlurmError: if the submission failed, with what was said.
+    """
+    python = site.launch_python.absolute()
+    if not os.access(python, os.X_OK):
+        raise ConfigError(
+            f"launch_python {python}: does not exist; run `make setup-launch`, or let the "
+            "site's launch_python name an environment that has NeMo-Run"
+        )
+    is_dry_run = json.loads(folder.file.read_text())["submission"]["dry_run"]
+    if not is_dry_run and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch is not on PATH: launch from a login node of the cluster, or say --dry-run"
+        )
+    # -E: PYTHONPATH is the trainer's, and the job's, which inherits this environment with its
+    # secrets; they are written nowhere.
+    done = subprocess.run(
+        [str(python), "-W", "ignore", "-E", str(_SUBMIT), str(folder.file)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (folder.path / "nemo.log").write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise SlurmError(
+            f"the submission failed: {_cause(done.stdout + done.stderr)}\n"
+            f"All that NeMo-Run said is in {folder.path / 'nemo.log'}"
+        )
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    shutil.copyfile(answer["script"], folder.script)
+    if answer["job_id"] is not None:
+        folder.write_submitted(answer["job_id"])
+    return answer["job_id"]
+
+
+def _cause(said: str) -> str:
+    """Return the line that tells why, sbatch's own if there is one."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("sbatch: error:")]
+    return "; ".join(told) or (lines[-1] if lines else "nothing was said")
+
+
+def _executor(site: SiteConfig) -> dict[str, Any]:
+    """Return what all tasks of a job share, in the names of NeMo-Run's SlurmExecutor."""
+    seconds = site.requeue.signal_seconds
+    container = site.container
+    return {
+        "account": site.account,
+        "partition": site.partition,
+        "qos": site.qos,
+        "time": site.time,
+        "cpus_per_task": site.cpus_per_task,
+        "mem": site.memory,
+        "exclusive": site.exclusive or None,
+        "constraint": site.constraint,
+        "signal": None if seconds is None else f"USR1@{seconds}",
+        "setup_lines": "\n".join(site.setup_lines) or None,
+        # A child of a failed job would wait for ever.
+        "additional_parameters": {"kill_on_invalid_dep": "yes", **site.sbatch},
+        "job_name_prefix": "prefixrl.",  # else it is made of the account, which may be None
+        "container_image": shlex.quote(container.image) if container else None,
+        "container_mounts": [shlex.quote(m) for m in container.mounts] if container else [],
+        "container_env": (list(container.environment) or None) if container else None,
+    }
+
+
+def _tasks(site: SiteConfig, layout: JobLayout, folder: JobFolder) -> list[dict[str, Any]]:
+    """Return the steps of a job, the trainer's first."""
+    is_heterogeneous = layout.shape == "heterogeneous"
+    is_split = layout.shape == "split"
+    trainer = _task(
+        site,
+        folder,
+        role="trainer",
+        nodes=layout.trainer_nodes,
+        per_node=layout.ranks_per_node,
+        first_node=0 if is_split else None,
+    )
+    trainer["executor"] |= {
+        "nodes": layout.num_nodes if is_split else layout.trainer_nodes,
+        "ntasks_per_node": layout.ranks_per_node,
+        **_gpu_request(site, site.gpus_per_node, is_heterogeneous=is_heterogeneous),
+    }
+    if not layout.rollout_nodes:
+        return [trainer]
+    rollout = _task(
+        site,
+        folder,
+        role="rollout",
+        nodes=layout.rollout_nodes,
+        per_node=layout.servers_per_node,
+        first_node=layout.trainer_nodes if is_split else None,
+    )
+    rollout["executor"] |= {
+        "nodes": layout.rollout_nodes,
+        "ntasks_per_node": layout.servers_per_node,
+        **_gpu_request(site, layout.rollout_gpus_per_node, is_heterogeneous=is_heterogeneous),
+    }
+    if is_heterogeneous:
+        own = site.rollout_nodes
+        rollout["options"] = {
+            "partition": own.partition,
+            "constraint": own.constraint,
+            "gres": _gres(site, layout.rollout_gpus_per_node),
+        }
+    return [trainer, rollout]
+
+
+def _task(
+    site: SiteConfig,
+    folder: JobFolder,
+    *,
+    role: str,
+    nodes: int,
+    per_node: int,
+    first_node: int | None,
+) -> dict[str, Any]:
+    """Return one step; with ``first_node`` on some of the job's nodes only."""
+    arguments = ["--kill-on-bad-exit=0", f"--wait={_END_SECONDS}"]
+    if first_node is not None:
+        arguments += [
+            *(f"--nodes={nodes}", f"--ntasks={nodes * per_node}"),
+            *(f"--ntasks-per-node={per_node}", f"--relative={first_node}"),
+        ]
+    python = str(site.python or Path(sys.executable).absolute())
+    return {
+        "role": role,
+        "executor": {},
+        "srun_args": [*arguments, *site.srun_args],
+        "command": [python, "-m", _TASK, str(folder.path), role],
+    }
+
+
+def _gpu_request(site: SiteConfig, gpus: int, *, is_heterogeneous: bool) -> dict[str, Any]:
+    """Return how a job asks for the GPUs of a node.
+
+    A heterogeneous job says so in every component, 0 included: NeMo-Run copies the names of the
+    options from the first one.
+    """
+    if site.gpu_request == "gpus-per-node" and (gpus or is_heterogeneous):
+        return {"gpus_per_node": gpus if site.gpu_type is None else f"{site.gpu_type}:{gpus}"}
+    return {"gres": _gres(site, gpus)} if site.gpu_request == "gres" else {}
+
+
+def _gres(site: SiteConfig, gpus: int) -> str | None:
+    """Return the request of GPUs as a generic resource; None if the site asks in another way."""
+    if site.gpu_request != "gres" or not site.gpus_per_node:
+        return None
+    return ":".join(["gpu", *([site.gpu_type] if site.gpu_type else []), str(gpus)])

@@ -1,0 +1,87 @@
+"""The arithmetic of nodes: what a config needs of a site, and what does not fit."""
+
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.config.base import ConfigError, validate
+from prefixrl_mcore.config.load import read_config_file, with_settings
+from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.config.site import SiteConfig
+from prefixrl_mcore.launch.slurm.layout import explain, lay_out
+
+DEMO = read_config_file(Path(__file__).parents[3] / "configs" / "demo" / "run.toml")
+SITE = SiteConfig(gpus_per_node=8)
+
+
+def _config(**parallel: int) -> RunConfig:
+    sizes = [f"policy.parallel.{name}={size}" for name, size in parallel.items()]
+    return validate(RunConfig, with_settings(DEMO, sizes), where="test")
+
+
+def test_ranks_fill_whole_nodes() -> None:
+    config = _config(
+        tensor_model_parallel_size=4, pipeline_model_parallel_size=2, data_parallel_size=3
+    )
+    layout = lay_out(config, SITE)
+    assert (layout.trainer_nodes, layout.ranks_per_node, layout.num_nodes) == (3, 8, 3)
+    assert explain(config, SITE, layout) == (
+        "TP 4 x PP 2 x CP 1 x DP 3 = 24 trainer ranks on 3 x 8 GPUs = 3 nodes"
+    )
+
+
+def test_few_ranks_take_a_part_of_one_node() -> None:
+    layout = lay_out(_config(tensor_model_parallel_size=2), SITE)
+    assert (layout.trainer_nodes, layout.ranks_per_node) == (1, 2)
+
+
+def test_ranks_that_leave_gpus_over_are_refused_with_the_arithmetic() -> None:
+    config = _config(tensor_model_parallel_size=4, data_parallel_size=5)
+    with pytest.raises(ConfigError) as refused:
+        lay_out(config, SITE)
+    assert str(refused.value) == (
+        "TP 4 x PP 1 x CP 1 x DP 5 = 20 trainer ranks do not fill whole nodes of 8 GPUs: 2 nodes "
+        "have 16, 3 have 24. Change policy.parallel, for example "
+        "policy.parallel.data_parallel_size=4, or set ranks_per_node of the site to a divisor of 20"
+    )
+
+
+def test_rollout_nodes_are_filled_with_servers() -> None:
+    config = _config(data_parallel_size=16)
+    layout = lay_out(config, SITE, shape="split", rollout_nodes=2)
+    assert (layout.trainer_nodes, layout.rollout_nodes, layout.servers_per_node) == (2, 2, 8)
+    assert explain(config, SITE, layout) == (
+        "TP 1 x PP 1 x CP 1 x DP 16 = 16 trainer ranks on 2 x 8 GPUs + 16 rollout servers x TP 1 "
+        "on 2 nodes x 8 GPUs = 4 nodes"
+    )
+
+
+def test_rollout_nodes_of_a_heterogeneous_job_have_gpus_of_their_own_number() -> None:
+    site = SiteConfig.model_validate(
+        {"gpus_per_node": 8, "rollout_nodes": {"gpus_per_node": 4, "partition": "inference"}}
+    )
+    layout = lay_out(_config(data_parallel_size=8), site, shape="heterogeneous")
+    assert (layout.rollout_nodes, layout.rollout_gpus_per_node, layout.servers_per_node) == (
+        1,
+        4,
+        4,
+    )
+
+
+def test_another_number_of_nodes_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--nodes 4 does not fit: TP 1 .* = 2 nodes; say --nodes 2"
+    ):
+        lay_out(_config(data_parallel_size=16), SITE, nodes=4)
+
+
+def test_servers_that_leave_gpus_over_are_refused() -> None:
+    values = with_settings(DEMO, ["rollout.sglang.tensor_parallel_size=3"])
+    config = validate(RunConfig, values, where="test")
+    with pytest.raises(ConfigError, match="= 3 does not divide the 8 GPUs of a rollout node"):
+        lay_out(config, SITE, shape="split")
+
+
+def test_rollout_nodes_need_a_shape_that_has_them() -> None:
+    with pytest.raises(ConfigError, match="--rollout-nodes 1 needs --shape split"):
+        lay_out(_config(), SITE, rollout_nodes=1)

@@ -1,0 +1,136 @@
+"""What a task makes of Slurm's variables, and what is made of Slurm's words."""
+
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
+from prefixrl_mcore.launch.slurm.rank_environment import (
+    master_port,
+    rank_variables,
+    server_port,
+    tasks_per_node,
+)
+from prefixrl_mcore.launch.slurm.states import parse_sacct, parse_scontrol
+from prefixrl_mcore.launch.slurm.task import train_arguments
+
+SLURM = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NUM_TASKS": "10",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),2",
+    "PREFIXRL_TRAINER_HOSTS": "node-a,node-b,node-c",
+}
+
+
+def test_ranks_come_from_slurm() -> None:
+    assert rank_variables(SLURM) == {
+        "RANK": "9",
+        "WORLD_SIZE": "10",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node-a",
+        "MASTER_PORT": str(20_000 + 1234 % 375 * 32),
+    }
+
+
+def test_what_slurm_did_not_set_is_named() -> None:
+    with pytest.raises(ConfigError, match="SLURM_PROCID, PREFIXRL_TRAINER_HOSTS not set"):
+        rank_variables({**SLURM, "SLURM_PROCID": "", "PREFIXRL_TRAINER_HOSTS": ""})
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"), [("8", [8]), ("2(x3)", [2, 2, 2]), ("1,4(x2),3", [1, 4, 4, 3])]
+)
+def test_the_short_form_of_tasks_is_read(text: str, counts: list[int]) -> None:
+    assert tasks_per_node(text) == counts
+
+
+def test_ports_of_375_jobs_in_a_row_do_not_meet_and_are_not_handed_out_by_linux() -> None:
+    taken = [
+        port
+        for job in range(700, 1075)
+        for port in (master_port(str(job)), *(server_port(str(job), i) for i in range(16)))
+    ]
+    assert len(set(taken)) == 375 * 17
+    assert min(taken) >= 20_000
+    assert max(taken) < 32_000
+
+
+def _arguments(run: Path, *, is_resumed: bool = False, **variables: str) -> list[str]:
+    task = TaskFile(
+        config="/jobs/a/config.json",
+        run_folder=str(run),
+        working_directory="/",
+        is_resumed=is_resumed,
+    )
+    return train_arguments(task, variables)
+
+
+def test_only_a_restart_that_finds_a_run_resumes_it(tmp_path: Path) -> None:
+    first = ["train", "/jobs/a/config.json"]
+    assert _arguments(tmp_path) == first
+    assert _arguments(tmp_path, SLURM_RESTART_COUNT="1") == first
+    (tmp_path / "config.json").write_text("{}")
+    assert _arguments(tmp_path) == first
+    assert _arguments(tmp_path, SLURM_RESTART_COUNT="1") == [*first, "--resume"]
+    assert _arguments(tmp_path, is_resumed=True) == [*first, "--resume"]
+
+
+def test_the_trainer_is_told_when_the_job_ends(tmp_path: Path) -> None:
+    arguments = _arguments(tmp_path, PREFIXRL_JOB_END_UNIX_SECONDS="1795266764")
+    assert arguments[2:] == ["--trainer.end-unix-seconds", "1795266764"]
+
+
+def test_a_running_job_is_read_from_slurmctld() -> None:
+    state = parse_scontrol(
+        "JobId=7 JobName=a UserId=root(0) JobState=RUNNING Reason=None Dependency=(null) "
+        "Requeue=1 Restarts=2 BatchFlag=1 Reboot=0 ExitCode=0:0 NodeList=n[1-2] BatchHost=n1"
+    )
+    assert (state.state, state.reason, state.num_restarts, state.nodes) == (
+        "RUNNING", "", 2, "n[1-2]",
+    )  # fmt: skip
+    assert not state.has_ended
+    assert str(state) == "RUNNING after 2 restart(s) on n[1-2]"
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "result"),
+    [
+        ("COMPLETED", "0:0", 0),
+        ("FAILED", "3:0", 3),
+        ("FAILED", "0:9", 137),
+        ("CANCELLED", "0:0", 1),
+        ("TIMEOUT", "0:0", 1),
+        ("OUT_OF_MEMORY", "0:125", 253),
+    ],
+)
+def test_only_a_completed_job_gives_0(state: str, code: str, result: int) -> None:
+    told = parse_scontrol(f"JobId=7 JobState={state} Reason=None ExitCode={code} NodeList=n1")
+    assert told.has_ended
+    assert told.result == result
+    assert parse_sacct(f"{state}|{code}|n1") == told
+
+
+def test_accounting_tells_of_every_start() -> None:
+    state = parse_sacct("REQUEUED|0:0|n1\nCANCELLED by 0|0:15|n2")
+    assert (state.state, state.num_restarts, state.nodes, state.result) == (
+        "CANCELLED", 1, "n2", 143,
+    )  # fmt: skip
+
+
+def test_a_job_that_slurm_does_not_know_is_unknown() -> None:
+    assert not parse_scontrol("").is_known
+    assert not parse_sacct("").is_known
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "$HOME", "nemo_run"])
+def test_a_job_folder_that_nemo_run_would_break_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="choose another folder"):
+        JobFolder.make(tmp_path / name, "job")
+    with pytest.raises(ConfigError, match="--name 'a b'"):
+        JobFolder.make(tmp_path, "a b")
+    assert not (tmp_path / name).exists()

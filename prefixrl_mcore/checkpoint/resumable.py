@@ -42,7 +42,7 @@ class FinishedFile:
 
 def refuse_existing(out: Path) -> None:
     """Raise CheckpointError if ``out`` is a file, a mount point, or holds something."""
-    if os.path.ismount(out):
+    if _is_mount_point(out):
         raise CheckpointError(
             f"{out}: is a mount point, which no finished folder can be renamed to; name a folder "
             "below it"
@@ -51,6 +51,25 @@ def refuse_existing(out: Path) -> None:
         raise CheckpointError(
             f"{out}: exists, expected a new or empty folder; remove it or name another one"
         )
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Return whether a folder is one, also if what is mounted is of the same file system."""
+    if os.path.ismount(folder):
+        return True
+    return folder.is_dir() and _mount_id(folder) != _mount_id(folder.resolve().parent)
+
+
+def _mount_id(folder: Path) -> str | None:
+    """Return which mount a folder is in; None where the system does not tell (Linux does)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        facts = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return next((fact for fact in facts if fact.startswith("mnt_id:")), None)
 
 
 class ResumableFolder:

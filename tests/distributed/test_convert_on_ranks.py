@@ -88,3 +88,27 @@ def test_folder_checkpoint_live_model_and_stream_have_the_same_bits(
         assert_same_bits(stream, truth)
     convert_to_hf(tmp_path / "run", tmp_path / "out")
     assert_same_bits(weights_in(tmp_path / "out"), truth)
+
+
+def test_float16_is_kept_between_files_and_widened_without_loss_in_a_model(tmp_path: Path) -> None:
+    source = write_model_folder(build_tiny_families()["qwen3-tied"].half(), tmp_path / "source")
+    other = write_model_folder(
+        randomize(build_tiny_families()["qwen3-tied"], 9), tmp_path / "other"
+    )
+    truth = weights_in(source)
+    assert {tensor.dtype for tensor in truth.values()} == {torch.float16}
+    convert_from_hf(source, tmp_path / "checkpoint")
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    assert_same_bits(weights_in(tmp_path / "back"), truth)
+
+    streams = run_on_ranks(
+        through,
+        *(tmp_path / "checkpoint", other, TP2, "float32", tmp_path / "run"),
+        world_size=2,
+    )
+
+    wide = {name: tensor.float() for name, tensor in truth.items()}
+    for stream in streams:
+        assert_same_bits(stream, wide)
+    convert_to_hf(tmp_path / "run", tmp_path / "out")
+    assert_same_bits(weights_in(tmp_path / "out"), wide)

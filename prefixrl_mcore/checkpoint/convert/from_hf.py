@@ -1,5 +1,6 @@
 """Hugging Face weights into a live, sharded Megatron model."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import HfWeights
 from prefixrl_mcore.checkpoint.convert.live import LiveWeight, live_weights, parts_group
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, find_table, hf_name
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -37,8 +40,24 @@ def load_hf_weights(
     table, dims = find_table(hf_config), ModelDims.from_hf_config(hf_config)
     with HfWeights(folder) as weights:
         weights.check(hf_config)
-        for live in live_weights(model_chunks, table, dims):
+        found = live_weights(model_chunks, table, dims)
+        _warn_of_rounding(found, weights)
+        for live in found:
             _fill(live, weights, dims)
+
+
+def _warn_of_rounding(found: Sequence[LiveWeight], weights: HfWeights) -> None:
+    """Say that the model's type cannot hold every number of the files."""
+    ours = {live.parameter.dtype for live in found}
+    theirs = {info.dtype for info in weights.infos.values()}
+    lossy = {str(t) for t in theirs for o in ours if torch.promote_types(t, o) != o}
+    if lossy:
+        logger.warning(
+            "%s: weights of type %s are rounded to the model's %s",
+            weights.folder,
+            " and ".join(sorted(lossy)),
+            " and ".join(sorted(map(str, ours))),
+        )
 
 
 def _fill(live: LiveWeight, weights: HfWeights, dims: ModelDims) -> None:

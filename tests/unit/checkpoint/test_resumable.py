@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -182,6 +184,37 @@ def test_a_link_and_the_working_folder_are_targets(
 def test_a_mount_point_is_refused_before_anything_is_written(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="/proc: is a mount point"):
         convert_to_hf(checkpoint, Path("/proc"))
+
+
+IN_A_MOUNT = """
+import pathlib, subprocess, sys
+from prefixrl_mcore.checkpoint.offline import convert_to_hf
+checkpoint, out = map(pathlib.Path, sys.argv[1:])
+subprocess.run(["mount", "--bind", out, out], check=True)
+convert_to_hf(checkpoint, out)
+"""
+
+
+def test_a_bind_mount_is_refused_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    out, probe = tmp_path / "out", tmp_path / "probe"
+    out.mkdir()
+    probe.mkdir()
+    tried = subprocess.run([*namespace, "mount", "--bind", probe, probe], capture_output=True)
+    if tried.returncode != 0:
+        pytest.skip(f"no mounts here: {tried.stderr.decode()}")
+    before = sorted(tmp_path.iterdir())
+    done = subprocess.run(
+        [*namespace, sys.executable, "-c", IN_A_MOUNT, str(checkpoint), str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"{out}: is a mount point" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    assert not any(out.iterdir())
 
 
 @pytest.mark.parametrize("direction", ["to-hf", "from-hf"])

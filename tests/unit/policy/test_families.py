@@ -21,6 +21,7 @@ from tests.support.policies import (
 from tests.support.tiny_models import (
     build_tiny_llama,
     build_tiny_qwen2,
+    build_tiny_qwen3,
     build_tiny_qwen3_moe,
     write_model_folder,
 )
@@ -84,3 +85,13 @@ def test_every_gradient_equals_transformers(
     assert result.loss == pytest.approx(expected.item(), abs=1e-5)
     assert result.gradient_norm == pytest.approx(norm.item(), rel=1e-5)
     assert min(float(gradient.abs().max()) for gradient in ours.values()) > 1e-4
+
+
+def test_weights_that_are_rounded_into_the_model_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_model_folder(build_tiny_qwen3().half(), tmp_path / "half")
+    build_policy(folder, dtype="float32")
+    assert "rounded" not in caplog.text
+    build_policy(folder, dtype="bfloat16")
+    assert "weights of type torch.float16 are rounded to the model's torch.bfloat16" in caplog.text

@@ -11,8 +11,20 @@ from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import RolloutEngine, SampleRequest, SamplingParams
 from tests.support.policies import build_policy, make_batch
 from tests.support.sglang_environments import sglang_python
-from tests.support.tiny_models import write_tiny_qwen3
+from tests.support.tiny_models import (
+    build_tiny_llama,
+    build_tiny_qwen2,
+    build_tiny_qwen3,
+    build_tiny_qwen3_moe,
+    write_model_folder,
+)
 
+FAMILIES = {
+    "qwen3": build_tiny_qwen3,
+    "qwen3-moe": build_tiny_qwen3_moe,
+    "llama-3": build_tiny_llama,
+    "qwen2.5": build_tiny_qwen2,
+}
 CONTEXTS = ((5, 9, 14), (1, 30, 4, 4, 20, 7), tuple(range(4, 28)))
 
 
@@ -36,12 +48,21 @@ def greedy(engine: RolloutEngine) -> list[tuple[int, ...]]:
     return [group[0].token_ids for group in engine.sample(requests, params)]
 
 
-@pytest.mark.parametrize("name", ["transformers", pytest.param("sglang", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen3", "transformers"),
+        *(
+            pytest.param(family, "sglang", marks=pytest.mark.slow)
+            for family in ("qwen3", "qwen3-moe", "llama-3", "qwen2.5")
+        ),
+    ],
+)
 def test_an_engine_says_of_the_exported_folder_what_it_says_of_the_live_policy(
-    name: str, tmp_path: Path
+    family: str, name: str, tmp_path: Path
 ) -> None:
     python = sglang_python() if name == "sglang" else Path()
-    source = write_tiny_qwen3(tmp_path / "source")
+    source = write_model_folder(FAMILIES[family](), tmp_path / "source")
     policy = build_policy(source)
     policy.update(make_batch())
     save_checkpoint(tmp_path / "run", 1, policy, {})

@@ -289,19 +289,22 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 
 
 def _weight_files(folder: Path, index: dict[str, str] | None) -> list[Path]:
-    if index is not None:
-        named = {folder / name for name in index.values()}
-        others = sorted(path.name for path in folder.glob("*.safetensors") if path not in named)
-        if others:
-            raise CheckpointError(
-                f"{folder}: has weight files that {INDEX_NAME} does not name: {others[:3]}, of "
-                "which other programs may read another model; remove them or the index"
-            )
-        return sorted(named)
-    path = folder / SINGLE_FILE
-    if not path.exists():
+    """Return the files that hold the weights.
+
+    Raises:
+        CheckpointError: if there are none, or more than that, of which others may read more.
+    """
+    named = {folder / name for name in ([SINGLE_FILE] if index is None else index.values())}
+    if index is None and not (folder / SINGLE_FILE).exists():
         raise CheckpointError(
             f"{folder}: has neither {SINGLE_FILE} nor {INDEX_NAME}; only safetensors weights can "
             "be read, convert the folder's weights to them"
         )
-    return [path]
+    others = sorted(path.name for path in folder.glob("*.safetensors") if path not in named)
+    if others:
+        namer = INDEX_NAME if index is not None else f"{SINGLE_FILE}, without an index,"
+        raise CheckpointError(
+            f"{folder}: has weight files that {namer} does not name: {others[:3]}, of which other "
+            "programs may read another model; remove what does not belong to it"
+        )
+    return sorted(named)

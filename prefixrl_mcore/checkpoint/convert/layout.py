@@ -64,6 +64,8 @@ def full_to_hf(kind: Kind, full: Tensor, *, rows: Sequence[int], num_groups: int
 
 def pad_vocab(full: Tensor, num_rows: int) -> Tensor:
     """Return ``full`` [V, H] with zero rows appended up to [num_rows, H]."""
+    if num_rows == full.shape[0]:
+        return full  # the largest weight of most models is not copied
     padding = full.new_zeros((num_rows - full.shape[0], *full.shape[1:]))
     return torch.cat([full, padding], dim=0)
 

@@ -64,6 +64,7 @@ def test_vocabulary_padding_is_zero_and_is_cut_again() -> None:
     assert full[:, 0].tolist() == [1, 2, 3, 0]
     (back,) = layout.full_to_hf("vocab", full, rows=[3], num_groups=1)
     assert back[:, 0].tolist() == [1, 2, 3]
+    assert layout.pad_vocab(full, 4) is full
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

@@ -135,6 +135,14 @@ def test_a_weight_file_that_the_index_does_not_name_is_refused(
         check(out)
 
 
+def test_a_second_weight_file_without_an_index_is_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(source, out)
+    shutil.copyfile(source / "model.safetensors", out / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not name: \['consolidated\.safetensors'\]"):
+        check(out)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])
 def test_weights_that_are_no_real_numbers_are_refused(source: Path, dtype: torch.dtype) -> None:
     rewrite(source, **{Q_PROJ: torch.ones(64, 64, dtype=dtype)})

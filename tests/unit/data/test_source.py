@@ -178,6 +178,19 @@ def test_a_given_back_item_does_not_come_twice_in_one_take() -> None:
     assert source.num_repeats == 0
 
 
+def test_an_item_given_back_in_the_next_epoch_has_its_turn_there_later() -> None:
+    source = MixtureSource(_items(4), seed=0)
+    first, (begun,) = source.take(4), source.take(1)
+    source.give_back([item for item in first if item != begun][:1])
+
+    taken = source.take(3) + source.take(1)
+
+    counts = Counter(_ids([begun, *taken]))
+    assert len(counts) == 4  # all of the second epoch, and the one given back again
+    assert len(set(_ids(taken[:3]))) == 3
+    assert source.num_repeats == 0
+
+
 def test_a_position_with_given_back_items_is_exact() -> None:
     source = MixtureSource(_items(7), seed=1)
     source.give_back(source.take(5)[2:])

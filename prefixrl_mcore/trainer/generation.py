@@ -131,9 +131,7 @@ class Generator:
             self.carried = carried
             raise
 
-    def _generate(
-        self, step: int, phases: Phases, on_wait: Callable[[str], None]
-    ) -> Generated:
+    def _generate(self, step: int, phases: Phases, on_wait: Callable[[str], None]) -> Generated:
         """Do the work of ``generate``."""
         start, tally = time.perf_counter(), _Tally()
         wanted = self._run.batch.prompts_per_step

@@ -10,6 +10,7 @@ import pytest
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.records import Completion, Group, StartedGroup, VersionSpan
 from prefixrl_mcore.rollout.engine import (
+    EngineError,
     IsEnough,
     OnCompleted,
     RolloutError,
@@ -117,6 +118,26 @@ def test_a_group_that_finished_at_the_same_moment_is_given_back_as_well() -> Non
     assert problems_of(generated.groups) == [order[1], order[3]]
     assert generated.figures["rollout/discarded_tokens"] == 2 * GROUP_SIZE * 4
     assert problems_of(generate(generator, 1).groups) == [order[2], order[5]]
+
+
+def test_a_generation_that_fails_leaves_source_and_carried_groups_as_they_were() -> None:
+    order = order_of(8)
+    source, engine = scripted_source(8), ScriptedEngine({order[0]: (4, 9)})
+    generator = scripted_generator(scripted_config(2, **partial()), source, engine)
+    generate(generator, 0)
+    engine.policy_version = 1
+    before = source.state(), list(generator.carried)
+    original = engine.sample_until
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise EngineError("gone")
+
+    engine.sample_until = fail
+    with pytest.raises(EngineError, match="gone"):
+        generate(generator, 1)
+    assert (source.state(), generator.carried) == before
+    engine.sample_until = original
+    assert problems_of(generate(generator, 1).groups) == [order[3], order[4]]
 
 
 def partial(max_staleness: int = 1, **more: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.observability.phases import Phases
+from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.trainer import rollout_supply
 from prefixrl_mcore.trainer.generation import Generated
@@ -47,8 +48,13 @@ class Sampling:
 
 def supply_of(sampling: Sampling | None) -> RolloutSupply:
     generator: Any = sampling
-    meter = FlopsMeter(num_parameters=10)
-    return RolloutSupply(generator, scripted_source(2), meter=meter, phases=Phases())
+    return RolloutSupply(
+        generator,
+        scripted_source(2),
+        services=CollectiveServices({}),
+        meter=FlopsMeter(num_parameters=10),
+        phases=Phases(),
+    )
 
 
 def test_a_generation_that_is_over_when_it_is_taken_was_hidden_and_is_charged_once() -> None:
@@ -94,6 +100,9 @@ def test_an_error_of_the_thread_comes_out_where_its_rollouts_are_needed() -> Non
     supply.begin(3)
     with pytest.raises(EngineError, match="the engine is gone"):
         supply.take(3)
+    assert not supply.is_begun
+    assert not supply.is_in_background
+    assert supply.state() == {"carried": [], "ready": None}  # so that a last checkpoint is possible
 
 
 def test_a_state_needs_what_is_under_way_to_be_over() -> None:

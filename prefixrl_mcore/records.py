@@ -192,6 +192,49 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StartedGroup:
+    """A group that is being sampled: what each of its rollouts has so far."""
+
+    group_id: str
+    """``<label>/<index>`` of the call that began it; unique in the run."""
+
+    prefixed_problem: PrefixedProblem
+    """What every rollout of the group starts from."""
+
+    completions: tuple[Completion, ...] = ()
+    """[group_size] so far, with finish reason ``abort`` where more is to come; empty before the
+    first call."""
+
+    @property
+    def is_finished(self) -> bool:
+        """No rollout of the group is to be continued."""
+        return bool(self.completions) and all(one.is_finished for one in self.completions)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return sum(len(one.token_ids) for one in self.completions)
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Oldest weights that sampled any of the tokens so far; None without tokens."""
+        versions = [span.policy_version for c in self.completions for span in c.version_spans]
+        return min(versions, default=None)
+
+    def rollouts(self) -> list["Rollout"]:
+        """Return the finished group's rollouts."""
+        assert self.is_finished, f"group {self.group_id} is still being sampled"
+        return [
+            Rollout(
+                rollout_id=f"{self.group_id}/{index}",
+                prefixed_problem=self.prefixed_problem,
+                completion=completion,
+            )
+            for index, completion in enumerate(self.completions)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """A verifier's decision on one completion."""
 
@@ -241,6 +284,11 @@ class Group:
     def is_all_negative(self) -> bool:
         """No rollout of the group was rewarded, so the group carries no policy gradient."""
         return not any(self.rewards)
+
+    @property
+    def has_signal(self) -> bool:
+        """Some advantage is not zero, so that the group carries a policy gradient."""
+        return any(self.advantages)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

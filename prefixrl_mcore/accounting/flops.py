@@ -84,7 +84,9 @@ class FlopsMeter:
         """Charge rollouts.
 
         Args:
-            num_tokens: context and completion tokens of all rollouts.
+            num_tokens: context and completion tokens of all that was sampled, whether it is
+                trained on or not. What goes on after it was aborted has all its tokens so far as
+                context.
             num_cached_tokens: those of them that the engine did not compute.
         """
         self.sampling_flops += sampling_flops(self.num_parameters, num_tokens)
@@ -107,22 +109,18 @@ class FlopsMeter:
         self.sft_flops += update_flops(self.num_parameters, num_tokens)
         self._count_pass(num_tokens, num_computed_tokens)
 
-    def charge_step(self, groups: Sequence[Group], *, num_computed_tokens: int) -> None:
-        """Charge one step of reinforcement learning: its rollouts and the update on them.
+    def charge_update_on(self, groups: Sequence[Group], *, num_computed_tokens: int) -> None:
+        """Charge the update on a step's groups, also on those without any gradient.
 
         Args:
-            groups: the step's rollouts; all of them are charged, also those of groups without
-                any gradient.
+            groups: what the step trains on.
             num_computed_tokens: tokens that the trainer really ran, kept padding included.
         """
-        num_tokens, num_cached_tokens = 0, 0
-        for group in groups:
-            for scored in group.rollouts:
-                completion = scored.rollout.completion
-                context = scored.rollout.prefixed_problem.context_token_ids
-                num_tokens += len(context) + len(completion.token_ids)
-                num_cached_tokens += completion.num_cached_tokens
-        self.charge_sampling(num_tokens, num_cached_tokens=num_cached_tokens)
+        num_tokens = sum(
+            len(group.prefixed_problem.context_token_ids) + len(s.rollout.completion.token_ids)
+            for group in groups
+            for s in group.rollouts
+        )
         self.charge_update(num_tokens, num_computed_tokens=num_computed_tokens)
 
     def metrics(self) -> dict[str, float]:

@@ -87,6 +87,66 @@ class TransformersConfig(Config):
     """Precision of the engine's weights and activations."""
 
 
+class ScheduleConfig(Config):
+    """Which groups a step samples, and when; by default its own ones, strictly on-policy."""
+
+    oversampling: float = Field(default=1.0, ge=1.0, le=8.0)
+    """Groups begun, as a multiple of those that are needed (rounded up). The first that finish make
+    the batch, the rest is aborted: shorter, but in favour of problems with short completions."""
+
+    partial: bool = False
+    """Carry aborted groups over to the next step, where they go on from their tokens, instead of
+    throwing these away. Needs ``oversampling`` above 1, ``max_staleness`` of at least 1 and
+    ``loss.importance``."""
+
+    dynamic_sampling: bool = False
+    """Replace groups without signal (every advantage zero) by further ones, until the batch is full
+    or ``max_rounds`` are over. What was sampled is charged all the same."""
+
+    max_rounds: int = Field(default=4, ge=2)
+    """Times that a step with ``dynamic_sampling`` samples at most; what is still missing then is
+    filled up with groups without signal."""
+
+    overlap: bool = False
+    """Sample the next step's groups during the update, from weights that are one update old. Needs
+    ``max_staleness`` of at least 1 (with ``partial`` 2) and ``loss.importance``."""
+
+    max_staleness: int = Field(default=0, ge=0)
+    """Updates between the weights that sampled a token and those that are trained on it, at most;
+    0 is strictly on-policy. Older tokens of a carried group are thrown away and sampled again;
+    any other rollout beyond it is refused."""
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Some rollouts may come from older weights."""
+        return self.overlap or self.partial
+
+    @model_validator(mode="after")
+    def _carried_groups_were_aborted(self) -> "ScheduleConfig":
+        if self.partial and self.oversampling == 1.0:
+            raise ValueError(
+                "rollout.schedule.partial carries aborted groups over, and with oversampling = 1 "
+                "none is aborted; raise oversampling (such as 1.25) or switch partial off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_is_what_the_modes_need(self) -> "ScheduleConfig":
+        needed = int(self.overlap) + int(self.partial)
+        modes = [name for name in ("overlap", "partial") if getattr(self, name)]
+        if self.max_staleness < needed:
+            raise ValueError(
+                f"rollout.schedule.max_staleness must be at least {needed} with "
+                f"{' and '.join(modes)}, got {self.max_staleness}; raise it or switch them off"
+            )
+        if self.max_staleness and not needed:
+            raise ValueError(
+                f"rollout.schedule.max_staleness = {self.max_staleness} has no use without "
+                "overlap or partial, because nothing is stale then; set it to 0"
+            )
+        return self
+
+
 class RolloutConfig(Config):
     """Sampling of completions."""
 
@@ -102,6 +162,9 @@ class RolloutConfig(Config):
 
     max_total_tokens: int = Field(default=36000, ge=2)
     """Prompt, prefix and completion together; a prompt + prefix that leaves no room is refused."""
+
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    """Over-sampling, partial rollouts, dynamic sampling, overlap."""
 
     max_logprob_gap_mean: float | None = Field(default=0.1, gt=0.0)
     """Alarm when engine and policy differ by more than this on the mean over a step's trained

@@ -273,6 +273,16 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _rollouts_of_older_weights_are_weighted(self) -> "RunConfig":
+        if self.rollout.schedule.is_off_policy and self.loss.importance == "none":
+            raise ValueError(
+                "rollout.schedule.overlap and .partial train on rollouts of older weights, which "
+                'needs importance weights: got loss.importance = "none"; set "truncated" (or '
+                '"masked", "ppo_clip", "cispo"), or switch overlap and partial off'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_reference_after_supervised_warm_up_is_named(self) -> "RunConfig":
         """Refuse to choose silently between the weights before and after the warm-up."""
         if (

@@ -91,6 +91,8 @@ class MixtureSource:
         self._num_head = 0
         self._order = self._make_order()
         self._num_repeats = 0
+        self._returned: list[int] = []
+        self._index = {item.prefixed_problem_id: index for index, item in enumerate(items)}
 
     def __len__(self) -> int:
         """Return the number of distinct items."""
@@ -109,24 +111,38 @@ class MixtureSource:
     def take(self, count: int) -> list[PrefixedProblem]:
         """Return the next ``count`` items, crossing epochs where needed.
 
-        No item comes twice unless ``count`` exceeds the number of items; then every item comes
-        once before any comes again, the repeats are counted in ``num_repeats``, and a warning is
-        logged the first time. Each repeat is a group of its own.
+        Items that were given back come first; one whose turn in the epoch falls into the same
+        ``take`` has it in the next one. No item comes twice unless ``count`` exceeds the number of
+        items; then every item comes once before any comes again, the repeats are counted in
+        ``num_repeats``, and a warning is logged the first time. Each repeat is a group of its own.
 
         Raises:
             ValueError: if ``count`` is below 1.
         """
         if count < 1:
             raise ValueError(f"take: count must be at least 1, got {count}")
-        taken: list[int] = []
+        taken, self._returned = self._returned[:count], self._returned[count:]
+        returned = frozenset(taken) if count <= len(self._items) else frozenset()
         while len(taken) < count:
             if self._cursor == len(self._order):
                 self._start_next_epoch(taken, count)
-            end = min(len(self._order), self._cursor + count - len(taken))
-            taken.extend(self._order[self._cursor : end])
-            self._cursor = end
+            index = self._order[self._cursor]
+            self._cursor += 1
+            (self._returned if index in returned else taken).append(index)
         self._count_repeats(taken)
         return [self._items[index] for index in taken]
+
+    def give_back(self, items: Iterable[PrefixedProblem]) -> None:
+        """Put items that were taken, and not used, before all others, in the order given."""
+        self._returned = [self._index[i.prefixed_problem_id] for i in items] + self._returned
+
+    def find(self, prefixed_problem_id: str) -> PrefixedProblem:
+        """Return the item of an id.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        return self._items[self._index[prefixed_problem_id]]
 
     def state(self) -> dict[str, Any]:
         """Return a JSON-serialisable position; with the same set and seed it is exact."""
@@ -138,6 +154,7 @@ class MixtureSource:
             "avoided": list(self._avoided),
             "num_head": self._num_head,
             "num_repeats": self._num_repeats,
+            "returned": [self._items[index].prefixed_problem_id for index in self._returned],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -157,6 +174,8 @@ class MixtureSource:
         self._avoided = tuple(state["avoided"])
         self._num_head = int(state["num_head"])
         self._num_repeats = int(state["num_repeats"])
+        # A checkpoint of an earlier version has none.
+        self._returned = [self._index[name] for name in state.get("returned", ())]
         self._order = self._make_order()
 
     def _start_next_epoch(self, taken: Sequence[int], count: int) -> None:

@@ -1,6 +1,7 @@
-"""Every sampled rollout as a row of a Parquet table, one file per step."""
+"""Every verified rollout as a row of a Parquet table, one file per step."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefixrl_mcore.data.prompts import PromptRenderer
-from prefixrl_mcore.records import Group
+from prefixrl_mcore.trainer.generation import Generated
 
 SCHEMA = pa.schema(
     [
@@ -33,20 +34,24 @@ SCHEMA = pa.schema(
         ("extracted", pa.string()),
         ("finish_reason", pa.string()),
         ("policy_version", pa.int64()),
+        (
+            "version_spans",
+            pa.list_(pa.struct([("policy_version", pa.int64()), ("num_tokens", pa.int64())])),
+        ),
+        ("is_dropped", pa.bool_()),
     ]
 )
 
 
-def rollout_rows(
-    step: int, groups: Sequence[Group], renderer: PromptRenderer
-) -> list[dict[str, Any]]:
-    """Return one row per rollout with the columns of ``SCHEMA``."""
+def rollout_rows(step: int, rollouts: Generated, renderer: PromptRenderer) -> list[dict[str, Any]]:
+    """Return one row per rollout with the columns of ``SCHEMA``; dropped groups come last."""
     rows: list[dict[str, Any]] = []
-    for group_index, group in enumerate(groups):
+    for group_index, group in enumerate((*rollouts.groups, *rollouts.dropped)):
         start = group.prefixed_problem
         shared = {
             "step": step,
             "group_index": group_index,
+            "is_dropped": group_index >= len(rollouts.groups),
             "problem_id": start.problem.problem_id,
             "prefixed_problem_id": start.prefixed_problem_id,
             "trace_id": start.trace_id,
@@ -74,6 +79,7 @@ def rollout_rows(
                     "extracted": scored.verdict.extracted,
                     "finish_reason": completion.finish_reason,
                     "policy_version": completion.policy_version,
+                    "version_spans": [asdict(span) for span in completion.version_spans],
                 }
             )
     return rows

@@ -29,9 +29,12 @@ from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, s
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer import dry_run
 from prefixrl_mcore.trainer.agreement import GapAlarm
+from prefixrl_mcore.trainer.generation import Generator
 from prefixrl_mcore.trainer.initial_model import provide_initial_model, with_initial_model
 from prefixrl_mcore.trainer.loop import train
+from prefixrl_mcore.trainer.overlapped_loop import train_overlapped
 from prefixrl_mcore.trainer.profiling import StepProfiler
+from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
 from prefixrl_mcore.trainer.run_policy import build_policy
 from prefixrl_mcore.trainer.session import EXPORT, Session, retention_of
 from prefixrl_mcore.trainer.sft import run_sft
@@ -108,7 +111,8 @@ def run_training(
         if stop.is_stopping():
             session.log_outside(session.first_step)
         else:
-            train(session, stop)
+            loop = train_overlapped if config.rollout.schedule.overlap else train
+            loop(session, stop)
         if topology.is_first:
             folder.add_stage_seconds("train", time.perf_counter() - start)
         return stop.exit_code
@@ -212,18 +216,30 @@ def build_session(
                 problems=itertools.chain.from_iterable(sets.values()),
             )
         )
+    source = MixtureSource(union(prefixed, originals), seed=config.seed)
+    meter = FlopsMeter(
+        num_parameters=count_parameters(config.model.path),
+        collect_flops=_collect_flops(config, renderer),
+    )
+    services = CollectiveServices({EXPORT: policy.export_weights})
+    supply = RolloutSupply(
+        None if evaluator is None else Generator(evaluator, source, config),
+        source,
+        services=services,
+        meter=meter,
+        phases=phases,
+    )
+    stack.callback(supply.close)
     return Session(
         config=config,
         folder=folder,
         topology=topology,
         renderer=renderer,
         policy=policy,
-        services=CollectiveServices({EXPORT: policy.export_weights}),
-        source=MixtureSource(union(prefixed, originals), seed=config.seed),
-        meter=FlopsMeter(
-            num_parameters=count_parameters(config.model.path),
-            collect_flops=_collect_flops(config, renderer),
-        ),
+        services=services,
+        source=source,
+        supply=supply,
+        meter=meter,
         saver=CheckpointSaver(
             folder.checkpoints,
             retention_of(config.checkpoint),
@@ -312,6 +328,8 @@ def restore(session: Session, checkpoint: Path) -> None:
     check_saved_settings(state, session.config, where=str(checkpoint))
     check_same_inputs(state.get("inputs", {}), session.input_digests, where=str(checkpoint))
     session.source.load_state(state["source"])
+    if "rollouts" in state:  # a checkpoint of an earlier version has none
+        session.supply.load_state(state["rollouts"])
     session.meter.load_state(state["flops"])
     session.first_step = step
     session.saver.resume_from(step)
@@ -353,3 +371,4 @@ def _open_outputs(session: Session, *, is_continued: bool) -> None:
         )
     )
     session.progress.update(session.first_step)
+    session.supply.on_wait = lambda what: session.progress.update(waiting_for=what)

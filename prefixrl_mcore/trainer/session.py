@@ -5,9 +5,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.accounting.model_flops import ModelFlops
@@ -31,15 +32,17 @@ from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.policy.topology import Topology, run_on_first
-from prefixrl_mcore.records import Group, PrefixedProblem, Problem, TrainingSequence, UpdateResult
+from prefixrl_mcore.records import Problem, TrainingSequence, UpdateResult
+from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
-from prefixrl_mcore.trainer.generation import check_versions, sample_and_score
+from prefixrl_mcore.trainer.generation import Generated, staleness_metrics
 from prefixrl_mcore.trainer.groups import group_metrics, training_sequences
 from prefixrl_mcore.trainer.memory import reset_peaks
 from prefixrl_mcore.trainer.out_of_memory import explained
 from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.rollout_log import rollout_rows, write_rollouts
+from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
 from prefixrl_mcore.trainer.step_metrics import (
     Hardware,
     batch_metrics,
@@ -80,7 +83,10 @@ class Session:
     """What rank 0 may ask all ranks for while it drives the engine: ``EXPORT``."""
 
     source: MixtureSource
-    """Order of the prefixed and original problems; in the same state on every rank."""
+    """Order of the prefixed and original problems; rank 0 takes from it, and saves its state."""
+
+    supply: RolloutSupply
+    """The rollouts of each step, on every rank."""
 
     meter: FlopsMeter
     """Charged FLOPs and tokens so far; in the same state on every rank."""
@@ -124,6 +130,9 @@ class Session:
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """Step → metrics of the newest evaluation, on rank 0; empty on the other ranks."""
 
+    staleness: dict[str, float] = field(default_factory=dict)
+    """Metrics of the staleness of the batch packed last."""
+
     first_step: int = 0
     """First RL step to run; above 0 after a resume."""
 
@@ -157,37 +166,32 @@ class Session:
         engine, version = self._evaluator.engine, self.policy.policy_version
         if engine.policy_version != version:
             self.progress.update(waiting_for="weight sync")
-            engine.load_weights(partial(self.services.ask, EXPORT), version)
+            engine.load_weights(self._export, version)
 
-    def sample_and_score(
-        self, prefixed_problems: Sequence[PrefixedProblem], step: int
-    ) -> list[Group]:
-        """Sample one group per prefixed problem and verify it; all ranks get the groups."""
-        with self.phases.phase("rollout"):  # the other ranks wait in it
-            return self.services.run_on_first(
-                lambda: self._sample_and_score(prefixed_problems, step)
+    def _export(self) -> Iterator[tuple[str, Tensor]]:
+        """Begin the weights for the engine, which may ask for them again while it samples."""
+        if self.supply.is_in_background:
+            raise EngineError(
+                f"the engine lost weights of version {self._evaluator.engine.policy_version} while "
+                "it sampled during an update, which they cannot be exported again from; resume the "
+                "run, and if it happens often, switch rollout.schedule.overlap off"
             )
+        return self.services.ask(EXPORT)
 
-    def _sample_and_score(
-        self, prefixed_problems: Sequence[PrefixedProblem], step: int
-    ) -> list[Group]:
-        """Do the work of ``sample_and_score`` on rank 0."""
-        groups = sample_and_score(
-            self._evaluator,
-            prefixed_problems,
-            self.config,
-            step=step,
-            phases=self.phases,
-            on_wait=lambda what: self.progress.update(waiting_for=what),
+    def pack(self, rollouts: Generated) -> PackedBatch:
+        """Pack the step's rollouts into streams; every rank packs the same.
+
+        Raises:
+            RuntimeError: if a rollout is more stale than the run allows.
+        """
+        self.staleness = staleness_metrics(
+            rollouts.groups,
+            self.policy.policy_version,
+            max_staleness=self.config.rollout.schedule.max_staleness,
         )
-        check_versions(groups, self.policy.policy_version)
-        return groups
-
-    def pack(self, groups: Sequence[Group]) -> PackedBatch:
-        """Pack the step's rollouts into streams; every rank packs the same."""
         with self.phases.phase("pack"):
             return self.pack_sequences(
-                training_sequences(groups), aggregation=self.config.loss.aggregation
+                training_sequences(rollouts.groups), aggregation=self.config.loss.aggregation
             )
 
     def pack_sequences(
@@ -271,24 +275,24 @@ class Session:
         )
 
     def log_step(
-        self, step: int, groups: Sequence[Group], batch: PackedBatch, update: UpdateResult
+        self, step: int, rollouts: Generated, batch: PackedBatch, update: UpdateResult
     ) -> None:
         """Charge the step's FLOPs on every rank; write metrics and rollouts on rank 0.
 
         Raises:
             LogprobGapError: if engine and policy disagree, and the run is to stop then.
         """
-        self.meter.charge_step(groups, num_computed_tokens=update.num_computed_tokens)
+        self.meter.charge_update_on(rollouts.groups, num_computed_tokens=update.num_computed_tokens)
         over_ranks = rank_metrics(self.topology, update)
         times = self.phases.take()
         if self.metrics is not None:
-            self._write_step(step, groups, batch, update, figures={**over_ranks, **times})
+            self._write_step(step, rollouts, batch, update, figures={**over_ranks, **times})
         self.gap_alarm.ring(step, update.metrics)
 
     def _write_step(
         self,
         step: int,
-        groups: Sequence[Group],
+        rollouts: Generated,
         batch: PackedBatch,
         update: UpdateResult,
         *,
@@ -297,9 +301,10 @@ class Session:
         """Write metrics and rollouts of a step; ``figures`` are those of ranks and phases."""
         assert self.metrics is not None, "rank 0 has a metrics writer"
         values = {
-            **group_metrics(groups),
-            "rollout/tokens_per_second": _num_completion_tokens(groups)
-            / figures["time/rollout_seconds"],
+            **group_metrics([*rollouts.groups, *rollouts.dropped]),
+            "rollout/tokens_per_second": rollouts.num_new_tokens / rollouts.sample_seconds,
+            **rollouts.figures,
+            **self.staleness,
             "loss/policy_gradient": update.loss,
             "policy/gradient_norm": update.gradient_norm,
             "policy/learning_rate": update.learning_rate,
@@ -314,7 +319,7 @@ class Session:
             **figures,
         }
         self.metrics.write("train", step, values)
-        rows = rollout_rows(step, groups, self.renderer)
+        rows = rollout_rows(step, rollouts, self.renderer)
         if step % self.config.trainer.rollouts_every_steps == 0:
             write_rollouts(self.folder.rollouts, step, rows)
         self.metrics.write_rollouts(step, rows)
@@ -335,6 +340,7 @@ class Session:
     def evaluate(self, step: int) -> None:
         """Evaluate policy version ``step`` and write an ``eval`` line; all ranks call this."""
         with self._memory_explained():
+            self.supply.drain()
             self.sync_weights()
             with self.phases.phase("eval"):
                 self.services.run_on_first(lambda: self._evaluate(step))
@@ -365,6 +371,8 @@ class Session:
         is_due = is_due or is_last or step % self.config.checkpoint.every_steps == 0
         if not is_due and not self.saver.is_under_way:
             return
+        if is_due:
+            self.supply.drain()
         with self._memory_explained(), self.phases.phase("save"):
             with self.refusal_counted():
                 self.saver.finish(wait=is_due)
@@ -373,7 +381,10 @@ class Session:
             self.progress.update(waiting_for="checkpoint")
             with nullcontext() if is_last else self.refusal_counted():
                 self.saver.start(
-                    step, self.policy, self.state(step), metrics=self.evaluations.get(step)
+                    step,
+                    self.policy,
+                    self.state(step) | {"rollouts": self.supply.state()},
+                    metrics=self.evaluations.get(step),
                 )
                 if is_last or not self.config.checkpoint.in_background:
                     self.saver.finish(wait=True)
@@ -401,7 +412,7 @@ class Session:
         return run_on_first(lambda: latest_checkpoint(self.folder.checkpoints) is not None)
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return what a resumed run needs besides the policy, as JSON."""
+        """Return what a resumed run needs besides policy and unused rollouts, as JSON."""
         return {
             "step": step,
             "method": self.config.method,
@@ -424,11 +435,6 @@ class Session:
         """The evaluator of rank 0."""
         assert self.evaluator is not None, "only rank 0 samples"
         return self.evaluator
-
-
-def _num_completion_tokens(groups: Sequence[Group]) -> int:
-    """Return the tokens sampled in a step."""
-    return sum(len(s.rollout.completion.token_ids) for group in groups for s in group.rollouts)
 
 
 def retention_of(config: CheckpointConfig) -> Retention:

@@ -22,6 +22,12 @@ from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.loss.row_metrics import metric_names
 from prefixrl_mcore.observability.phases import TIMED
 from prefixrl_mcore.policy import router
+from prefixrl_mcore.trainer.generation import (
+    DYNAMIC_METRICS,
+    OVERSAMPLING_METRICS,
+    PARTIAL_METRICS,
+)
+from prefixrl_mcore.trainer.rollout_supply import OVERLAP_METRICS
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_run import ROOT, TinyTask, metrics_of, without_clock
 
@@ -105,9 +111,10 @@ def test_what_is_written_is_what_is_documented(trained: Path) -> None:
     sums, maxima = metric_names(has_rollout_logprobs=True, has_reference=True)
     written |= {*sums, *maxima, *router.METRIC_NAMES}
     written |= {f"time/{phase}_seconds" for phase in TIMED}
-    written |= {  # of a GPU; of groups that may happen not to be among these
+    written |= {  # of a GPU; of groups that may happen not to be among these; of other schedules
         *(f"memory/peak_{kind}_{what}" for kind in GPU_PEAKS for what in ("bytes", "rank")),
         *(f"rollout/{name}_no_prefix_{what}" for name, what in SOMETIMES),
+        *(*OVERSAMPLING_METRICS, *PARTIAL_METRICS, *DYNAMIC_METRICS, *OVERLAP_METRICS),
     }
     assert [n for n in sorted(written) if not any(p.fullmatch(n) for p in patterns)] == []
     assert [n for p, n in patterns.items() if not any(map(p.fullmatch, written))] == []

@@ -69,7 +69,8 @@ def test_a_step_by_hand() -> None:
     # Group 2: context 10, completions 3 and 3, nothing cached: 26 tokens.
     groups = [_group(10, 5, [4, 6], cached=14), _group(10, 0, [3, 3], cached=0)]
     meter = FlopsMeter(num_parameters=100, collect_flops=5e5)
-    meter.charge_step(groups, num_computed_tokens=96)
+    meter.charge_sampling(66, num_cached_tokens=14)
+    meter.charge_update_on(groups, num_computed_tokens=96)
     # 2 * 100 * 66 and 6 * 100 * 66: groups without any gradient are charged as well.
     assert meter.sampling_flops == 13_200.0
     assert meter.update_flops == 39_600.0

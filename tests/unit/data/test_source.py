@@ -147,3 +147,66 @@ def test_a_prefix_of_a_changed_or_unknown_problem_is_refused() -> None:
     stranger = Problem(problem_id="q", text="x", answer="1")
     with pytest.raises(ValueError, match="problem 'q' is not among the 1 training problems"):
         union([_prefixed(stranger, (1, 2))], originals)
+
+
+def test_what_is_given_back_comes_first_and_nothing_is_lost() -> None:
+    whole = MixtureSource(_items(12), seed=3)
+    expected = [item.prefixed_problem_id for item in whole.take(12)]
+    source = MixtureSource(_items(12), seed=3)
+    first = source.take(6)
+    source.give_back([first[4], first[1]])
+
+    second = source.take(5)
+    third = source.take(3)
+
+    names = [item.prefixed_problem_id for item in (*second, *third)]
+    assert names == [expected[4], expected[1], *expected[6:12]]
+    assert source.num_repeats == 0
+
+
+def test_a_given_back_item_does_not_come_twice_in_one_take() -> None:
+    source = MixtureSource(_items(4), seed=0)
+    source.give_back(source.take(4))  # at the end of the epoch: the next one has them all again
+
+    first, second = source.take(3), source.take(3)
+
+    for taken in (first, second):
+        assert len({item.prefixed_problem_id for item in taken}) == 3
+    third = source.take(2)  # 4 given back and 4 of the next epoch are 8 in all
+    counts = Counter(item.prefixed_problem_id for item in (*first, *second, *third))
+    assert set(counts.values()) == {2}
+    assert source.num_repeats == 0
+
+
+def test_an_item_given_back_in_the_next_epoch_has_its_turn_there_later() -> None:
+    source = MixtureSource(_items(4), seed=0)
+    first, (begun,) = source.take(4), source.take(1)
+    source.give_back([item for item in first if item != begun][:1])
+
+    taken = source.take(3) + source.take(1)
+
+    counts = Counter(_ids([begun, *taken]))
+    assert len(counts) == 4  # all of the second epoch, and the one given back again
+    assert len(set(_ids(taken[:3]))) == 3
+    assert source.num_repeats == 0
+
+
+def test_a_position_with_given_back_items_is_exact() -> None:
+    source = MixtureSource(_items(7), seed=1)
+    source.give_back(source.take(5)[2:])
+    source.take(1)
+    state = json.loads(json.dumps(source.state()))
+    again = MixtureSource(_items(7), seed=1)
+    again.load_state(state)
+    assert [source.take(4) for _ in range(5)] == [again.take(4) for _ in range(5)]
+
+
+def test_a_position_of_an_earlier_version_has_nothing_given_back() -> None:
+    source = MixtureSource(_items(7), seed=1)
+    source.take(2)
+    state = source.state()
+    del state["returned"]
+    again = MixtureSource(_items(7), seed=1)
+    again.give_back(again.take(3))
+    again.load_state(state)
+    assert again.take(5) == source.take(5)

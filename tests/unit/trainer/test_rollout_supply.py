@@ -1,0 +1,155 @@
+"""Rollouts in the background: who waits, what is hidden, where errors come out."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from prefixrl_mcore.accounting.flops import FlopsMeter
+from prefixrl_mcore.observability.phases import Phases
+from prefixrl_mcore.policy.serving import CollectiveServices
+from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.trainer import rollout_supply
+from prefixrl_mcore.trainer.generation import Generated
+from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
+from tests.support.scripted_engine import scripted_source
+
+SECONDS = 0.3
+
+
+class Sampling:
+    """A generator that takes its time, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.carried: list[Any] = []
+        self.go_on = threading.Event()
+        self.threads: list[str] = []
+        self._error = error
+
+    def generate(self, step: int, *, phases: Phases, on_wait: Any = None) -> Generated:
+        start = time.perf_counter()
+        self.threads.append(threading.current_thread().name)
+        assert self.go_on.wait(30)
+        if self._error is not None:
+            raise self._error
+        return Generated(
+            step=step,
+            groups=(),
+            dropped=(),
+            num_sampled_tokens=70,
+            num_cached_tokens=20,
+            num_new_tokens=30,
+            sample_seconds=0.1,
+            seconds=time.perf_counter() - start,
+            figures={"rollout/num_rounds": 1.0},
+        )
+
+
+def supply_of(sampling: Sampling | None) -> RolloutSupply:
+    generator: Any = sampling
+    return RolloutSupply(
+        generator,
+        scripted_source(2),
+        services=CollectiveServices({}),
+        meter=FlopsMeter(num_parameters=10),
+        phases=Phases(),
+    )
+
+
+def test_a_generation_that_is_over_when_it_is_taken_was_hidden_and_is_charged_once() -> None:
+    sampling = Sampling()
+    supply = supply_of(sampling)
+    supply.begin(4)
+    assert supply.is_begun
+    assert supply._meter.charged_tokens == 0
+    time.sleep(SECONDS)
+    sampling.go_on.set()
+    supply.drain()
+    supply.drain()
+    assert supply.is_begun
+
+    generated = supply.take(4)
+
+    assert not supply.is_begun
+    assert sampling.threads == ["rollouts"]
+    assert supply._meter.charged_tokens == 70
+    assert supply._meter.computed_tokens == 50
+    seconds, hidden = (generated.figures[name] for name in rollout_supply.OVERLAP_METRICS)
+    assert seconds >= SECONDS
+    assert 0.9 * SECONDS <= hidden <= seconds
+    assert generated.figures["rollout/num_rounds"] == 1.0
+
+
+def test_what_a_step_waits_for_is_not_hidden() -> None:
+    sampling = Sampling()
+    supply = supply_of(sampling)
+    supply.begin(0)
+    threading.Timer(SECONDS, sampling.go_on.set).start()
+    generated = supply.take(0)
+    seconds, hidden = (generated.figures[name] for name in rollout_supply.OVERLAP_METRICS)
+    assert seconds >= SECONDS
+    assert hidden < 0.5 * SECONDS
+    assert supply._phases.seconds("rollout") >= 0.9 * SECONDS
+
+
+def test_an_error_of_the_thread_comes_out_where_its_rollouts_are_needed() -> None:
+    sampling = Sampling(error=EngineError("the engine is gone"))
+    supply = supply_of(sampling)
+    sampling.go_on.set()
+    supply.begin(3)
+    with pytest.raises(EngineError, match="the engine is gone"):
+        supply.take(3)
+    assert not supply.is_begun
+    assert not supply.is_in_background
+    assert supply.state() == {"carried": [], "ready": None}  # so that a last checkpoint is possible
+
+
+def test_a_state_needs_what_is_under_way_to_be_over() -> None:
+    sampling = Sampling()
+    supply = supply_of(sampling)
+    supply.begin(3)
+    with pytest.raises(AssertionError, match="drain comes before state"):
+        supply.state()
+    sampling.go_on.set()
+    supply.drain()
+    state = supply.state()
+
+    again = supply_of(Sampling())
+    again.load_state(state)
+    assert again.is_begun
+    assert again.take(3) == supply.take(3)
+    assert again._meter.charged_tokens == 0  # the saved meter has been charged
+
+
+def test_rollouts_of_another_step_are_refused() -> None:
+    sampling = Sampling()
+    sampling.go_on.set()
+    supply = supply_of(sampling)
+    supply.begin(3)
+    with pytest.raises(AssertionError, match="step 4: these are rollouts of step 3"):
+        supply.take(4)
+
+
+def test_closing_leaves_a_generation_behind_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rollout_supply, "_CLOSE_SECONDS", 0.05)
+    sampling = Sampling()
+    supply = supply_of(sampling)
+    supply.close()
+    supply.begin(6)
+    supply.close()
+    assert "the rollouts of step 6 were still being sampled" in caplog.text
+    sampling.go_on.set()
+    supply.drain()
+    caplog.clear()
+    supply.close()
+    assert caplog.text == ""
+
+
+def test_a_rank_without_generator_has_no_carried_groups() -> None:
+    supply = supply_of(None)
+    supply.load_state({"carried": [{"group_id": "0/0"}], "ready": None})
+    assert supply.state() == {"carried": [], "ready": None}
+    assert not supply.is_begun

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,10 +20,12 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.records import TrainingSequence
+from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.client import SGLangClient, generate_payload
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_names import read_weight_coverage
 from prefixrl_mcore.rollout.weight_sync.buckets import pack_buckets
+from prefixrl_mcore.rollout.weight_sync.checksums import check_weights
 from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
 from prefixrl_mcore.rollout.weight_sync.sync import SyncReport, sync_weights
@@ -104,17 +107,23 @@ def push(
     *others: SyncTarget,
 ) -> SyncReport:
     """Send weights to the server, as an engine does it."""
-    dtype = next(iter(stream()))[1].dtype
     return sync_weights(
         [served.target(), *others],
         transport,
         lambda: pack_buckets(
             stream(),
             read_weight_coverage(served.folder),
-            dtype=dtype,
+            dtype=torch.float32,
             bucket_bytes=BUCKET_BYTES,
         ),
         weight_version,
+    )
+
+
+def check(served: Served, weights: Iterator[tuple[str, Tensor]]) -> int:
+    """Compare the checksums of the server and of ``weights``."""
+    return check_weights(
+        [served.target()], weights, dtype=torch.float32, num_key_value_heads=2, is_cuda=False
     )
 
 
@@ -178,6 +187,7 @@ def train_and_sync(
             report = push(served, transport_named(name, folder), stream, version)
             assert report.failed == {}
             assert report.num_buckets > 3
+            check(served, stream())
             return sample(served, version)
 
         fresh = services.run_on_first(sync)
@@ -198,3 +208,21 @@ def test_engine_and_policy_on_four_ranks_agree_after_every_sync_and_not_before(
         assert before > STALE_GAP, name
         assert after < LOGPROB_TOLERANCE, name
     assert list(tmp_path.iterdir()) == []
+
+
+def named_weights(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    return [(name, weight.detach()) for name, weight in model.named_parameters()]
+
+
+def test_checksums_find_the_one_element_that_differs(served: Served) -> None:
+    build = build_tiny_llama if "llama" in str(served.folder) else build_tiny_qwen3
+    weights = named_weights(build(seed=5))
+    push(served, TensorByValue(), lambda: iter(weights), "of seed 5")
+    assert check(served, iter(weights)) > 10
+
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        changed = {n: w.clone() for n, w in weights}
+        changed[name][3, 5] += 1e-6
+        held = name.replace("k_proj", "qkv_proj")
+        with pytest.raises(EngineError, match=rf"rank 0 are not the policy's.*1 differ: {held}\."):
+            check(served, iter(changed.items()))

@@ -190,6 +190,11 @@ class SGLangClient:
         """Leave a process group."""
         self._control("/destroy_weights_update_group", {"group_name": group_name})
 
+    def checksums(self) -> Mapping[str, Any]:
+        """Return a digest of every tensor of every rank, under ``ranks``."""
+        path, payload = "/weights_checker", {"action": "checksum"}
+        return json.loads(self._call("POST", path, payload, _CONTROL_SECONDS))
+
     def set_weight_version(self, name: str) -> None:
         """Name the weights; every later sample carries the name."""
         self._control("/update_weight_version", {"new_version": name, "abort_all_requests": False})

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing import reductions
 
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
 from prefixrl_mcore.rollout.weight_sync.transport import Failures, SyncTarget, on_all
@@ -39,6 +40,82 @@ class TensorByValue:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class TensorByHandle:
+    """Sends handles of GPU memory (CUDA IPC); trainer and server are on one machine.
+
+    Each rank of a server gets a handle of a copy on its own GPU; on the trainer's own that is the
+    bucket itself. Nothing is copied through host memory or HTTP. torch keeps the memory until the
+    server has let go of it. Not run yet.
+    """
+
+    name = "tensor (GPU handles)"
+    has_session = True
+    innocent: frozenset[str] = frozenset()
+
+    def open(self, targets: Sequence[SyncTarget]) -> Failures:
+        """Do nothing."""
+        return {}
+
+    def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
+        """Post the handles to all targets at once.
+
+        Every target has a handle of its own: torch counts one reader for each.
+        """
+        copies = {
+            gpu: bucket.data.to(f"cuda:{gpu}") for target in targets for gpu in target.rank_gpus
+        }
+        for gpu in copies:
+            torch.cuda.synchronize(gpu)
+        metadata = _metadata(bucket)
+        payloads = {
+            target.name: [
+                _dumps({"flattened_tensor": gpu_handle(copies[gpu]), "metadata": metadata})
+                for gpu in target.rank_gpus
+            ]
+            for target in targets
+        }
+        return on_all(
+            targets, lambda target: target.client.update_from_tensor(payloads[target.name])
+        )
+
+    def finish(self, targets: Sequence[SyncTarget]) -> Failures:
+        """Do nothing: a server answers when it has loaded a bucket."""
+        return {}
+
+    def close(self) -> None:
+        """Give back memory that servers have let go of."""
+        torch.cuda.ipc_collect()
+
+
+class GpuHandle:
+    """Stands in a pickle for a tensor in GPU memory that the reader opens."""
+
+    def __init__(self, arguments: tuple[object, ...]) -> None:
+        """Keep what SGLang's function takes: torch's arguments, with the GPU's own id."""
+        self._arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be read by the function of SGLang that finds the GPU by its id."""
+        return _rebuild_cuda_tensor_modified, self._arguments
+
+
+_DEVICE_ARGUMENT = 6
+"""Place of the device's index among the arguments of ``torch.multiprocessing``'s rebuild
+function; SGLang takes the GPU's own id there, since the two processes may number GPUs apart."""
+
+
+def gpu_handle(tensor: Tensor) -> GpuHandle:
+    """Return a handle of a tensor in GPU memory, to be read once."""
+    _, arguments = reductions.reduce_tensor(tensor)
+    gpu_id = str(torch.cuda.get_device_properties(tensor.device).uuid)
+    return GpuHandle((*arguments[:_DEVICE_ARGUMENT], gpu_id, *arguments[_DEVICE_ARGUMENT + 1 :]))
+
+
+def _rebuild_cuda_tensor_modified(*_arguments: object) -> None:
+    """Stand for SGLang's function of this name in a pickle; only its name is ever used."""
+    raise NotImplementedError("the server's function takes its place when a handle is read")
 
 
 def flattened_bucket(bucket: Bucket) -> str:
@@ -83,6 +160,8 @@ class _Pickler(_PythonPickler):
     def save_global(self, obj: Any, name: str | None = None) -> None:  # noqa: ANN401 -- pickle's
         if obj is FlattenedTensorMetadata:
             self._save_name("sglang.srt.weight_sync.tensor_bucket", obj.__name__)
+        elif obj is _rebuild_cuda_tensor_modified:
+            self._save_name("sglang.srt.utils.patch_torch", obj.__name__)
         elif obj is torch.storage._load_from_bytes:
             # Importing megatron-core puts its own function there, which no server has.
             self._save_name("torch.storage", "_load_from_bytes")
@@ -97,7 +176,7 @@ class _Pickler(_PythonPickler):
     dispatch: ClassVar = {**_PythonPickler.dispatch, FunctionType: save_global}
 
 
-def _dumps(content: dict[str, Tensor | list[FlattenedTensorMetadata]]) -> str:
+def _dumps(content: dict[str, Tensor | GpuHandle | list[FlattenedTensorMetadata]]) -> str:
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=4).dump(content)
     return base64.b64encode(buffer.getbuffer()).decode("ascii")

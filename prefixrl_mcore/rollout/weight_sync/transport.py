@@ -28,6 +28,15 @@ class SyncTarget:
     name: str
     """Unique among the targets; named in errors."""
 
+    gpus: tuple[int, ...] | None = None
+    """The GPU of each rank, as the trainer numbers them, where trainer and server are on one
+    machine; None if they are the first ones."""
+
+    @property
+    def rank_gpus(self) -> Sequence[int]:
+        """Return the GPU of each rank."""
+        return range(self.num_ranks) if self.gpus is None else self.gpus
+
 
 class Transport(Protocol):
     """Carries the buckets of one update; its methods are called from one thread, in this order.

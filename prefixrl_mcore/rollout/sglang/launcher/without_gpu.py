@@ -19,6 +19,7 @@ def prepare(*, is_deterministic: bool) -> None:
     """
     _fork_processes()
     _name_the_device()
+    _wait_for_no_gpu()
     if is_deterministic:
         _allow_deterministic_inference()
 
@@ -49,6 +50,13 @@ def _name_the_device() -> None:
         return module_of("cpu" if device is None else device)
 
     torch.get_device_module = get_device_module
+
+
+def _wait_for_no_gpu() -> None:
+    """Let the checksums of weights through, which wait for the GPU before and after."""
+    import torch
+
+    torch.cuda.synchronize = _do_nothing
 
 
 def _allow_deterministic_inference() -> None:

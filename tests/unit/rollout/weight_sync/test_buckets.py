@@ -8,8 +8,8 @@ from torch import Tensor
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
-from prefixrl_mcore.rollout.weight_sync.tensor import flattened_bucket
-from tests.support.fake_sglang import read_bucket
+from prefixrl_mcore.rollout.weight_sync.tensor import GpuHandle, _dumps, flattened_bucket
+from tests.support.fake_sglang import read_bucket, read_pickle
 from tests.support.tiny_models import build_tiny_qwen2, build_tiny_qwen3_moe
 
 LAYER = "model.layers.0"
@@ -142,3 +142,22 @@ def test_pickled_bucket_is_short_and_names_only_torch_and_sglang_once_megatron_i
     assert b"sglang.srt.weight_sync.tensor_bucket" in data
     assert b"_load_from_bytes" in data
     assert torch.equal(dict(read_bucket(flattened_bucket(bucket)))["a"], weights["a"])
+
+
+def test_handle_of_gpu_memory_names_sglangs_function_and_the_gpus_own_id() -> None:
+    handle = GpuHandle((torch.Tensor, torch.Size([8]), (1,), "GPU-id", b"handle", torch.uint8))
+
+    data = _dumps({"flattened_tensor": handle, "metadata": []})
+
+    assert read_pickle(data) == {
+        "flattened_tensor": (
+            "GPU handle",
+            torch.Tensor,
+            (8,),
+            (1,),
+            "GPU-id",
+            b"handle",
+            torch.uint8,
+        ),
+        "metadata": [],
+    }

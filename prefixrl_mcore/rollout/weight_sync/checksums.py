@@ -1,0 +1,175 @@
+"""Proof that servers hold the policy's weights: the same digests on both sides.
+
+A server reports a digest of every tensor that each of its ranks holds: fused (query, key and value;
+gate and up; all experts of a layer) and cut for tensor parallelism. The weights of the policy are
+exported once more, cut and put in the same order, and hashed in the same way. So a wrong or
+stale tensor is found whatever the transport was, unless the export itself is wrong; that, the
+log-prob gap between engine and policy would show.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.client import ServerLost, ServerRefusal
+from prefixrl_mcore.rollout.weight_sync.digests import CpuDigest, Digest, GpuDigest
+from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
+
+_FUSED = re.compile(r"^(.*)\.(q|k|v|gate|up)_proj\.(weight|bias)$")
+_EXPERT = re.compile(r"^(.*\.mlp\.experts)\.\d+\.(gate|up|down)_proj\.weight$")
+_FROM_ROWS = re.compile(r"\.(o|down)_proj\.weight$")
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_VOCABULARY_MULTIPLE = 64
+"""SGLang pads the vocabulary to a multiple of it, with zeros."""
+
+_NAMES_SHOWN = 5
+
+
+def check_weights(
+    targets: Sequence[SyncTarget],
+    weights: Iterator[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    num_key_value_heads: int,
+    is_cuda: bool,
+) -> int:
+    """Compare all targets' weights with the policy's; return how many digests were compared.
+
+    Args:
+        targets: servers of the same model; nothing may be in flight.
+        weights: (Hugging Face name, full weight) pairs of the policy.
+        dtype: type that the servers keep their weights in.
+        num_key_value_heads: of the model; ranks beyond it hold copies.
+        is_cuda: whether the servers run on GPUs.
+
+    Raises:
+        EngineError: naming the server and the tensors that differ; if a server does not tell.
+    """
+    sizes = {target.num_ranks for target in targets}
+    ours = _Digests(sizes, dtype=dtype, num_key_value_heads=num_key_value_heads, is_cuda=is_cuda)
+    for name, weight in weights:
+        ours.add(name, weight)
+    num_compared = 0
+    for target in targets:
+        for rank, theirs in _reported(target).items():
+            expected = ours.of_rank(target.num_ranks, rank)
+            _compare(expected, theirs, where=f"{target.name}, rank {rank}")
+            num_compared += len(expected)
+    return num_compared
+
+
+def _reported(target: SyncTarget) -> dict[int, Mapping[str, str]]:
+    """Return the digests of every tensor-parallel rank of a server."""
+    try:
+        answer = target.client.checksums()
+    except (ServerLost, ServerRefusal) as error:
+        raise EngineError(
+            f"weight sync: {target.name} does not tell the checksums of its weights: {error}; set "
+            "rollout.sglang.sync.checksum_every_syncs to none to do without"
+        ) from error
+    ranks: Sequence[Mapping[str, Any]] = answer.get("ranks") or []
+    reported = {int(one["parallelism_info"]["tp_rank"]): one["checksums"] for one in ranks}
+    if sorted(reported) != list(range(target.num_ranks)):
+        raise EngineError(
+            f"weight sync: {target.name} reports the checksums of ranks {sorted(reported)}, "
+            f"expected 0 to {target.num_ranks - 1}"
+        )
+    return reported
+
+
+def _compare(ours: Mapping[str, str], theirs: Mapping[str, str], *, where: str) -> None:
+    """Refuse a server with other weights.
+
+    Raises:
+        EngineError: naming the tensors.
+    """
+    faults = {
+        "differ": sorted(n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n]),
+        "are the policy's only": sorted(ours.keys() - theirs.keys()),
+        "are the server's only": sorted(theirs.keys() - ours.keys()),
+    }
+    told = [
+        f"{len(names)} {what}: {', '.join(names[:_NAMES_SHOWN])}"
+        + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+        for what, names in faults.items()
+        if names
+    ]
+    if told:
+        raise EngineError(
+            f"weight sync: the weights of {where} are not the policy's; of {len(ours)} tensors "
+            f"{'; '.join(told)}. What it samples cannot be trusted; another transport "
+            "(rollout.sglang.sync.transport) may get them across"
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class _Rank:
+    """The tensors of one rank of a server."""
+
+    size: int
+    rank: int
+    digests: dict[str, Digest] = field(default_factory=dict)
+
+
+class _Digests:
+    """The digests that ranks of servers must report."""
+
+    def __init__(
+        self, sizes: set[int], *, dtype: torch.dtype, num_key_value_heads: int, is_cuda: bool
+    ) -> None:
+        self._ranks = {(n, rank): _Rank(size=n, rank=rank) for n in sizes for rank in range(n)}
+        self._dtype = dtype
+        self._num_key_value_heads = num_key_value_heads
+        self._new = GpuDigest if is_cuda else CpuDigest
+
+    def add(self, name: str, weight: Tensor) -> None:
+        """Add a weight; the parts of a fused tensor come in its order."""
+        held = _held_name(name)
+        weight = weight.detach().to(self._dtype)
+        for one in self._ranks.values():
+            part = self._part(name, weight, one)
+            digest = one.digests.get(held)
+            if digest is None:
+                digest = one.digests[held] = self._new()
+            digest.update(part)
+
+    def of_rank(self, size: int, rank: int) -> dict[str, str]:
+        """Return name -> digest of everything that a rank of so many holds."""
+        return {name: one.value() for name, one in self._ranks[size, rank].digests.items()}
+
+    def _part(self, name: str, weight: Tensor, one: _Rank) -> Tensor:
+        """Return the part of a weight that a rank holds."""
+        if name in _VOCABULARY:
+            return _vocabulary_part(weight, one)
+        if _FROM_ROWS.search(name):
+            return weight.chunk(one.size, dim=1)[one.rank]
+        match = _FUSED.match(name)
+        if match is None:
+            return weight
+        if match[2] in ("k", "v") and one.size > self._num_key_value_heads:
+            copies = one.size // self._num_key_value_heads
+            return weight.chunk(self._num_key_value_heads)[one.rank // copies]
+        return weight.chunk(one.size)[one.rank]
+
+
+def _vocabulary_part(weight: Tensor, one: _Rank) -> Tensor:
+    """Return a rank's rows of an embedding or a head, zeros behind its end."""
+    num_rows = -(-weight.shape[0] // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE // one.size
+    rows = weight[one.rank * num_rows : (one.rank + 1) * num_rows]
+    padding = weight.new_zeros(num_rows - rows.shape[0], weight.shape[1])
+    return torch.cat([rows, padding])
+
+
+def _held_name(name: str) -> str:
+    """Return the name of the tensor that a server keeps a weight in."""
+    if (match := _EXPERT.match(name)) is not None:
+        return f"{match[1]}.{'w2' if match[2] == 'down' else 'w13'}_weight"
+    if (match := _FUSED.match(name)) is None:
+        return name
+    fused = "gate_up_proj" if match[2] in ("gate", "up") else "qkv_proj"
+    return f"{match[1]}.{fused}.{match[3]}"

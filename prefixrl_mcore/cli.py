@@ -22,6 +22,7 @@ from prefixrl_mcore.commands.slurm import add_jobs_commands, add_launch_command
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.slurm.states import SlurmError
+from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 
 logger = logging.getLogger(__name__)
 
@@ -326,7 +327,10 @@ def _load(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
             f"CONFIG {arguments.config}: does not exist and is no TOML file; CONFIG comes first, "
             "flags after it"
         )
-    return load_config(RunConfig, arguments.config, rest)
+    config = load_config(RunConfig, arguments.config, rest)
+    if config.rollout.engine != "transformers":
+        find_api_key(config.rollout.sglang)  # a missing one is refused before anything is started
+    return config
 
 
 def _load_with_model(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:

@@ -7,6 +7,24 @@ from pydantic import Field, model_validator
 
 from prefixrl_mcore.config.base import Config
 
+_NO_KEY_THERE = "set PREFIXRL_SGLANG_API_KEY or rollout.sglang.api_key_file: arguments are public"
+_NO_GUARD_THERE = "its port would not ask for the API key"
+_RESERVED_ARGUMENTS = {
+    "--dtype": "set rollout.sglang.dtype",
+    "--enable-fp32-lm-head": "set model.logits_dtype, which the trainer's head obeys too",
+    "--enable-deterministic-inference": "set rollout.sglang.deterministic",
+    "--host": "set rollout.sglang.host",
+    "--port": "a free port is found by itself",
+    "--api-key": _NO_KEY_THERE,
+    "--admin-api-key": _NO_KEY_THERE,
+    "--config": "write the arguments themselves: a file could set what has settings of its own",
+    "--tokenizer-worker-num": "a second process would not ask for the API key",
+    "--grpc-port": _NO_GUARD_THERE,
+    "--grpc-mode": _NO_GUARD_THERE,
+    "--smg-grpc-mode": _NO_GUARD_THERE,
+}
+"""Arguments of a server that ``extra_args`` must not have, and what to do instead."""
+
 
 class SyncConfig(Config):
     """How the policy's weights get to the servers."""
@@ -44,6 +62,17 @@ class SGLangConfig(Config):
     memory_fraction: float = Field(default=0.8, gt=0.0, lt=1.0)
     """``--mem-fraction-static``: share of GPU memory for weights and KV cache."""
 
+    deterministic: bool = False
+    """Equal seeds and weights give equal completions (``--enable-deterministic-inference``).
+    Slower; much slower on a CPU, where a server then computes one completion at a time."""
+
+    host: str = "127.0.0.1"
+    """Address that a started server listens on. Any but this machine's own needs an API key."""
+
+    api_key_file: Path | None = None
+    """File with the API key of the servers, in one line; None takes the environment variable
+    ``PREFIXRL_SGLANG_API_KEY``, if it is set. The key itself is in no setting and no log."""
+
     max_kv_tokens: int | None = Field(default=None, ge=256)
     """``--max-total-tokens``: size of the KV cache; None lets SGLang choose."""
 
@@ -60,20 +89,16 @@ class SGLangConfig(Config):
     """How weights get to the servers."""
 
     extra_args: tuple[str, ...] = ()
-    """Further arguments of ``sglang.launch_server``; precision has settings of its own."""
+    """Further arguments of ``sglang.launch_server``; precision and address have settings."""
 
     @model_validator(mode="after")
-    def _precision_is_not_an_extra_argument(self) -> "SGLangConfig":
-        settings = {
-            "--dtype": "rollout.sglang.dtype",
-            "--enable-fp32-lm-head": "model.logits_dtype, which the trainer's head obeys too",
-        }
+    def _what_has_a_setting_is_not_an_extra_argument(self) -> "SGLangConfig":
         for argument in self.extra_args:
-            if (setting := settings.get(argument.partition("=")[0])) is not None:
-                raise ValueError(
-                    f"rollout.sglang.extra_args must not set the precision, got {argument!r}; "
-                    f"set {setting}"
-                )
+            name = argument.partition("=")[0]
+            for reserved, instead in _RESERVED_ARGUMENTS.items():
+                # SGLang also understands the beginning of a name.
+                if len(name) > len("--") and reserved.startswith(name):
+                    raise ValueError(f"rollout.sglang.extra_args must not have {name}; {instead}")
         return self
 
 

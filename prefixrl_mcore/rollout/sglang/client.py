@@ -7,6 +7,8 @@ from typing import Any
 
 import urllib3
 
+from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.api_key import ApiKey
 from prefixrl_mcore.rollout.sglang.protocol import ServerProtocol, read_protocol
 
 _CONNECT_SECONDS = 5.0
@@ -19,6 +21,12 @@ _UPDATED_NOT_FLUSHED = "but the cache was not flushed"
 
 MAX_CONNECTIONS = 256
 """Requests in flight at once; the server has a queue of its own."""
+
+
+_KEY_REMEDY = (
+    "; the server asks for an API key, and there is none or another one here: set "
+    "PREFIXRL_SGLANG_API_KEY or rollout.sglang.api_key_file to its key"
+)
 
 
 class ServerLost(RuntimeError):  # noqa: N818 -- not an error of the caller's
@@ -35,15 +43,19 @@ class ServerRefusal(RuntimeError):  # noqa: N818 -- an answer, though a bad one
 
     def __str__(self) -> str:
         """Name the endpoint, the status and the server's words."""
-        return f"{self.path} answered {self.status}: {self.text[:1000]}"
+        remedy = _KEY_REMEDY if self.status == 401 else ""
+        return f"{self.path} answered {self.status}: {self.text[:1000]}{remedy}"
 
 
 class SGLangClient:
     """One server's endpoints; may be used by many threads."""
 
-    def __init__(self, url: str, *, request_timeout_seconds: float) -> None:
+    def __init__(
+        self, url: str, *, request_timeout_seconds: float, api_key: ApiKey | None = None
+    ) -> None:
         """Prepare for the server at ``url``; nothing is sent yet."""
         self.url = url.rstrip("/")
+        self._api_key = api_key
         self._request_timeout_seconds = request_timeout_seconds
         self._pool = urllib3.PoolManager(maxsize=MAX_CONNECTIONS, retries=False)
         self._protocol: ServerProtocol | None = None
@@ -60,6 +72,30 @@ class SGLangClient:
             return False
         return True
 
+    def check_guard(self) -> None:
+        """Make sure that a server with an API key refuses those who do not bring it.
+
+        Raises:
+            EngineError: if it lets them in, or does not answer.
+        """
+        if self._api_key is None:
+            return
+        stranger = SGLangClient(self.url, request_timeout_seconds=_HEALTH_SECONDS)
+        try:
+            stranger.model_info()
+        except ServerRefusal as refusal:
+            if refusal.status == 401:
+                return
+            raise EngineError(f"SGLang: {refusal}") from refusal
+        except ServerLost as error:
+            raise EngineError(f"SGLang: {error}") from error
+        finally:
+            stranger.close()
+        raise EngineError(
+            f"SGLang: the server at {self.url} answers without the API key; it was started without "
+            "one, or its version does not protect /model_info"
+        )
+
     def model_info(self) -> Mapping[str, Any]:
         """Return what the server says of its model, ``weight_version`` included."""
         return json.loads(self._call("GET", "/model_info", None, _CONTROL_SECONDS))
@@ -67,6 +103,12 @@ class SGLangClient:
     def server_info(self) -> Mapping[str, Any]:
         """Return the server's arguments, limits and ``version``."""
         return json.loads(self._call("GET", "/server_info", None, _CONTROL_SECONDS))
+
+    @property
+    def protocol(self) -> ServerProtocol:
+        """What the server can do, as detected last; ``detect_protocol`` must have been called."""
+        assert self._protocol is not None, f"the protocol of {self.url} was not detected"
+        return self._protocol
 
     def detect_protocol(self, server_info: Mapping[str, Any]) -> ServerProtocol:
         """Return what the server can do, and remember it until this is called again.
@@ -229,12 +271,15 @@ class SGLangClient:
     def _call(
         self, method: str, path: str, payload: Mapping[str, Any] | None, timeout_seconds: float
     ) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if self._api_key is not None:
+            headers |= self._api_key.headers
         try:
             response = self._pool.request(
                 method,
                 self.url + path,
                 body=None if payload is None else json.dumps(payload).encode(),
-                headers={"Content-Type": "application/json"},
+                headers=headers,
                 timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=timeout_seconds),
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -252,12 +297,23 @@ def generate_payload(
     temperature: float,
     stop_token_ids: Sequence[int],
     request_id: str,
+    seeds: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Return the body of ``/generate`` for one context.
 
     Every parameter that shapes the distribution is given: a model's generation config must not
     bring its own top-p or top-k. With ``num_samples`` above 1 the server computes the context
     first and takes it from its cache for every sample.
+
+    Args:
+        context_token_ids: [num_context_tokens].
+        num_samples: completions.
+        max_new_tokens: of each completion.
+        temperature: 0 is greedy.
+        stop_token_ids: tokens that end a completion.
+        request_id: names the request to the server; a beginning of it aborts it.
+        seeds: [num_samples] for a deterministic server: each sample is then a request of its own,
+            since those of one request share its seed.
     """
     parameters: dict[str, Any] = {
         "n": num_samples,
@@ -274,9 +330,14 @@ def generate_payload(
         "ignore_eos": not stop_token_ids,
         "skip_special_tokens": False,
     }
+    input_ids: list[Any] = list(context_token_ids)
+    sampling_params: Any = parameters
+    if seeds is not None:
+        input_ids = [input_ids] * num_samples
+        sampling_params = [parameters | {"n": 1, "sampling_seed": seed} for seed in seeds]
     return {
-        "input_ids": list(context_token_ids),
-        "sampling_params": parameters,
+        "input_ids": input_ids,
+        "sampling_params": sampling_params,
         "return_logprob": True,
         "logprob_start_len": -1,
         "rid": request_id,

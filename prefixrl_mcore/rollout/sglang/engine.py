@@ -28,6 +28,7 @@ from prefixrl_mcore.rollout.engine import (
 )
 from prefixrl_mcore.rollout.request_limits import completion_limits
 from prefixrl_mcore.rollout.sglang.answer import AnswerReader
+from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.client import (
     MAX_CONNECTIONS,
     ServerLost,
@@ -35,6 +36,7 @@ from prefixrl_mcore.rollout.sglang.client import (
     SGLangClient,
     generate_payload,
 )
+from prefixrl_mcore.rollout.sglang.determinism import check_determinism, sample_seeds
 from prefixrl_mcore.rollout.sglang.precision import check_logits
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_names import (
@@ -118,7 +120,9 @@ class SGLangEngine:
             self._start_server()
         else:
             self._client = SGLangClient(
-                config.url, request_timeout_seconds=config.request_timeout_seconds
+                config.url,
+                request_timeout_seconds=config.request_timeout_seconds,
+                api_key=find_api_key(config),
             )
             self._wait_until_healthy()
             self._weight_version = self._served_weights()
@@ -132,8 +136,8 @@ class SGLangEngine:
 
     @property
     def is_seeded(self) -> bool:
-        """False: SGLang's sampling depends on what else is in its batch."""
-        return False
+        """Whether the server is deterministic; otherwise a completion depends on its batch."""
+        return self._client.protocol.is_deterministic
 
     @property
     def policy_version(self) -> int:
@@ -253,6 +257,7 @@ class SGLangEngine:
             temperature=params.temperature,
             stop_token_ids=params.stop_token_ids,
             request_id=server_id,
+            seeds=sample_seeds(request.seed, request.num_samples) if self.is_seeded else None,
         )
         try:
             answers = self._client.generate(payload)
@@ -439,6 +444,7 @@ class SGLangEngine:
         except (ServerLost, ServerRefusal) as error:
             raise EngineError(f"SGLang: {error}") from error
         check_logits(info, self._config, self._logits_dtype)
+        check_determinism(info, self._config)
 
     def _served_weights(self) -> str:
         """Return the name of the weights that the server has."""

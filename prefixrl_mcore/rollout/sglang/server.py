@@ -17,7 +17,14 @@ from pathlib import Path
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.api_key import (
+    API_KEY_VARIABLE,
+    address_of,
+    find_api_key,
+    hand_over,
+)
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.determinism import deterministic_flags
 from prefixrl_mcore.rollout.sglang.precision import logits_flags, refused_flags
 from prefixrl_mcore.rollout.weight_names import read_config_number
 
@@ -48,9 +55,10 @@ _CONTEXT_MARGIN = 16
 _PRIVATE_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    API_KEY_VARIABLE,  # the server gets it through its standard input
     *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"),
 )
-"""The trainer's own: the server would join the trainer's process group or import its packages."""
+"""The trainer's own: the server would join its process group, import its packages, show its key."""
 
 
 class SGLangServer:
@@ -101,6 +109,7 @@ class SGLangServer:
                 "rollout.sglang.python to an environment that has SGLang"
             )
         port = _free_port()
+        api_key = find_api_key(config)
         command = [
             str(python),
             str(_SUPERVISOR),
@@ -112,6 +121,7 @@ class SGLangServer:
                 logits_dtype=logits_dtype,
                 device=device,
                 port=port,
+                has_key=api_key is not None,
                 max_total_tokens=max_total_tokens,
             ),
             f"--weight-version={weight_version}",
@@ -123,18 +133,22 @@ class SGLangServer:
             log.flush()
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=_environment(device),
                 start_new_session=True,
             )
+        hand_over(api_key, process)
         client = SGLangClient(
-            f"http://127.0.0.1:{port}", request_timeout_seconds=config.request_timeout_seconds
+            address_of(config.host, port),
+            request_timeout_seconds=config.request_timeout_seconds,
+            api_key=api_key,
         )
         server = cls(process, client, log_file)
         try:
             server._wait_until_healthy(config.start_timeout_seconds)
+            client.check_guard()
         except BaseException:
             server.stop()
             raise
@@ -214,13 +228,15 @@ def _server_arguments(
     logits_dtype: LogitsDtype,
     device: str,
     port: int,
+    has_key: bool,
     max_total_tokens: int,
 ) -> list[str]:
     """Return what the interpreter is given to run."""
-    launcher = [str(LAUNCHER)] if device == "cpu" else ["-m", "sglang.launch_server"]
+    is_stock = device != "cpu" and not has_key
+    launcher = ["-m", "sglang.launch_server"] if is_stock else [str(LAUNCHER)]
     arguments: dict[str, str] = {
         "--model-path": str(model_folder),
-        "--host": "127.0.0.1",
+        "--host": config.host,
         "--port": str(port),
         "--device": device,
         "--dtype": config.dtype,
@@ -237,7 +253,8 @@ def _server_arguments(
         arguments["--attention-backend"] = "torch_native"
         arguments["--sampling-backend"] = "pytorch"
         arguments["--dtype"] = "float32"
-        arguments["--mem-fraction-static"] = "0.1"
+        # A bound only, and a loose one: other programs take memory while the server looks at it.
+        arguments["--mem-fraction-static"] = "0.5"
         arguments.setdefault(
             "--max-total-tokens",
             str(_cpu_kv_tokens(model_folder, max_total_tokens + _CONTEXT_MARGIN)),
@@ -245,6 +262,7 @@ def _server_arguments(
         # The scheduler otherwise polls all the time, on a core that the trainer needs.
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
     flags += logits_flags(config, logits_dtype, device=device)
+    flags += deterministic_flags(config, device=device)
     pairs = [part for pair in arguments.items() for part in pair]
     return [*launcher, *pairs, *flags, *config.extra_args]
 

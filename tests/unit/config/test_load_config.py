@@ -78,12 +78,12 @@ def test_a_value_out_of_range_is_shown(tmp_path: Path) -> None:
         ),
         pytest.param(
             "[rollout.sglang]\nextra_args=['--enable-fp32-lm-head']\n",
-            r"rollout\.sglang\.extra_args .* '--enable-fp32-lm-head'; set model\.logits_dtype",
+            r"rollout\.sglang\.extra_args .* --enable-fp32-lm-head; set model\.logits_dtype",
             id="flag",
         ),
         pytest.param(
             "[rollout.sglang]\nextra_args=['--dtype=float32']\n",
-            r"got '--dtype=float32'; set rollout\.sglang\.dtype",
+            r"must not have --dtype; set rollout\.sglang\.dtype",
             id="dtype",
         ),
     ],

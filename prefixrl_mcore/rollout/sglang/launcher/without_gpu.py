@@ -1,6 +1,7 @@
 """What lets SGLang's server run on a machine without a GPU; part of ``serve.py``, off on GPUs."""
 
 import multiprocessing
+import os
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ def prepare(*, is_deterministic: bool) -> None:
         is_deterministic: the server is started with ``--enable-deterministic-inference``.
     """
     _fork_processes()
+    if is_deterministic:
+        # The sampler is to be compiled, and the compiler knows no unsigned 64-bit seeds on a CPU.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read when torch is imported
     _name_the_device()
     _wait_for_no_gpu()
     if is_deterministic:

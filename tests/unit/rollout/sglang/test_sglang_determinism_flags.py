@@ -1,0 +1,68 @@
+"""Seeds of samples, and what a deterministic server is started and asked with."""
+
+import pytest
+
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.client import generate_payload
+from prefixrl_mcore.rollout.sglang.determinism import (
+    check_determinism,
+    deterministic_flags,
+    sample_seeds,
+)
+
+
+def test_seeds_of_the_samples_are_fixed_and_all_different() -> None:
+    seeds = [seed for request in range(50) for seed in sample_seeds(request, 8)]
+
+    assert len(set(seeds)) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # They are part of what a run means: a change of them changes every deterministic run.
+    assert sample_seeds(7, 2) == [4172191270341509114, 8203323606716338283]
+    assert sample_seeds(7, 3)[:2] == sample_seeds(7, 2)
+
+
+def test_each_sample_is_a_request_with_a_seed_of_its_own() -> None:
+    payload = generate_payload(
+        context_token_ids=[5, 6],
+        num_samples=3,
+        max_new_tokens=4,
+        temperature=1.0,
+        stop_token_ids=[2],
+        request_id="r",
+        seeds=[11, 12, 13],
+    )
+
+    assert payload["input_ids"] == [[5, 6], [5, 6], [5, 6]]
+    parameters = payload["sampling_params"]
+    assert [one["sampling_seed"] for one in parameters] == [11, 12, 13]
+    assert {one["n"] for one in parameters} == {1}
+    assert {one["max_new_tokens"] for one in parameters} == {4}
+
+
+@pytest.mark.parametrize(
+    ("device", "flags"),
+    [
+        (
+            "cpu",
+            [
+                *("--enable-deterministic-inference", "--max-running-requests", "1"),
+                "--disable-radix-cache",
+            ],
+        ),
+        ("cuda", ["--enable-deterministic-inference"]),
+    ],
+)
+def test_server_is_started_deterministic_where_it_is_asked_for(
+    device: str, flags: list[str]
+) -> None:
+    assert deterministic_flags(SGLangConfig(), device=device) == []
+    assert deterministic_flags(SGLangConfig(deterministic=True), device=device) == flags
+
+
+def test_server_elsewhere_that_is_not_deterministic_is_refused() -> None:
+    config = SGLangConfig(url="http://there", deterministic=True)
+
+    check_determinism({"enable_deterministic_inference": True}, config)
+    with pytest.raises(EngineError, match="--enable-deterministic-inference, or leave"):
+        check_determinism({"enable_deterministic_inference": False}, config)

@@ -38,7 +38,14 @@ def _script(folder: Path, site: SiteConfig, shape: Shape, *settings: str) -> str
     )
     layout = lay_out(config, site, shape=shape)
     job = JobFolder.make(folder, "golden")
-    task = TaskFile(config="c", run_folder="r", working_directory="/", is_resumed=False)
+    task = TaskFile(
+        config="c",
+        run_folder="r",
+        working_directory="/",
+        is_resumed=False,
+        num_servers=0,
+        gpus_per_server=0,
+    )
     job.write(task, describe("golden", site, layout, job, dry_run=True))
     assert submit(site, job) is None
     script = job.script.read_text().replace(str(job.path), "/jobs/golden-1")

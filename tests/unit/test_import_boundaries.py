@@ -72,6 +72,10 @@ def test_sglang_is_imported_nowhere_but_in_rollout() -> None:
     assert _importers_of("sglang") <= {"rollout"}
 
 
+def test_nemo_run_is_imported_only_by_launch() -> None:
+    assert _importers_of("nemo_run") == {"launch"}
+
+
 def test_torch_stays_out_of_config_records_rewards_and_launch() -> None:
     assert not _importers_of("torch") & {
         "config",

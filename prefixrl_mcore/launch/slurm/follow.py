@@ -56,15 +56,23 @@ def follow(
     *,
     ask: Callable[[str], JobState] = job_state,
     sleep: Callable[[float], None] = time.sleep,
-    out: TextIO = sys.stdout,
+    out: TextIO | None = None,
 ) -> int:
     """Show logs and state of a job until it has ended; return 0 only if it completed.
 
     A job that goes back into the queue is followed on.
 
+    Args:
+        folder: of the job.
+        job_id: Slurm's number.
+        ask: how its state is found.
+        sleep: how to wait.
+        out: where the logs are written; None is standard output.
+
     Returns:
         0, else the exit code of the batch script, 1 if it has none.
     """
+    target = out or sys.stdout  # now, and not when this module was imported
     reader, shown, num_lost, has_ended = LogReader(folder), "", 0, False
     while True:
         state = ask(job_id)
@@ -76,12 +84,12 @@ def follow(
             shown = str(state)
             logger.info("job %s: %s", job_id, shown)
         if state.has_ended and has_ended:  # twice: a requeue passes through such states
-            reader.write_new(out)
+            reader.write_new(target)
             report_end(folder, job_id, state)
             return state.result
         has_ended = state.has_ended
         for _ in range(_POLLS_PER_QUESTION):
-            reader.write_new(out)
+            reader.write_new(target)
             sleep(_POLL_SECONDS)
 
 

@@ -32,6 +32,12 @@ class TaskFile:
     is_resumed: bool
     """The run was begun by an earlier job, or elsewhere."""
 
+    num_servers: int
+    """Rollout servers on nodes of their own; 0 if the trainer starts its own."""
+
+    gpus_per_server: int
+    """GPUs of each of them; 0 is a server on CPUs."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskEnd:
@@ -126,6 +132,10 @@ class JobFolder:
     def batch_log(self) -> Path:
         """What the batch script says."""
         return self.logs / "batch.log"
+
+    def server_file(self, start: int, index: int) -> Path:
+        """Return where rollout server ``index`` of a start says its address once it is healthy."""
+        return self.logs / f"start-{start}" / f"rollout-{index}.server.json"
 
     def write_end(self, start: int, end: TaskEnd) -> None:
         """Keep how a task of a start ended."""

@@ -12,7 +12,7 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.check import check_layout, read_shape
 from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
-from prefixrl_mcore.launch.slurm.layout import Shape, explain, lay_out
+from prefixrl_mcore.launch.slurm.layout import JobLayout, Shape, explain, lay_out
 from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.submission import describe, submit
 from prefixrl_mcore.observability.run_folder import RunFolder
@@ -65,6 +65,7 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
     layout = lay_out(
         config, site, shape=how.shape, nodes=how.nodes, rollout_nodes=how.rollout_nodes
     )
+    _check_servers(config, layout)
     _check_model(config, dry_run=how.dry_run)
     _check_run_folder(config, resume=how.resume)
     name = how.name or config.run_folder.name
@@ -75,6 +76,10 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
         run_folder=str(config.run_folder),
         working_directory=str(Path.cwd()),
         is_resumed=how.resume,
+        num_servers=layout.rollout_nodes * layout.servers_per_node,
+        gpus_per_server=(
+            config.rollout.sglang.tensor_parallel_size if layout.rollout_gpus_per_node else 0
+        ),
     )
     folder.write(task, describe(name, site, layout, folder, dry_run=how.dry_run))
     logger.info("%s: %s", name, explain(config, site, layout))
@@ -95,6 +100,27 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
             *(job_id, job_id, job_id),
         )
         return 130
+
+
+def _check_servers(config: RunConfig, layout: JobLayout) -> None:
+    """Refuse rollout nodes that the run's engine would not use.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if not layout.rollout_nodes:
+        return
+    number = layout.rollout_nodes * layout.servers_per_node
+    if number > 1:
+        raise ConfigError(
+            f"{number} rollout servers: the engine takes one so far; raise "
+            "rollout.sglang.tensor_parallel_size to the GPUs of a node, with --rollout-nodes 1"
+        )
+    if config.rollout.engine == "transformers" or config.rollout.sglang.url is not None:
+        raise ConfigError(
+            f"--shape {layout.shape} starts SGLang servers on nodes of their own; leave out "
+            "rollout.engine = 'transformers' and rollout.sglang.url"
+        )
 
 
 def _check_model(config: RunConfig, *, dry_run: bool) -> None:

@@ -1,5 +1,6 @@
 """What srun starts: ``python -m prefixrl_mcore.launch.slurm.task JOB_FOLDER ROLE``."""
 
+import json
 import os
 import socket
 import sys
@@ -17,31 +18,66 @@ from prefixrl_mcore.observability.run_folder import RunFolder
 def main() -> int:
     """Run one task and return its exit code."""
     folder, role = JobFolder(Path(sys.argv[1])), sys.argv[2]
-    if role != "trainer":
-        raise ConfigError(f"role {role}: expected trainer")
-    task = folder.read_task()
+    if role not in _ROLES:
+        raise ConfigError(f"role {role}: expected one of {', '.join(_ROLES)}")
+    task, exit_code = folder.read_task(), 1
     os.chdir(task.working_directory)
-    os.environ.update({**RANK_DEFAULTS, **os.environ, **rank_variables(os.environ)})
-    # Here: it imports what only a trainer needs.
-    from prefixrl_mcore.cli import main as prefixrl
-
-    exit_code = 1
     try:
-        exit_code = prefixrl(train_arguments(task, os.environ))
+        exit_code = _ROLES[role](folder, task)
     except SystemExit as end:
         exit_code = end.code if isinstance(end.code, int) else 1
         raise
     finally:
-        _note_end(folder, f"{role}-{os.environ['RANK']}", exit_code)
+        end = TaskEnd(
+            task=f"{role}-{os.environ['SLURM_PROCID']}",
+            node=socket.gethostname(),
+            exit_code=exit_code,
+            unix_seconds=time.time(),
+        )
+        folder.write_end(start_number(os.environ), end)
     return exit_code
 
 
-def _note_end(folder: JobFolder, task: str, exit_code: int) -> None:
-    """Keep how this task ended, for the summary of a failed job."""
-    end = TaskEnd(
-        task=task, node=socket.gethostname(), exit_code=exit_code, unix_seconds=time.time()
-    )
-    folder.write_end(int(os.environ.get("SLURM_RESTART_COUNT") or 0), end)
+def _train(folder: JobFolder, task: TaskFile) -> int:
+    """Be one rank of the trainer."""
+    os.environ.update({**RANK_DEFAULTS, **os.environ, **rank_variables(os.environ)})
+    arguments = train_arguments(task, os.environ)
+    if task.num_servers:
+        arguments += server_flags(folder, task, start=start_number(os.environ))
+    # Here: it imports what only a trainer needs.
+    from prefixrl_mcore.cli import main as prefixrl
+
+    return prefixrl(arguments)
+
+
+def _serve(folder: JobFolder, task: TaskFile) -> int:
+    """Run one rollout server."""
+    # Here: it imports what only a server needs.
+    from prefixrl_mcore.launch.slurm.rollout_task import serve
+
+    return serve(folder, task, os.environ)
+
+
+_ROLES = {"trainer": _train, "rollout": _serve}
+
+
+def server_flags(
+    folder: JobFolder, task: TaskFile, *, start: int, poll_seconds: float = 1.0
+) -> list[str]:
+    """Wait until all rollout servers of this start are healthy; return the flags that name them.
+
+    A server that does not come up ends the job by itself.
+    """
+    files = [folder.server_file(start, index) for index in range(task.num_servers)]
+    while not all(file.exists() for file in files):
+        time.sleep(poll_seconds)
+    (url,) = (json.loads(file.read_text())["url"] for file in files)
+    return ["--rollout.sglang.url", url]
+
+
+def start_number(environment: Mapping[str, str]) -> int:
+    """Return how often the job has been started before."""
+    return int(environment.get("SLURM_RESTART_COUNT") or 0)
 
 
 def train_arguments(task: TaskFile, environment: Mapping[str, str]) -> list[str]:
@@ -50,7 +86,7 @@ def train_arguments(task: TaskFile, environment: Mapping[str, str]) -> list[str]
     A start after a requeue resumes what the start before it began, if it got so far.
     """
     arguments = ["train", task.config]
-    is_restart = int(environment.get("SLURM_RESTART_COUNT") or 0) > 0
+    is_restart = start_number(environment) > 0
     has_run = RunFolder(Path(task.run_folder)).config_file.exists()
     if task.is_resumed or (is_restart and has_run):
         arguments.append("--resume")

@@ -66,6 +66,8 @@ def _arguments(run: Path, *, is_resumed: bool = False, **variables: str) -> list
         run_folder=str(run),
         working_directory="/",
         is_resumed=is_resumed,
+        num_servers=0,
+        gpus_per_server=0,
     )
     return train_arguments(task, variables)
 

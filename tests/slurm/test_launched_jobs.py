@@ -1,0 +1,229 @@
+"""Jobs on real Slurm, submitted as a user does it: through ``prefixrl launch`` and NeMo-Run."""
+
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.cli import main
+from prefixrl_mcore.launch.slurm.follow import follow
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile, find_job, find_jobs
+from prefixrl_mcore.launch.slurm.layout import JobLayout
+from prefixrl_mcore.launch.slurm.sites import load_site
+from prefixrl_mcore.launch.slurm.states import job_state
+from prefixrl_mcore.launch.slurm.submission import describe, submit
+from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of, without_clock
+
+LAUNCH_PYTHON = ROOT / ".venv-launch" / "bin" / "python"
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(not LAUNCH_PYTHON.exists(), reason="NeMo-Run: run make setup-launch"),
+]
+
+
+@pytest.fixture
+def jobs(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let ``--site ci-local`` be the shipped profile with paths of its own; return the jobs."""
+    shipped = (ROOT / "slurm" / "sites" / "ci-local.toml").read_text()
+    folder = tmp_path / "jobs"
+    own = f'job_folder = "{folder}"\nlaunch_python = "{LAUNCH_PYTHON}"\n'
+    (tmp_path / "ci-local.toml").write_text(own + shipped)
+    monkeypatch.setenv("PREFIXRL_SITES", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/kernels")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(ROOT)
+    return folder
+
+
+def _colocated(nodes: int, ranks_per_node: int) -> JobLayout:
+    return JobLayout(
+        shape="colocated",
+        trainer_nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        rollout_nodes=0,
+        servers_per_node=0,
+        rollout_gpus_per_node=0,
+    )
+
+
+def _submit_program(jobs: Path, layout: JobLayout, command: list[str]) -> tuple[JobFolder, str]:
+    """Submit another program than the trainer in a layout; return folder and number."""
+    site = load_site("ci-local")
+    job = JobFolder.make(jobs, "program")
+    task = TaskFile(
+        config="",
+        run_folder="",
+        working_directory=str(ROOT),
+        is_resumed=False,
+        num_servers=0,
+        gpus_per_server=0,
+    )
+    submission = describe("program", site, layout, job, dry_run=False)
+    submission["tasks"][0]["command"] = command
+    job.write(task, submission)
+    job_id = submit(site, job)
+    assert job_id is not None
+    return job, job_id
+
+
+def test_two_nodes_with_two_tasks_each_form_one_group(jobs: Path, tmp_path: Path) -> None:
+    layout = _colocated(2, 2)
+    out = tmp_path / "ranks"
+    out.mkdir()
+    command = [sys.executable, "-m", "tests.support.slurm_all_reduce", str(out)]
+    before = time.time()
+    job, job_id = _submit_program(jobs, layout, command)
+    result = follow(job, job_id, out=io.StringIO())
+    logs = "\n".join(file.read_text() for file in job.logs.rglob("*.log"))
+    assert result == 0, logs
+    ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(4)]
+    assert [rank["sum"] for rank in ranks] == [1111.0] * 4
+    assert [rank["host"] for rank in ranks] == ["n1", "n1", "n2", "n2"]
+    assert len({rank["address"] for rank in ranks}) == 2
+    assert [rank["local_rank"] for rank in ranks] == [0, 1, 0, 1]
+    assert {rank["local_world_size"] for rank in ranks} == {2}
+    assert {rank["master"] for rank in ranks} == {"n1"}
+    assert 500 < ranks[0]["end"] - before < 700  # ten minutes
+    assert sorted(file.name for file in job.starts()[0].glob("*.log")) == [
+        f"trainer-{rank}.log" for rank in range(4)
+    ]
+
+
+def _settings(tiny: TinyTask, run_folder: Path) -> list[str]:
+    """Return the settings of a short run on two tensor-parallel ranks."""
+    return [
+        f"run_folder={run_folder}",
+        f"model.path={tiny.folder / 'base'}",
+        f"data.problems={tiny.folder / 'train.jsonl'}",
+        f"data.held_out.held-out={tiny.folder / 'held_out.jsonl'}",
+        f"data.traces={tiny.folder / 'traces'}",
+        f"data.prefixes={tiny.folder / 'prefixes'}",
+        "policy.parallel.tensor_model_parallel_size=2",
+        "rollout.engine=transformers",
+        *("batch.prompts_per_step=4", "batch.group_size=4", "batch.stream_tokens=256"),
+        *("rollout.max_total_tokens=64", "rollout.max_completion_tokens=32"),
+        *("trainer.num_steps=5", "trainer.rollouts_every_steps=5", "checkpoint.every_steps=5"),
+        *("evaluation.every_steps=5", "evaluation.num_samples=2"),
+        *("evaluation.training_num_samples=2", "evaluation.unlock_num_samples=2"),
+    ]
+
+
+def _launch(*arguments: str) -> int:
+    return main(["launch", str(CONFIG), "--site", "ci-local", *arguments])
+
+
+def _wait_for_steps(run: Path, number: int, *, seconds: float = 180) -> None:
+    """Wait until a run has logged so many steps."""
+    deadline = time.monotonic() + seconds
+    while len(metrics_of(run, "train")) < number:
+        assert time.monotonic() < deadline, f"{run}: no step {number} in {seconds:g} s"
+        time.sleep(0.1)
+
+
+def test_a_preempted_run_goes_back_into_the_queue_and_ends_as_an_undisturbed_one(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    undisturbed, preempted = tmp_path / "undisturbed", tmp_path / "preempted"
+    for run in (undisturbed, preempted):
+        assert _launch("--detach", *_settings(tiny_task, run)) == 0
+    job = find_job(jobs, "preempted")
+    assert job.job_id is not None
+    _wait_for_steps(preempted, 1)
+    subprocess.run(["scancel", "--signal=USR1", job.job_id], check=True)
+    for other in find_jobs(jobs):
+        assert other.job_id is not None
+        said = io.StringIO()
+        assert follow(other, other.job_id, out=said) == 0, said.getvalue()
+    assert job_state(job.job_id).num_restarts == 1
+    assert [start.name for start in job.starts()] == ["start-0", "start-1"]
+    log = (job.starts()[1] / "trainer-0.log").read_text()
+    assert "resumed from" in log
+    for kind in ("train", "eval"):
+        ours = without_clock(metrics_of(preempted, kind))
+        assert ours == without_clock(metrics_of(undisturbed, kind))
+    assert [line["step"] for line in metrics_of(preempted, "train")] == list(range(5))
+
+
+def test_a_failing_run_makes_launch_fail_and_the_cause_is_shown(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    missing = tmp_path / "nothing.jsonl"
+    settings = [*_settings(tiny_task, tmp_path / "failing"), f"data.problems={missing}"]
+    with caplog.at_level(logging.INFO, logger="prefixrl_mcore"):
+        assert _launch(*settings) == 2  # bad input, as without Slurm
+    assert "FAILED" in caplog.text
+    assert re.search("trainer-[01] on n1 failed first, exit code 2", caplog.text)
+    assert "nothing.jsonl" in caplog.text
+    assert "nothing.jsonl" in capsys.readouterr().out  # followed
+    job = find_job(jobs, "failing")
+    assert main(["jobs", "status", "--jobs", str(jobs), "failing"]) == 2
+    assert main(["jobs", "list", "--jobs", str(jobs)]) == 0
+    assert job.job_id in capsys.readouterr().out
+    assert main(["jobs", "logs", "--jobs", str(jobs), job.job_id or "", "--task", "batch"]) == 0
+    assert "ended with exit code 2" in capsys.readouterr().out
+
+
+def test_a_refused_submission_says_why(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = tmp_path / "ci-local.toml"
+    site.write_text(site.read_text().replace('"batch"', '"nowhere"'))
+    assert _launch(*_settings(tiny_task, tmp_path / "run")) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "invalid partition specified: nowhere" in said
+    assert find_jobs(jobs) == []
+
+
+def test_a_cancelled_job_makes_follow_fail(jobs: Path) -> None:
+    layout = _colocated(1, 1)
+    job, job_id = _submit_program(jobs, layout, ["sleep", "600"])
+    assert main(["jobs", "cancel", "--jobs", str(jobs), "program"]) == 0
+    assert follow(job, job_id, out=io.StringIO()) != 0
+    assert job_state(job_id).state == "CANCELLED"
+
+
+def test_no_secret_is_written_anywhere(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "s3cr3t-0f-th3-us3r"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    layout = _colocated(1, 1)
+    reached = tmp_path / "reached"
+    command = ["bash", "-c", f"echo ${{#WANDB_API_KEY}} >{reached}; ps -ef >{reached}.ps"]
+    job, job_id = _submit_program(jobs, layout, command)
+    assert follow(job, job_id, out=io.StringIO()) == 0
+    assert reached.read_text().strip() == str(len(secret))  # the job has it
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) > 10
+    assert [str(file) for file in files if secret.encode() in file.read_bytes()] == []
+    assert os.environ["WANDB_API_KEY"] == secret
+    assert job.script.exists()
+
+
+def test_a_trainer_on_one_node_samples_from_a_server_on_another(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run = tmp_path / "split"
+    settings = [s for s in _settings(tiny_task, run) if not s.startswith("rollout.engine")]
+    server = [f"rollout.sglang.python={ROOT / '.venv-sglang' / 'bin' / 'python'}"]
+    server += ["rollout.sglang.dtype=float32", "rollout.sglang.max_kv_tokens=4096"]
+    steps = ["trainer.num_steps=2", "evaluation.every_steps=2", "checkpoint.every_steps=2"]
+    assert _launch("--shape", "split", "--nodes", "2", *settings, *server, *steps) == 0
+    job = find_job(jobs, "split")
+    served = json.loads(job.server_file(0, 0).read_text())["url"]
+    assert served.startswith("http://n2:")
+    assert served in (job.starts()[0] / "rollout-0.log").read_text()
+    assert len(metrics_of(run, "train")) == 2
+    for rank in range(2):
+        end = json.loads((job.starts()[0] / f"trainer-{rank}.end.json").read_text())
+        assert (end["exit_code"], end["node"]) == (0, "n1")

@@ -1,0 +1,129 @@
+"""What the batch script does with exit codes, run by bash with stand-ins for Slurm's commands."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parents[2] / "fixtures" / "batch_scripts"
+
+SRUN = """#!/bin/bash
+# Stand-in: the role is the last argument.
+role=${@: -1}
+trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' TERM
+echo "$role $PREFIXRL_TRAINER_HOSTS $PREFIXRL_ROLLOUT_HOSTS" >>$SAID
+if [[ $role == trainer ]]; then sleep $TRAINER_SECONDS >&- 2>&- & wait; exit $TRAINER_CODE; fi
+sleep $ROLLOUT_SECONDS >&- 2>&- & wait
+exit $ROLLOUT_CODE
+"""
+
+SCONTROL = """#!/bin/bash
+case "$*" in
+"show hostnames"*) printf 'node-a\\nnode-b\\nnode-c\\n' ;;
+"show job"*) echo '   StartTime=2026-01-01T00:00:00 EndTime=2026-01-01T04:00:00 Deadline=N/A' ;;
+*) echo "scontrol $*" >>$SAID ;;
+esac
+"""
+
+
+def _run(
+    folder: Path, shape: str, *, trainer: int, rollout: int | None = None, restarts: int = 0
+) -> tuple[int, str, str]:
+    """Run a golden script; the first step to end is the trainer's unless ``rollout`` is given.
+
+    Returns:
+        Exit code, what the stand-ins were told, and the script's own words.
+    """
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("module", "#!/bin/bash\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    script = (GOLDEN / f"{shape}.sh").read_text().replace("/jobs/golden-1", str(folder))
+    (folder / ".prefixrl-secrets").write_text("")
+    said = folder / "said"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "SAID": str(said),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node-[a-c]",
+            "SLURM_RESTART_COUNT": str(restarts),
+            "TRAINER_SECONDS": "0" if rollout is None else "30",
+            "TRAINER_CODE": str(trainer),
+            "ROLLOUT_SECONDS": "30" if rollout is None else "0",
+            "ROLLOUT_CODE": str(rollout or 0),
+        },
+    )
+    return done.returncode, said.read_text(), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("code", [75, 138])
+def test_a_run_that_has_saved_goes_back_into_the_queue(tmp_path: Path, code: int) -> None:
+    result, told, _ = _run(tmp_path, "colocated", trainer=code, restarts=2)
+    assert result == code
+    assert told.splitlines()[-1] == "scontrol requeue 7"
+    assert (tmp_path / "logs" / "start-2").is_dir()
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 76, 143])
+def test_any_other_end_is_the_jobs(tmp_path: Path, code: int) -> None:
+    result, told, said = _run(tmp_path, "colocated", trainer=code)
+    assert result == code
+    assert "requeue" not in told
+    assert f"start 0 of job 7 ended with exit code {code}" in said
+
+
+def test_restarts_have_an_end(tmp_path: Path) -> None:
+    result, told, said = _run(tmp_path, "colocated", trainer=75, restarts=20)
+    assert result == 75
+    assert "requeue" not in told
+    assert "not requeued: 20 restarts were allowed" in said
+
+
+def test_the_trainers_end_ends_the_servers(tmp_path: Path) -> None:
+    result, told, _ = _run(tmp_path, "split", trainer=3)
+    assert result == 3
+    assert "trainer node-a,node-b node-c" in told
+    assert "rollout told to end" in told
+
+
+def test_servers_that_never_came_up_end_the_job(tmp_path: Path) -> None:
+    result, told, said = _run(tmp_path, "split", trainer=0, rollout=1)
+    assert result == 1
+    assert "trainer told to end" in told
+    assert "requeue" not in told
+    assert "the rollout servers ended before the trainer, with exit code 1" in said
+
+
+def test_servers_that_leave_without_a_word_fail_the_job(tmp_path: Path) -> None:
+    assert _run(tmp_path, "split", trainer=0, rollout=0)[0] == 1
+
+
+def test_lost_servers_send_the_job_back_into_the_queue(tmp_path: Path) -> None:
+    result, told, _ = _run(tmp_path, "split", trainer=0, rollout=75)
+    assert result == 75
+    assert told.splitlines()[-1] == "scontrol requeue 7"
+
+
+def test_a_setup_line_that_fails_ends_the_job_before_any_task(tmp_path: Path) -> None:
+    script = (GOLDEN / "colocated.sh").read_text()
+    assert "source ~/.prefixrl-secrets" in script
+    (tmp_path / "bin").mkdir()
+    done = subprocess.run(
+        ["bash", "-c", script.replace("/jobs/golden-1", str(tmp_path))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SLURM_JOB_ID": "7"},
+    )
+    assert done.returncode != 0
+    assert "a setup line of the site failed" in done.stderr
+    assert "srun" not in done.stderr

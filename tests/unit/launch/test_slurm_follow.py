@@ -1,0 +1,115 @@
+"""Following a job: through a requeue, to the exit code, with the cause of a failure."""
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.launch.slurm.follow import LogReader, follow
+from prefixrl_mcore.launch.slurm.job_folder import (
+    JobFolder,
+    TaskEnd,
+    find_job,
+    find_jobs,
+)
+from prefixrl_mcore.launch.slurm.states import JobState
+
+
+def _job(tmp_path: Path) -> JobFolder:
+    job = JobFolder.make(tmp_path, "job")
+    job.write_submitted("7")
+    return job
+
+
+def _follow(job: JobFolder, *states: JobState) -> tuple[int, str]:
+    """Follow a job whose states are these, one after the other."""
+    told: Iterator[JobState] = iter(states)
+    out = io.StringIO()
+    result = follow(job, "7", ask=lambda _: next(told), sleep=lambda _: None, out=out)
+    assert next(told, None) is None  # not given up before the last
+    return result, out.getvalue()
+
+
+RUNNING = JobState(state="RUNNING", nodes="n1")
+FAILED = JobState(state="FAILED", exit_code=3)
+
+
+def test_a_job_that_passes_through_an_ended_state_into_the_queue_is_followed_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = _job(tmp_path)
+    pending = JobState(state="PENDING", reason="BeginTime", num_restarts=1)
+    done = JobState(state="COMPLETED", num_restarts=1)
+    with caplog.at_level(logging.INFO, logger="prefixrl_mcore"):
+        assert _follow(job, RUNNING, RUNNING, FAILED, pending, RUNNING, done, done)[0] == 0
+    assert "job 7: PENDING (BeginTime) after 1 restart(s)" in caplog.text
+    assert caplog.text.count("job 7: RUNNING on n1") == 2  # told when it changes
+
+
+def test_slurm_may_be_silent_for_a_while(tmp_path: Path) -> None:
+    silent = JobState(state="UNKNOWN")
+    assert _follow(_job(tmp_path), RUNNING, *[silent] * 200, FAILED, FAILED)[0] == 3
+    assert _follow(_job(tmp_path), RUNNING, *[silent] * 201)[0] == 1
+
+
+def test_the_task_that_failed_first_is_shown_with_its_last_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = _job(tmp_path)
+    for start, task, code, seconds in (
+        (0, "trainer-3", 9, 1.0),  # an earlier start
+        (1, "trainer-0", 143, 30.0),
+        (1, "trainer-1", 0, 10.0),
+        (1, "trainer-2", 3, 20.0),
+    ):
+        end = TaskEnd(task=task, node=f"node-{task[-1]}", exit_code=code, unix_seconds=seconds)
+        job.write_end(start, end)
+    lines = "\n".join(f"line {number}" for number in range(1, 31))
+    (job.starts()[1] / "trainer-2.log").write_text(lines)
+    assert _follow(job, FAILED, FAILED)[0] == 3
+    assert "trainer-2 on node-2 failed first, exit code 3:\nline 11\n" in caplog.text
+    assert "line 30" in caplog.text
+    assert "line 10\n" not in caplog.text
+
+
+def test_a_killed_task_leaves_the_batch_scripts_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = _job(tmp_path)
+    job.batch_log.write_text("slurmstepd: error: Detected 1 oom-kill event(s)\n")
+    assert _follow(job, *[JobState(state="OUT_OF_MEMORY", exit_code=253)] * 2)[0] == 253
+    assert "Detected 1 oom-kill event(s)" in caplog.text
+
+
+def test_what_is_added_to_the_logs_is_written_once_and_in_order_of_the_starts(
+    tmp_path: Path,
+) -> None:
+    job = _job(tmp_path)
+    for start in (2, 10):
+        (job.logs / f"start-{start}").mkdir()
+        (job.logs / f"start-{start}" / "trainer-0.log").write_text(f"start {start}\n")
+    reader, out = LogReader(job), io.StringIO()
+    reader.write_new(out)
+    job.batch_log.write_text("batch\n")
+    with (job.logs / "start-10" / "trainer-0.log").open("a") as log:
+        log.write("more\n")
+    reader.write_new(out)
+    reader.write_new(out)
+    assert out.getvalue() == "start 2\nstart 10\nbatch\nmore\n"
+
+
+def test_jobs_are_found_by_number_name_and_beginning(tmp_path: Path) -> None:
+    first, second = JobFolder.make(tmp_path, "run-a"), JobFolder.make(tmp_path, "run-b")
+    never = JobFolder.make(tmp_path, "dry")
+    first.write_submitted("7")
+    second.write_submitted("8")
+    assert {job.path for job in find_jobs(tmp_path)} == {first.path, second.path}
+    assert find_job(tmp_path, "8").path == second.path
+    assert find_job(tmp_path, "run-a").path == first.path
+    with pytest.raises(ConfigError, match=r"run: several jobs of .*; they are: "):
+        find_job(tmp_path, "run")
+    with pytest.raises(ConfigError, match=r"dry-.*: no job of .*; known: "):
+        find_job(tmp_path, never.path.name)

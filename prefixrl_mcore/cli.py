@@ -35,6 +35,12 @@ _SETTINGS_HELP = (
 )
 
 
+_OVERLAP_FLAGS = (
+    *("--rollout.schedule.overlap", "--rollout.schedule.max-staleness", "1"),
+    *("--loss.importance", "truncated"),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code."""
     arguments, rest = _parser().parse_known_args(argv)
@@ -116,6 +122,12 @@ def _add_pipeline_commands(commands: "argparse._SubParsersAction[argparse.Argume
         help="write torch.profiler traces of these steps to profile/ in the run folder: short for "
         "--profile.steps; see also --profile.ranks, --profile.with-stacks, "
         "--profile.memory-snapshot",
+    )
+    train.add_argument(
+        "--overlap",
+        action="store_true",
+        help="sample the next step's rollouts during the update: short for "
+        f"{' '.join(_OVERLAP_FLAGS)}",
     )
     again = _add_config_command(
         commands,
@@ -363,6 +375,8 @@ def _prefixes(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.profile:
         rest = [*rest, "--profile.steps", *map(str, arguments.profile)]
+    if arguments.overlap:
+        rest = [*_OVERLAP_FLAGS, *rest]
     config = _load(arguments, rest)
     if _needs_ranks(config):
         return _start_ranks(config, arguments.argv)

@@ -5,6 +5,7 @@ one computation of its context, and finished rows leave the batch.
 """
 
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class TransformersEngine:
         self._weights, self._tied_names = _weights_by_name(self._model)
         self._policy_version = -1
         self._cannot_sample = ""
+        self._in_use = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -140,14 +142,15 @@ class TransformersEngine:
             for sample_index in range(requests[index].num_samples)
         ]
         collected = Collected(requests, is_enough, on_completed)
-        size = self._config.max_batch_size
-        for first in range(0, len(rows), size):
-            if collected.is_enough:
-                break
-            batch = rows[first : first + size]
-            decoder = BatchDecoder(self._model, batch, params, policy_version=self._policy_version)
-            decoder.run(lambda index, one, batch=batch: collected.add(batch[index], one))
-        return collected.in_order(policy_version=self._policy_version)
+        size, version = self._config.max_batch_size, self._policy_version
+        with self._in_use:
+            for first in range(0, len(rows), size):
+                if collected.is_enough:
+                    break
+                batch = rows[first : first + size]
+                decoder = BatchDecoder(self._model, batch, params, policy_version=version)
+                decoder.run(lambda index, one, batch=batch: collected.add(batch[index], one))
+        return collected.in_order(policy_version=version)
 
     @torch.no_grad()
     def load_weights(self, stream: WeightStream, policy_version: int) -> None:
@@ -155,10 +158,22 @@ class TransformersEngine:
 
         Raises:
             EngineError: if a name is unknown, missing or repeated, or its shape differs; the
-                engine then refuses to sample until a complete set is loaded.
+                engine then refuses to sample until a complete set is loaded. If completions are
+                being sampled; nothing is changed then.
         """
         if self._model is None:
             raise EngineError(f"{self.name}: cannot load weights: the engine is closed")
+        if not self._in_use.acquire(blocking=False):
+            raise EngineError(
+                f"{self.name}: cannot load weights while completions are sampled; wait for sample"
+            )
+        try:
+            self._load_weights(stream, policy_version)
+        finally:
+            self._in_use.release()
+
+    def _load_weights(self, stream: WeightStream, policy_version: int) -> None:
+        """Do the work of ``load_weights``."""
         paused = self._cannot_sample if self._cannot_sample == _PAUSED else ""
         self._cannot_sample = "its weights are incomplete; load_weights failed or did not finish"
         shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
 from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
+from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.save_load import clean_up, latest_checkpoint, load_checkpoint
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.continuation import check_same_inputs, check_saved_settings
-from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
 from prefixrl_mcore.data.prefixes import read_prefixes
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource, original_problems, union
@@ -36,7 +37,7 @@ from prefixrl_mcore.trainer.overlapped_loop import train_overlapped
 from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
 from prefixrl_mcore.trainer.run_policy import build_policy
-from prefixrl_mcore.trainer.session import EXPORT, Session, retention_of
+from prefixrl_mcore.trainer.session import EXPORT, Session
 from prefixrl_mcore.trainer.sft import run_sft
 from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
 from prefixrl_mcore.trainer.step_metrics import read_hardware
@@ -242,7 +243,7 @@ def build_session(
         meter=meter,
         saver=CheckpointSaver(
             folder.checkpoints,
-            retention_of(config.checkpoint),
+            _retention(config.checkpoint),
             in_background=config.checkpoint.in_background,
         ),
         evaluation_sets=sets,
@@ -258,6 +259,16 @@ def build_session(
         gap_alarm=GapAlarm(config.rollout, warns=topology.is_first),
         stack=stack,
         input_digests=run_on_first(lambda: _digest_inputs(config, renderer)),
+    )
+
+
+def _retention(config: CheckpointConfig) -> Retention:
+    """Return the rules of ``[checkpoint]``."""
+    best = config.keep_best
+    return Retention(
+        keep_last=config.keep_last,
+        keep_every_steps=config.keep_every_steps,
+        keep_best=None if best is None else KeepBest(**best.model_dump()),
     )
 
 

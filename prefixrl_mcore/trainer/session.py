@@ -13,12 +13,11 @@ from torch import Tensor
 from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.accounting.model_flops import ModelFlops
 from prefixrl_mcore.checkpoint.manifest import SaveError
-from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.continuation import describe_settings
 from prefixrl_mcore.config.policy import LossConfig
-from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
+from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.packing import Aggregation, PackedBatch, pack
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource
@@ -37,7 +36,7 @@ from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
 from prefixrl_mcore.trainer.generation import Generated, staleness_metrics
-from prefixrl_mcore.trainer.groups import group_metrics, training_sequences
+from prefixrl_mcore.trainer.groups import training_sequences
 from prefixrl_mcore.trainer.memory import reset_peaks
 from prefixrl_mcore.trainer.out_of_memory import explained
 from prefixrl_mcore.trainer.profiling import StepProfiler
@@ -47,7 +46,9 @@ from prefixrl_mcore.trainer.step_metrics import (
     Hardware,
     batch_metrics,
     rank_metrics,
+    rollout_metrics,
     throughput_metrics,
+    update_metrics,
 )
 
 logger = logging.getLogger(__name__)
@@ -301,17 +302,10 @@ class Session:
         """Write metrics and rollouts of a step; ``figures`` are those of ranks and phases."""
         assert self.metrics is not None, "rank 0 has a metrics writer"
         values = {
-            **group_metrics([*rollouts.groups, *rollouts.dropped]),
-            "rollout/tokens_per_second": rollouts.num_new_tokens / rollouts.sample_seconds,
-            **rollouts.figures,
+            **rollout_metrics(rollouts),
             **self.staleness,
-            "loss/policy_gradient": update.loss,
-            "policy/gradient_norm": update.gradient_norm,
-            "policy/learning_rate": update.learning_rate,
-            "policy/version": float(self.policy.policy_version),
-            "policy/was_skipped": float(update.was_skipped),
+            **update_metrics(update, policy_version=self.policy.policy_version),
             **batch_metrics(batch),
-            **update.metrics,
             **self.gap_alarm.metrics(update.metrics),
             **self.meter.metrics(),
             "checkpoint/num_failed_saves": float(self.num_failed_saves + self.saver.num_untidy),
@@ -435,13 +429,3 @@ class Session:
         """The evaluator of rank 0."""
         assert self.evaluator is not None, "only rank 0 samples"
         return self.evaluator
-
-
-def retention_of(config: CheckpointConfig) -> Retention:
-    """Return the rules of ``[checkpoint]``."""
-    best = config.keep_best
-    return Retention(
-        keep_last=config.keep_last,
-        keep_every_steps=config.keep_every_steps,
-        keep_best=None if best is None else KeepBest(**best.model_dump()),
-    )

@@ -1,4 +1,4 @@
-"""What a step tells of its speed: throughput, MFU, balance over ranks, peak memory.
+"""What a step tells: rollouts, update, throughput, MFU, balance over ranks, peak memory.
 
 docs/metrics.md lists every metric; a test compares it with what a run writes.
 """
@@ -13,6 +13,8 @@ from prefixrl_mcore.accounting.hardware import peak_flops
 from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.policy.topology import Topology, gather_floats
 from prefixrl_mcore.records import UpdateResult
+from prefixrl_mcore.trainer.generation import Generated
+from prefixrl_mcore.trainer.groups import group_metrics
 from prefixrl_mcore.trainer.memory import memory_metrics, read_peaks, reset_peaks
 
 _MEMORY_NAMES = ("rss", "allocated", "reserved")
@@ -41,6 +43,27 @@ def read_hardware(topology: Topology, *, dtype: str, configured_peak: float | No
     if peak is None and topology.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(topology.device), dtype)
     return Hardware(num_ranks=topology.world_size, peak_flops=peak)
+
+
+def rollout_metrics(rollouts: Generated) -> dict[str, float]:
+    """Return what was sampled for a step: over all verified groups, dropped ones included."""
+    return {
+        **group_metrics([*rollouts.groups, *rollouts.dropped]),
+        "rollout/tokens_per_second": rollouts.num_new_tokens / rollouts.sample_seconds,
+        **rollouts.figures,
+    }
+
+
+def update_metrics(update: UpdateResult, *, policy_version: int) -> dict[str, float]:
+    """Return what an update did; ``policy_version`` is that of the weights after it."""
+    return {
+        "loss/policy_gradient": update.loss,
+        "policy/gradient_norm": update.gradient_norm,
+        "policy/learning_rate": update.learning_rate,
+        "policy/version": float(policy_version),
+        "policy/was_skipped": float(update.was_skipped),
+        **update.metrics,
+    }
 
 
 def batch_metrics(batch: PackedBatch) -> dict[str, float]:

@@ -275,6 +275,26 @@ def test_enough_aborts_what_is_in_flight_and_keeps_its_tokens(
     assert_logprobs_are_those_of(setting.model_a, requests, groups, temperature=1.0)
 
 
+def test_weights_stay_while_completions_are_sampled(
+    setting: Setting, engine: RolloutEngine
+) -> None:
+    messages: list[str] = []
+
+    def load(*_counts: int) -> None:
+        try:
+            engine.load_weights(lambda: iter(weights_of(setting.model_b)), 9)
+        except EngineError as error:
+            messages.append(str(error))
+
+    requests = [request_of(0, 9), request_of(1, 5)]
+    groups = engine.sample(requests, params_of(), load)
+
+    assert len(messages) == 2
+    assert "while completions are sampled" in messages[0]
+    assert engine.policy_version == 0
+    assert_logprobs_are_those_of(setting.model_a, requests, groups, temperature=1.0)
+
+
 def test_what_was_aborted_can_be_continued(setting: Setting, engine: RolloutEngine) -> None:
     _skip_without_sample_until(engine)
     short = dataclasses.replace(request_of(7, 8), max_completion_tokens=10)

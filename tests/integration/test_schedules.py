@@ -1,83 +1,160 @@
 """Over-sampling, partial rollouts, dynamic sampling and overlap in whole runs, and their resume."""
 
-import json
+import itertools
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from prefixrl_mcore.accounting.flops import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
+from prefixrl_mcore.trainer.rollout_supply import OVERLAP_METRICS
 from tests.support.tiny_run import TinyTask, metrics_of, without_clock
 
 OVERSAMPLING = ("--rollout.schedule.oversampling", "1.5")
-TRUNCATED = ("--loss.importance", "truncated")
 PARTIAL = (
     *OVERSAMPLING,
-    *TRUNCATED,
-    *("--rollout.schedule.partial", "--rollout.schedule.max-staleness", "2"),
+    *("--loss.importance", "truncated", "--rollout.schedule.partial"),
+    *("--rollout.schedule.max-staleness", "2"),
 )
-DYNAMIC = (*("--rollout.schedule.dynamic-sampling", "--rollout.schedule.max-rounds", "3"),)
-OVERLAP = (
-    *TRUNCATED,
-    *("--rollout.schedule.overlap", "--rollout.schedule.max-staleness", "1"),
-)
-ALL = (
-    *("--rollout.schedule.overlap", "--rollout.schedule.max-staleness", "3"),
-    "--rollout.schedule.partial",
-    *(*OVERSAMPLING, *DYNAMIC, *TRUNCATED),
-)
+DYNAMIC = ("--rollout.schedule.dynamic-sampling", "--rollout.schedule.max-rounds", "3")
+OVERLAP = ("--overlap",)
+ALL = (*OVERLAP, *PARTIAL, *DYNAMIC, "--rollout.schedule.max-staleness", "3")
 NUM_STEPS = 4
-TIMES = ("rollout/generation_seconds", "rollout/hidden_seconds")
+
+Lines = list[dict[str, Any]]
 
 
-def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
+def rollouts_of(run: Path, step: int) -> Lines:
     return pq.read_table(run / "rollouts" / f"step-{step:06d}.parquet").to_pylist()
 
 
-def state_of(run: Path) -> dict[str, Any]:
-    checkpoint = latest_checkpoint(run / "checkpoints")
-    assert checkpoint is not None
-    (file,) = [path for path in checkpoint.glob("*.json") if '"source"' in path.read_text()]
-    return json.loads(file.read_text())
-
-
-def steps_of(run: Path) -> list[dict[str, Any]]:
+def steps_of(run: Path) -> Lines:
     """Return the steps' metrics without what depends on the machine's speed."""
     lines = without_clock(metrics_of(run, "train"))
-    return [{name: line[name] for name in line if name not in TIMES} for line in lines]
+    return [{name: line[name] for name in line if name not in OVERLAP_METRICS} for line in lines]
 
 
-def assert_resumed_equals_undisturbed(
-    tiny_task: TinyTask, undisturbed: Path, resumed: Path, *flags: str
+def assert_groups_are_aborted(run: Path, lines: Lines) -> None:
+    for line in lines:
+        assert line["rollout/num_begun_groups"] == 6.0  # 1.5 times 4
+        assert line["rollout/num_aborted_groups"] == 2.0
+    assert sum(line["rollout/discarded_tokens"] for line in lines) > 0
+    assert {line["rollout/staleness_max"] for line in lines} == {0.0}
+
+
+def assert_groups_are_carried(run: Path, lines: Lines) -> None:
+    num_continued = 0
+    for line in lines:
+        rows = rollouts_of(run, line["step"])
+        version = int(line["policy/version"] - 1 + line["policy/was_skipped"])
+        spans = [span for row in rows if not row["is_dropped"] for span in row["version_spans"]]
+        ages = [version - span["policy_version"] for span in spans]
+        lengths = [span["num_tokens"] for span in spans]
+        total = sum(age * length for age, length in zip(ages, lengths, strict=True))
+        assert line["rollout/staleness_max"] == max(ages)
+        assert line["rollout/staleness_mean"] == pytest.approx(total / sum(lengths))
+        for row in rows:
+            assert sum(span["num_tokens"] for span in row["version_spans"]) == len(
+                row["completion_token_ids"]
+            )
+            assert len(row["rollout_logprobs"]) == len(row["completion_token_ids"]) <= 32
+            num_continued += len(row["version_spans"]) > 1
+    assert num_continued > 0
+    assert max(line["rollout/staleness_max"] for line in lines) >= 1
+
+
+def assert_groups_are_replaced(run: Path, lines: Lines) -> None:
+    num_parameters = count_parameters(run / "base")
+    flops = 0.0
+    for line in lines:
+        rows = rollouts_of(run, line["step"])
+        dropped = [row for row in rows if row["is_dropped"]]
+        assert len(rows) - len(dropped) == 16
+        assert len(dropped) == 4 * line["rollout/num_dropped_groups"]
+        assert {row["advantage"] for row in dropped} <= {0.0}
+        parts = ("prompt_token_ids", "prefix_token_ids", "completion_token_ids")
+        flops += 2 * num_parameters * sum(len(row[part]) for row in rows for part in parts)
+        assert line["flops/sampling"] == pytest.approx(flops, rel=1e-12)
+        rewards = [row["reward"] for row in rows]
+        assert line["rollout/reward_mean"] == pytest.approx(sum(rewards) / len(rewards))
+    assert sum(line["rollout/num_dropped_groups"] for line in lines) > 0
+
+
+def assert_steps_are_one_update_old(run: Path, lines: Lines) -> None:
+    # An update that was skipped has made nothing older; the first step has its own weights.
+    assert lines[0]["rollout/staleness_max"] == 0.0
+    for before, line in itertools.pairwise(lines):
+        assert line["rollout/staleness_mean"] == 1.0 - before["policy/was_skipped"]
+    for line in metrics_of(run, "train"):
+        seconds, hidden = (line[name] for name in OVERLAP_METRICS)
+        assert 0 <= hidden <= seconds
+        assert line["time/verify_seconds"] == 0
+    assert sum(line[OVERLAP_METRICS[1]] for line in metrics_of(run, "train")) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "check"),
+    [
+        pytest.param(OVERSAMPLING, assert_groups_are_aborted, id="oversampling"),
+        pytest.param(PARTIAL, assert_groups_are_carried, id="partial"),
+        pytest.param(DYNAMIC, assert_groups_are_replaced, id="dynamic"),
+        pytest.param(OVERLAP, assert_steps_are_one_update_old, id="overlap"),
+        pytest.param(ALL, assert_groups_are_carried, id="all"),
+    ],
+)
+@pytest.mark.slow
+def test_a_resumed_run_equals_an_undisturbed_one_whatever_the_schedule(
+    tiny_task: TinyTask,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    check: Callable[[Path, Lines], None],
 ) -> None:
+    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
+    assert tiny_task.run("train", undisturbed, *flags) == 0
+    (undisturbed / "base").symlink_to(tiny_task.folder / "base")
+    check(undisturbed, steps_of(undisturbed))
+
     # A time limit stops it after a step, as a signal would.
-    stopped = tiny_task.run("train", resumed, *flags, "--trainer.max-seconds", "1")
-    assert stopped == TIME_LIMIT_EXIT_CODE
+    limit = ("--trainer.max-seconds", "1")
+    assert tiny_task.run("train", resumed, *flags, *limit) == TIME_LIMIT_EXIT_CODE
     assert len(metrics_of(resumed, "train")) == 1
     assert tiny_task.run("train --resume", resumed, *flags) == 0
     assert steps_of(resumed) == steps_of(undisturbed)
-    assert without_clock(metrics_of(resumed, "eval")) == without_clock(
-        metrics_of(undisturbed, "eval")
-    )
+    evaluations = [without_clock(metrics_of(run, "eval")) for run in (resumed, undisturbed)]
+    assert evaluations[0] == evaluations[1]
     for step in range(NUM_STEPS):
         assert rollouts_of(resumed, step) == rollouts_of(undisturbed, step)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param(OVERSAMPLING, id="oversampling"),
-        pytest.param(PARTIAL, id="partial"),
-        pytest.param(DYNAMIC, id="dynamic"),
-        pytest.param(OVERLAP, id="overlap"),
-        pytest.param(ALL, id="all", marks=pytest.mark.slow),
-    ],
-)
-def test_a_resumed_run_equals_an_undisturbed_one_whatever_the_schedule(
-    tiny_task: TinyTask, tmp_path: Path, flags: tuple[str, ...]
-) -> None:
-    undisturbed = tmp_path / "undisturbed"
-    assert tiny_task.run("train", undisturbed, *flags) == 0
-    assert_resumed_equals_undisturbed(tiny_task, undisturbed, tmp_path / "resumed", *flags)
+@pytest.mark.slow
+def test_two_ranks_overlap_and_stop_at_a_signal(tiny_task: TinyTask, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    two_ranks = ("--policy.parallel.data-parallel-size", "2")
+    flags = (*ALL[1:], "--rollout.schedule.overlap", *two_ranks)
+    process = tiny_task.start("train", run, "--trainer.num-steps", "1000", *flags)
+    deadline = time.monotonic() + 300
+    while len(metrics_of(run, "train")) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    lines = metrics_of(run, "train")
+    assert checkpoint.name == f"step-{len(lines):06d}"
+    assert {line["rollout/staleness_max"] for line in lines[1:]} & {1.0, 2.0, 3.0}
+    again = (*flags, "--trainer.num-steps", str(len(lines) + 2))
+    process = tiny_task.start("train", run, "--resume", *again)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    after = metrics_of(run, "train")
+    assert [line["step"] for line in after] == list(range(len(lines) + 2))
+    assert after[: len(lines)] == lines

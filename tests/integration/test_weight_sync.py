@@ -3,11 +3,15 @@
 Skipped where SGLang's environment is missing; fails there instead if PREFIXRL_REQUIRE_SGLANG=1.
 """
 
+import multiprocessing
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +32,11 @@ from prefixrl_mcore.rollout.weight_sync.buckets import pack_buckets
 from prefixrl_mcore.rollout.weight_sync.checksums import check_weights
 from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
-from prefixrl_mcore.rollout.weight_sync.sync import SyncReport, sync_weights
+from prefixrl_mcore.rollout.weight_sync.sync import SyncReport, is_incomplete, sync_weights
 from prefixrl_mcore.rollout.weight_sync.tensor import TensorByValue
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
+from tests.support.fake_sglang import FakeSGLang, serve
+from tests.support.hf_logprobs import hf_completion_logprobs
 from tests.support.layouts import parallel_config
 from tests.support.policies import TEMPERATURE, build_policy, make_batch
 from tests.support.ranks import run_on_ranks
@@ -226,3 +232,77 @@ def test_checksums_find_the_one_element_that_differs(served: Served) -> None:
         held = name.replace("k_proj", "qkv_proj")
         with pytest.raises(EngineError, match=rf"rank 0 are not the policy's.*1 differ: {held}\."):
             check(served, iter(changed.items()))
+
+
+def die_half_way(served: Served, transport: str, folder: Path) -> None:
+    """Begin an update, and kill this process with two buckets sent."""
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for index, pair in enumerate(named_weights(build_tiny_qwen3(seed=7))):
+            if index == 12:
+                time.sleep(0.5)  # let the last bucket go through
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield pair
+
+    push(served, transport_named(transport, folder), weights, "of a dead trainer")
+
+
+@pytest.mark.parametrize("transport", ["tensor", "distributed", "disk"])
+def test_update_that_a_trainer_died_in_is_recognised_and_made_good_by_the_next(
+    served: Served, tmp_path: Path, transport: str
+) -> None:
+    if "llama" in str(served.folder):
+        pytest.skip("one model is enough")
+    child = multiprocessing.get_context("spawn").Process(
+        target=die_half_way, args=(served, transport, tmp_path)
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    client = SGLangClient(served.url, request_timeout_seconds=60)
+    assert is_incomplete(str(client.model_info()["weight_version"]))
+    assert bool(list(tmp_path.iterdir())) == (transport == "disk")
+
+    model = build_tiny_qwen3(seed=8)
+    weights = named_weights(model)
+    report = push(served, transport_named(transport, tmp_path), lambda: iter(weights), "next")
+
+    assert report.failed == {}
+    check(served, iter(weights))
+    assert list(tmp_path.iterdir()) == []
+    for sequence in sample(served, "next"):
+        expected = hf_completion_logprobs(
+            model,
+            sequence.context_token_ids,
+            sequence.completion_token_ids,
+            temperature=TEMPERATURE,
+        )
+        assert sequence.rollout_logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+
+
+class DoesNotJoin(FakeSGLang):
+    """Refuses to be part of a broadcast."""
+
+    def answer(self, path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/init_weights_update_group":
+            return 400, {"success": False, "message": "no NCCL here"}
+        return super().answer(path, payload)
+
+
+def test_server_that_breaks_a_broadcast_is_left_out_and_the_others_get_the_weights(
+    served: Served,
+) -> None:
+    weights = named_weights(
+        (build_tiny_llama if "llama" in str(served.folder) else build_tiny_qwen3)(seed=9)
+    )
+    with serve(DoesNotJoin()) as url:
+        client = SGLangClient(url, request_timeout_seconds=5)
+        other = SyncTarget(client=client, num_ranks=1, name="the other")
+
+        report = push(
+            served, Broadcast("gloo", timeout_seconds=5), lambda: iter(weights), "nine", other
+        )
+
+    assert list(report.failed) == ["the other"], report.failed
+    assert "no NCCL here" in report.failed["the other"]
+    check(served, iter(weights))

@@ -8,7 +8,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
@@ -29,6 +29,10 @@ from prefixrl_mcore.rollout.weight_sync.transport import (
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.0005
+_GRACE_SECONDS = 30.0
+"""How much longer than this side a server may wait: it then gives up because this side did, and
+tells who failed first."""
+
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -88,12 +92,16 @@ class Broadcast:
                     world_size=world_size,
                     group_name=self._group_name,
                     backend=self._backend,
-                    timeout_seconds=self._timeout_seconds,
+                    timeout_seconds=self._timeout_seconds + _GRACE_SECONDS,
                 )
                 for target in targets
             }
             cause = self._join(world_size, timeout)
-        return self._failures(joining, cause)
+            guilty = _failed_so_far(joining)
+            if cause:
+                del store
+                self.close()  # so that the servers that still wait for the others give up
+        return self._failures(joining, cause, guilty)
 
     def _join(self, world_size: int, timeout: datetime.timedelta) -> str:
         """Take part in the group as rank 0; return why it was not made, or nothing."""
@@ -126,14 +134,17 @@ class Broadcast:
         with ThreadPoolExecutor(len(targets), "weight-sync-receive") as pool:
             receiving = {
                 target.name: pool.submit(
-                    target.client.update_from_distributed, payload, self._timeout_seconds
+                    target.client.update_from_distributed,
+                    payload,
+                    self._timeout_seconds + _GRACE_SECONDS,
                 )
                 for target in targets
             }
             cause = self._broadcast(bucket, receiving)
+            guilty = _failed_so_far(receiving)
             if cause:
                 self._destroy()  # so that the servers that still receive give up
-        return self._failures(receiving, cause)
+        return self._failures(receiving, cause, guilty)
 
     def _broadcast(self, bucket: Bucket, receiving: Mapping[str, Future[None]]) -> str:
         """Broadcast the bytes; return why that failed, or nothing."""
@@ -155,16 +166,18 @@ class Broadcast:
             return str(error)
         return ""
 
-    def _failures(self, futures: Mapping[str, Future[None]], cause: str) -> Failures:
-        """Return why targets failed: for a reason of their own, or because of ``cause``."""
+    def _failures(
+        self, futures: Mapping[str, Future[None]], cause: str, guilty: Container[str]
+    ) -> Failures:
+        """Return why targets failed: by themselves, or because the broadcast broke."""
         failures = collect_failures(futures)
-        if not failures and not cause:
-            return {}
-        guilty = ", ".join(sorted(failures)) or "unknown which"
-        broke = f"the broadcast to all servers broke ({guilty}): {cause or 'one failed'}"
-        together = dict.fromkeys(futures.keys() - failures.keys(), broke)
-        self.innocent = frozenset(together)
-        return {**failures, **together}
+        if not cause:
+            return failures
+        self.innocent = frozenset(name for name in futures if name not in guilty)
+        broke = f"the broadcast to all servers broke: {cause}"
+        return {
+            name: f"{failures[name]}; {broke}" if name in failures else broke for name in futures
+        }
 
     def finish(self, targets: Sequence[SyncTarget]) -> Failures:
         """Leave the group on both sides."""
@@ -188,6 +201,11 @@ class Broadcast:
             dist.destroy_process_group(group)
         except RuntimeError as error:
             logger.warning("weight sync: the process group was not ended cleanly: %s", error)
+
+
+def _failed_so_far(futures: Mapping[str, Future[None]]) -> set[str]:
+    """Return who was the first to fail, before anything was given up because of it."""
+    return {name for name, future in futures.items() if future.done() and future.exception()}
 
 
 def _current(bucket: Bucket) -> AbstractContextManager[object]:

@@ -105,7 +105,7 @@ def sync_weights(
     update = _run(_Update(targets, transport, weight_version), make_buckets)
     failed = update.failed
     again = [t for t in targets if t.name in transport.innocent and t.client.is_healthy()]
-    if again and len(again) < len(targets):
+    if again:
         update = _run(_Update(again, transport, weight_version), make_buckets)
         failed = {name: failed[name] for name in failed.keys() - {t.name for t in again}}
         failed |= update.failed

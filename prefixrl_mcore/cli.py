@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from prefixrl_mcore.checkpoint.manifest import SaveError
+from prefixrl_mcore.commands.doctor import add_doctor_command
 from prefixrl_mcore.commands.model_files import add_checkpoint_commands, add_convert_commands
 from prefixrl_mcore.commands.slurm import add_jobs_commands, add_launch_command
 from prefixrl_mcore.config.load import load_config
@@ -232,6 +233,7 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         commands.add_parser("jobs", help="list, show and cancel what launch has submitted")
     )
 
+    add_doctor_command(commands)
     report = commands.add_parser("report", help="one HTML page that compares one or more runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, help="default: report.html in the first run folder")

@@ -25,7 +25,7 @@ from prefixrl_mcore.demo.task import build_task
 from prefixrl_mcore.eval.command import progress_file
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.report.html import build_report
-from prefixrl_mcore.report.summary import write_summary
+from prefixrl_mcore.report.summary import fallback_lines, write_summary
 
 METHODS = ("prefixrl", "rl", "sft_then_rl")
 """Runs of the demo, in the order in which they are started."""
@@ -226,6 +226,8 @@ def run_demo(folder: Path, *, folder_of_configs: Path, fresh: bool, engine: str 
     runs = [demo.run_folder(method) for method in METHODS]
     report = build_report(runs, folder / "report.html")
     summary = write_summary(runs, folder / "summary.json", seconds_per_stage=demo.seconds_per_stage)
+    for line in fallback_lines(runs):
+        console.print(line, style="yellow", markup=False, highlight=False)
     console.print(f"\ndone in {clock(time.time() - start)}", highlight=False)
     Console().print(f"summary: {summary.resolve()}\nreport:  {report.resolve()}", highlight=False)
     return 0

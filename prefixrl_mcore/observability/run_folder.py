@@ -30,6 +30,10 @@ _PACKAGES = (
 )
 
 
+ENGINE_FILE = "engine.json"
+"""In the log folder of each stage: the rollout engine, and why it fell back from SGLang if so."""
+
+
 class RunFolder:
     """Paths of one run, and the check that the folder belongs to the config at hand."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.continuation import flatten
-from prefixrl_mcore.observability.run_folder import RunFolder
+from prefixrl_mcore.observability.run_folder import ENGINE_FILE, RunFolder
 from prefixrl_mcore.report.collection import CollectionRecord, read_collection
 
 _SET_ACCURACY = re.compile(r"eval/([^/]+)/accuracy")
@@ -130,6 +130,14 @@ class RunRecord:
     stage_seconds: Mapping[str, float]
     """Wall time by stage; empty when unknown."""
 
+    engines: Mapping[str, str]
+    """Name of the rollout engine by stage (``train``, ``collect``, ``eval-...``); empty when
+    unknown."""
+
+    fallbacks: Mapping[str, str]
+    """Stage to the reason why SGLang was to be used, and was not; empty where that did not
+    happen."""
+
     train: tuple[MetricLine, ...]
     """Training lines by rising step, one per step."""
 
@@ -208,6 +216,7 @@ def read_run(folder: Path) -> RunRecord:
     config = flatten(_read_object(paths.config_file, notices))
     lines = _read_metrics(paths.metrics_file, notices)
     method = str(config.get("method") or folder.resolve().name)
+    engines, fallbacks = _read_engines(paths.logs, notices)
     return RunRecord(
         folder=folder,
         label=method,
@@ -216,6 +225,8 @@ def read_run(folder: Path) -> RunRecord:
         environment=flatten(_read_object(paths.environment_file, notices)),
         progress=_read_object(paths.progress_file, notices),
         stage_seconds=_numbers(_read_object(paths.stages_file, notices)),
+        engines=engines,
+        fallbacks=fallbacks,
         train=lines["train"],
         evals=lines["eval"],
         sft=lines["sft"],
@@ -249,6 +260,19 @@ def _held_out_names(config: Mapping[str, Any], evals: Sequence[MetricLine]) -> t
     matches = [match[1] for key in keys if (match := _SET_ACCURACY.fullmatch(key))]
     found = [name for name in matches if name not in (TRAIN_SET, "bins")]
     return tuple(dict.fromkeys([name for name in configured if name in found] + found))
+
+
+def _read_engines(logs: Path, notices: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the engine by stage, and the reason of those that fell back, with a notice each."""
+    engines, fallbacks = {}, {}
+    for path in sorted(logs.glob(f"*/{ENGINE_FILE}")):
+        stage, record = path.parent.name, _read_object(path, notices)
+        engines[stage] = str(record.get("engine", "unknown"))
+        if record.get("fallback_reason"):
+            reason = str(record["fallback_reason"]).splitlines()[0]
+            fallbacks[stage] = reason
+            notices.append(f"{stage}: {engines[stage]} took the place of SGLang: {reason}")
+    return engines, fallbacks
 
 
 def _read_object(path: Path, notices: list[str]) -> dict[str, Any]:

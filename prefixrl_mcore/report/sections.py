@@ -97,6 +97,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
         ("Problems", str(config.get("data.problems") or MISSING)),
         ("Steps", f"{_num_steps(run)} of {config.get('trainer.num_steps', '?')}"),
         ("Batch", _batch(config)),
+        ("Rollouts", ", ".join(sorted(set(run.engines.values()))) or MISSING),
         ("Commit", f"{str(commit)[:12]}{dirty}" if commit else "not recorded"),
     ]
     return [(name, value) for name, value in facts if value != MISSING]

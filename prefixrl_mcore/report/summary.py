@@ -44,6 +44,21 @@ def write_summary(
     return out
 
 
+def fallback_lines(run_folders: Sequence[Path]) -> list[str]:
+    """Return one line for each reason why a stage was to use SGLang and did not; none is good.
+
+    Raises:
+        ConfigError: as ``write_summary``.
+    """
+    places: dict[str, list[str]] = {}
+    for run in read_runs(run_folders):
+        for stage, reason in run.fallbacks.items():
+            places.setdefault(reason, []).append(f"{run.label} {stage}")
+    return [
+        f"SGLang was not used in {', '.join(stages)}: {reason}" for reason, stages in places.items()
+    ]
+
+
 def _method(run: RunRecord, names: Sequence[str]) -> dict[str, Any]:
     """Return one run's lists."""
     held_out = [name for name in names if name != TRAIN_SET]
@@ -51,6 +66,8 @@ def _method(run: RunRecord, names: Sequence[str]) -> dict[str, Any]:
     measured = [evaluation for evaluation in run.evaluations if evaluation.unlock]
     return {
         "run_folder": str(run.folder),
+        "engines": dict(run.engines),
+        "fallbacks": dict(run.fallbacks),
         "steps": [line.step for line in run.evals],
         "total_flops": [line.get("flops/total") for line in run.evals],
         "collect_flops": run.charged("collect"),

@@ -7,6 +7,8 @@ import torch
 
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import RolloutConfig
+from prefixrl_mcore.observability.atomic import write_json_atomic
+from prefixrl_mcore.observability.run_folder import ENGINE_FILE
 from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from prefixrl_mcore.rollout.transformers_engine import TransformersEngine
@@ -31,7 +33,8 @@ def build_engine(
         config: the run's rollout section.
         model_folder: weights (version -1), config and tokenizer.
         logits_dtype: precision of a bfloat16 model's logits, as in the trainer's head.
-        logs_folder: gets the output of the servers that are started.
+        logs_folder: gets the output of the servers that are started, and ``engine.json``: which
+            engine it became, and why SGLang is not used if it fell back.
         device: ``cpu`` or ``cuda``; None takes the GPU where there is one.
 
     Raises:
@@ -39,9 +42,10 @@ def build_engine(
         EngineError: if SGLang was asked for by name and cannot be had.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    fallback_reason: str | None = None
     if config.engine != "transformers":
         try:
-            return SGLangEngine(
+            engine: RolloutEngine = SGLangEngine(
                 model_folder,
                 config.sglang,
                 logits_dtype=logits_dtype,
@@ -52,11 +56,25 @@ def build_engine(
         except EngineError as error:
             if config.engine == "sglang":
                 raise
+            fallback_reason = str(error)
             logger.warning(
                 "SGLang is not used, the transformers engine takes its place: %s\n"
                 'Set rollout.engine = "transformers" to choose it without this warning.',
                 error,
             )
-    return TransformersEngine(
+        else:
+            return _recorded(engine, logs_folder, fallback_reason)
+    engine = TransformersEngine(
         model_folder, config.transformers, logits_dtype=logits_dtype, device=device
     )
+    return _recorded(engine, logs_folder, fallback_reason)
+
+
+def _recorded(
+    engine: RolloutEngine, logs_folder: Path, fallback_reason: str | None
+) -> RolloutEngine:
+    """Return the engine, once its name is in ``ENGINE_FILE`` for the report."""
+    logs_folder.mkdir(parents=True, exist_ok=True)
+    record = {"engine": engine.name, "fallback_reason": fallback_reason}
+    write_json_atomic(logs_folder / ENGINE_FILE, record)
+    return engine

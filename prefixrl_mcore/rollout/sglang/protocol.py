@@ -81,8 +81,21 @@ def read_protocol(
     return protocol
 
 
+def supported_range() -> str:
+    """Return the supported versions in words."""
+    return f"{OLDEST_VERSION} to {NEWEST_VERSION}"
+
+
+def is_supported(version: str) -> bool:
+    """Return whether a version is in the supported range."""
+    numbers = _numbers(version)
+    return numbers is not None and (
+        _known_numbers(OLDEST_VERSION) <= numbers <= _known_numbers(NEWEST_VERSION)
+    )
+
+
 def _check_version(version: str, url: str) -> None:
-    supported = f"{OLDEST_VERSION} to {NEWEST_VERSION} are supported"
+    supported = f"{supported_range()} are supported"
     numbers = _numbers(version)
     if numbers is not None and numbers < _known_numbers(OLDEST_VERSION):
         raise EngineError(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from prefixrl_mcore.report.figures import plot_headline
+from prefixrl_mcore.report.html import build_report
 from prefixrl_mcore.report.reader import read_run
 from prefixrl_mcore.report.style import LIGHT_COLORS, run_styles
-from prefixrl_mcore.report.summary import write_summary
+from prefixrl_mcore.report.summary import fallback_lines, write_summary
 from tests.support.fake_run import write_fake_run
 
 
@@ -43,6 +44,31 @@ def test_summary_of_an_empty_run_has_empty_lists(tmp_path: Path) -> None:
     assert method["total_flops"] == method["train_accuracy"] == method["heldout_accuracy"] == []
     assert method["unlock_curve"] is None
     assert summary["unlock_curve"] is None
+
+
+def _write_engine(run: Path, stage: str, engine: str, reason: str | None) -> None:
+    file = run / "logs" / stage / "engine.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"engine": engine, "fallback_reason": reason}))
+
+
+def test_run_that_fell_back_says_so_in_report_and_summary(tmp_path: Path) -> None:
+    fell_back = write_fake_run(tmp_path / "p", method="prefixrl", num_steps=10)
+    served = write_fake_run(tmp_path / "r", method="rl", num_steps=10)
+    _write_engine(fell_back, "train", "transformers 5.1", "no interpreter\nend of the log")
+    _write_engine(served, "train", "sglang 0.5.17", None)
+
+    methods = json.loads(write_summary([fell_back, served], tmp_path / "s.json").read_text())
+    page = build_report([fell_back, served], tmp_path / "report.html").read_text()
+
+    assert methods["methods"]["prefixrl"]["fallbacks"] == {"train": "no interpreter"}
+    assert methods["methods"]["rl"]["engines"] == {"train": "sglang 0.5.17"}
+    assert methods["methods"]["rl"]["fallbacks"] == {}
+    assert page.count("transformers 5.1 took the place of SGLang: no interpreter") >= 1
+    assert "sglang 0.5.17" in page
+    assert fallback_lines([fell_back, served]) == [
+        "SGLang was not used in prefixrl train: no interpreter"
+    ]
 
 
 def _has_color(picture: np.ndarray, color: str, *, columns: slice) -> bool:

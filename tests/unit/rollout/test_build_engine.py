@@ -1,3 +1,4 @@
+import json
 import logging
 from pathlib import Path
 
@@ -30,6 +31,9 @@ def test_without_sglang_the_fallback_says_why_and_what_to_do(
     assert isinstance(engine, TransformersEngine)
     (record,) = caplog.records
     assert "nowhere/bin/python does not exist; run `make setup-sglang`" in record.getMessage()
+    record_file = json.loads((tmp_path / "engine.json").read_text())
+    assert record_file["engine"] == engine.name
+    assert "nowhere/bin/python does not exist" in record_file["fallback_reason"]
 
 
 def test_server_that_does_not_start_is_replaced_too(

@@ -45,19 +45,51 @@ class SyncConfig(Config):
 
 
 class SGLangConfig(Config):
-    """A SGLang server run as a child process, in its own virtual environment."""
+    """SGLang servers run as child processes, in a virtual environment of their own."""
 
     python: Path = Path(".venv-sglang/bin/python")
     """Interpreter of the environment that SGLang is installed in (``make setup-sglang``)."""
 
-    url: str | None = None
-    """URL of a server that already runs; None starts one as a child process."""
+    num_servers: int = Field(default=1, ge=1)
+    """Servers to start as child processes; on a GPU machine each has ``tensor_parallel_size``
+    GPUs of its own, in the order of ``CUDA_VISIBLE_DEVICES``."""
+
+    urls: tuple[str, ...] = ()
+    """URLs of servers that already run; they take the place of ``num_servers`` child processes."""
+
+    router_url: str | None = None
+    """URL of a router (``sglang-router``) in front of all of ``urls``: it chooses the server of a
+    request. Everything else is said to the servers themselves, as a router cannot pass it on."""
+
+    min_servers: int = Field(default=1, ge=1)
+    """The run stops when so few servers are left that it is below this: those that are dead and
+    have used up ``max_restarts`` do not count. 1 goes on, slower, as long as there is one."""
+
+    max_restarts: int = Field(default=3, ge=0)
+    """Times that one dead server is started again (or waited for, if it runs elsewhere) within
+    ``restart_window_seconds``."""
+
+    restart_window_seconds: float = Field(default=3600.0, gt=0.0)
+    """Restarts that lie further back than this no longer count."""
+
+    max_samples_per_server: int = Field(default=512, ge=1)
+    """Completions that one server is asked for at a time; the rest waits here, where it can still
+    go to whichever server is free first."""
+
+    health_every_seconds: float = Field(default=5.0, gt=0.0)
+    """Time between two health checks of a server that owes answers."""
+
+    health_timeout_seconds: float = Field(default=10.0, gt=1.0)
+    """How long a server may take to show a sign of life; a healthy one takes a second."""
+
+    max_failures: int = Field(default=3, ge=1)
+    """Failures in a row (health checks, unusable answers) after which a server counts as dead."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the engine's weights and activations; a server on a CPU always has float32."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs of one server."""
+    """GPUs of each server."""
 
     memory_fraction: float = Field(default=0.8, gt=0.0, lt=1.0)
     """``--mem-fraction-static``: share of GPU memory for weights and KV cache."""
@@ -77,19 +109,57 @@ class SGLangConfig(Config):
     """``--max-total-tokens``: size of the KV cache; None lets SGLang choose."""
 
     start_timeout_seconds: float = Field(default=600.0, gt=0.0)
-    """How long the server may take until it is healthy."""
+    """How long a server may take until it is healthy."""
 
     request_timeout_seconds: float = Field(default=3600.0, gt=0.0)
     """How long one request may take before it counts as lost."""
 
     max_retries: int = Field(default=2, ge=0)
-    """Times that lost requests are issued again (after a restart if the server died)."""
+    """Times that a lost request is issued again, to another server where there is one."""
 
     sync: SyncConfig = Field(default_factory=SyncConfig)
     """How weights get to the servers."""
 
     extra_args: tuple[str, ...] = ()
     """Further arguments of ``sglang.launch_server``; precision and address have settings."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _url_is_now_urls(cls, values: object) -> object:
+        if isinstance(values, dict) and "url" in values:
+            raise ValueError(
+                f"rollout.sglang.url is now rollout.sglang.urls, a list, got url = "
+                f"{values['url']!r}; write urls = [{values['url']!r}], or leave it out to start "
+                "the servers"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _servers_are_child_processes_or_run_already(self) -> "SGLangConfig":
+        if self.urls and self.num_servers != 1:
+            raise ValueError(
+                "rollout.sglang.num_servers is for child processes, and rollout.sglang.urls for "
+                f"servers that already run, got {self.num_servers} and {len(self.urls)} URL(s); "
+                "leave one of them out"
+            )
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"rollout.sglang.urls names a server twice, got {list(self.urls)}")
+        if self.router_url is not None and not self.urls:
+            raise ValueError(
+                "rollout.sglang.router_url needs rollout.sglang.urls, the servers behind the "
+                "router: weights and aborts are sent to each of them; got none"
+            )
+        if self.min_servers > self.num_members:
+            raise ValueError(
+                "rollout.sglang.min_servers must not exceed the number of servers, got "
+                f"{self.min_servers} > {self.num_members}"
+            )
+        return self
+
+    @property
+    def num_members(self) -> int:
+        """Servers in all, whoever started them."""
+        return len(self.urls) or self.num_servers
 
     @model_validator(mode="after")
     def _what_has_a_setting_is_not_an_extra_argument(self) -> "SGLangConfig":

@@ -157,6 +157,10 @@ class RolloutEngine(Protocol):
         """Take device memory again; ``load_weights`` must follow before sampling."""
         ...
 
+    def take_metrics(self) -> dict[str, float]:
+        """Return what was measured since the last call, by metric name; empty if nothing was."""
+        ...
+
     def is_healthy(self) -> bool:
         """Answer quickly whether the engine can sample."""
         ...

@@ -287,7 +287,8 @@ class Session:
         over_ranks = rank_metrics(self.topology, update)
         times = self.phases.take()
         if self.metrics is not None:
-            self._write_step(step, rollouts, batch, update, figures={**over_ranks, **times})
+            figures = {**over_ranks, **self._evaluator.engine.take_metrics(), **times}
+            self._write_step(step, rollouts, batch, update, figures=figures)
         self.gap_alarm.ring(step, update.metrics)
 
     def _write_step(

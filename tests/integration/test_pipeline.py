@@ -22,6 +22,8 @@ from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.loss.row_metrics import metric_names
 from prefixrl_mcore.observability.phases import TIMED
 from prefixrl_mcore.policy import router
+from prefixrl_mcore.records import Completion
+from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.trainer.generation import (
     DYNAMIC_METRICS,
     OVERSAMPLING_METRICS,
@@ -100,6 +102,14 @@ def test_mfu_is_flops_over_the_given_peak(trained: Path) -> None:
         assert line["memory/peak_rss_bytes"] > 1e8
 
 
+def metrics_of_a_pool() -> set[str]:
+    """Return the names that a run with SGLang writes."""
+    counters = PoolCounters(num_servers=1)
+    completion = Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0)
+    counters.note_answer(0, 5, [completion])
+    return set(counters.metrics(num_ready=1))
+
+
 def test_what_is_written_is_what_is_documented(trained: Path) -> None:
     rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "metrics.md").read_text(), re.M)
     documented = [name for row in rows for name in re.findall(r"`([^`]*)`", row)]
@@ -111,6 +121,7 @@ def test_what_is_written_is_what_is_documented(trained: Path) -> None:
     sums, maxima = metric_names(has_rollout_logprobs=True, has_reference=True)
     written |= {*sums, *maxima, *router.METRIC_NAMES}
     written |= {f"time/{phase}_seconds" for phase in TIMED}
+    written |= metrics_of_a_pool()
     written |= {  # of a GPU; of groups that may happen not to be among these; of other schedules
         *(f"memory/peak_{kind}_{what}" for kind in GPU_PEAKS for what in ("bytes", "rank")),
         *(f"rollout/{name}_no_prefix_{what}" for name, what in SOMETIMES),

@@ -56,8 +56,7 @@ def start(model: Path, config: SGLangConfig, folder: Path) -> SGLangEngine:
 
 
 def url_of(guarded: Guarded) -> str:
-    server = guarded.engine.server
-    assert server is not None
+    (server,) = guarded.engine.servers
     return server.client.url
 
 
@@ -113,7 +112,7 @@ def test_server_that_runs_elsewhere_wants_its_key(
     file = tmp_path / "key"
     file.write_text(f"{key}\n")
     file.chmod(0o600)
-    config = SGLangConfig(url=url_of(guarded), api_key_file=None if key is None else file)
+    config = SGLangConfig(urls=(url_of(guarded),), api_key_file=None if key is None else file)
 
     with pytest.raises(EngineError, match=r"answered 401.*set PREFIXRL_SGLANG_API_KEY or rollout"):
         start(guarded.model, config, tmp_path)
@@ -124,7 +123,9 @@ def test_key_file_opens_a_server_that_runs_elsewhere(guarded: Guarded, tmp_path:
     file.write_text(f"{KEY}\n")
     file.chmod(0o600)
 
-    engine = start(guarded.model, SGLangConfig(url=url_of(guarded), api_key_file=file), tmp_path)
+    engine = start(
+        guarded.model, SGLangConfig(urls=(url_of(guarded),), api_key_file=file), tmp_path
+    )
 
     assert engine.policy_version == -1
     engine.close()
@@ -132,14 +133,13 @@ def test_key_file_opens_a_server_that_runs_elsewhere(guarded: Guarded, tmp_path:
 
 def test_key_is_in_no_file_no_command_line_and_no_answer(guarded: Guarded) -> None:
     sample(guarded.engine)
-    server = guarded.engine.server
-    assert server is not None
+    (server,) = guarded.engine.servers
     family = [psutil.Process(server.supervisor_pid)]
     family += family[0].children(recursive=True)
     assert len(family) >= 4  # supervisor, HTTP server, scheduler, detokenizer
 
     files = [path for path in guarded.folder.rglob("*") if path.is_file()]
-    assert any(path.name == "sglang-1.log" for path in files)
+    assert any(path.name == "sglang-0-1.log" for path in files)
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
     for process in family:
         assert KEY not in " ".join(process.cmdline())

@@ -62,6 +62,13 @@ class FakeSGLang:
         self.loaded: dict[str, list[int]] = {}
         self.calls: list[str] = []
         self.num_dropped_answers = 0
+        self.fail_generate = 0
+        self.refuse_update = ""
+        self.is_sick = False
+        self.raw_answer: bytes | None = None
+        self.hold: threading.Event | None = None
+        self.sampled: list[str] = []
+        self._aborted = threading.Event()
         self.refuse_generate = ""
         self.spoil: Callable[[Answer], None] | None = None
         self.is_session_open = False
@@ -70,14 +77,16 @@ class FakeSGLang:
 
     def answer(self, path: str, payload: dict[str, Any]) -> tuple[int, Any]:
         self.calls.append(path)
-        if path == "/health":
-            return 200, None
+        if path in ("/health", "/health_generate"):
+            return (503, None) if self.is_sick else (200, None)
         if path == "/model_info":
             return 200, {"weight_version": self.weight_version}
         if path == "/server_info":
             return 200, {"version": "0.5.23" if self.has_sessions else "0.5.17"} | self.precision
         if path == "/generate":
             return self._generate(payload)
+        if path == "/abort_request":
+            self._aborted.set()
         if path in ("/begin_weight_update", "/end_weight_update"):
             return self._session(path)
         if path == "/update_weights_from_tensor":
@@ -92,9 +101,16 @@ class FakeSGLang:
         if self.num_dropped_answers > 0:
             self.num_dropped_answers -= 1
             return 0, None
+        if self.fail_generate:
+            return self.fail_generate, {"error": {"message": "scripted"}}
         if self.refuse_generate:
             return 400, {"error": {"message": self.refuse_generate}}
+        if self.raw_answer is not None:
+            return 200, self.raw_answer
         parameters = payload["sampling_params"]
+        if self.hold is not None and not self._wait_for_release(self.hold):
+            return 200, self._aborted_answers(parameters["n"])
+        self.sampled.append(payload["rid"])
         answers = [
             {
                 "output_ids": [SAMPLED_TOKEN] * parameters["max_new_tokens"],
@@ -114,6 +130,25 @@ class FakeSGLang:
             self.spoil(answers[-1])
         return 200, answers if len(answers) > 1 else answers[0]
 
+    def _wait_for_release(self, hold: threading.Event) -> bool:
+        """Sample slowly: until ``hold`` is set, or an abort comes; return False for an abort."""
+        self._aborted.clear()
+        while not hold.wait(0.01):
+            if self._aborted.is_set():
+                return False
+        return True
+
+    def _aborted_answers(self, num_samples: int) -> list[Answer]:
+        """Return completions that had two tokens, the last one none: it was in the queue."""
+        meta = {"finish_reason": {"type": "abort"}, "weight_version": self.weight_version}
+        pair = [SAMPLED_LOGPROB, SAMPLED_TOKEN, None]
+        begun = {"cached_tokens": 1, "output_token_logprobs": [pair] * 2}
+        answers = [
+            {"output_ids": [SAMPLED_TOKEN] * 2, "meta_info": meta | begun}
+            for _ in range(num_samples - 1)
+        ]
+        return [*answers, {"output_ids": [], "meta_info": meta}]
+
     def _session(self, path: str) -> tuple[int, Any]:
         if not self.has_sessions:
             return 404, {"detail": "Not Found"}
@@ -126,6 +161,8 @@ class FakeSGLang:
     def _update(self, payload: dict[str, Any]) -> tuple[int, Any]:
         if self.has_sessions and not self.is_session_open:
             return 400, {"success": False, "message": "must run between begin and end"}
+        if self.refuse_update:
+            return 400, {"success": False, "message": self.refuse_update}
         (serialized,) = payload["serialized_named_tensors"]
         self.loaded |= {name: list(weight.shape) for name, weight in read_bucket(serialized)}
         self.is_cache_fresh = False
@@ -156,7 +193,10 @@ def serve(fake: FakeSGLang) -> Iterator[str]:
             self._send(status, content)
 
         def _send(self, status: int, content: Any) -> None:
-            body = b"" if content is None else json.dumps(content).encode()
+            if isinstance(content, bytes):
+                body = content
+            else:
+                body = b"" if content is None else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -49,7 +49,7 @@ def find_api_key(config: SGLangConfig) -> ApiKey | None:
         key = _read_file(config.api_key_file)
     elif API_KEY_VARIABLE in os.environ:
         key = _checked(os.environ[API_KEY_VARIABLE].strip(), API_KEY_VARIABLE)
-    elif config.url is None and not is_loopback(config.host):
+    elif not config.urls and not is_loopback(config.host):
         raise ValueError(
             f'rollout.sglang.host = "{config.host}" lets other machines reach the server, which '
             "would run and replace the model for all of them: set the environment variable "

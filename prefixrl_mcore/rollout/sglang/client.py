@@ -13,14 +13,15 @@ from prefixrl_mcore.rollout.sglang.protocol import ServerProtocol, read_protocol
 
 _CONNECT_SECONDS = 5.0
 _HEALTH_SECONDS = 5.0
+_INFO_SECONDS = 30.0
 _CONTROL_SECONDS = 600.0
 """Limit of control calls: a flush is quick, a bucket of weights may be large."""
 
 _UPDATED_NOT_FLUSHED = "but the cache was not flushed"
 """Part of a refusal that says that the weights were loaded."""
 
-MAX_CONNECTIONS = 256
-"""Requests in flight at once; the server has a queue of its own."""
+_MAX_IDLE_CONNECTIONS = 256
+"""Connections that are kept open for later calls; more are opened while they are needed."""
 
 
 _KEY_REMEDY = (
@@ -29,11 +30,23 @@ _KEY_REMEDY = (
 )
 
 
-class ServerLost(RuntimeError):  # noqa: N818 -- not an error of the caller's
+class ServerFault(RuntimeError):  # noqa: N818 -- not an error of the caller's
+    """A call to a server came to nothing; the kinds say how."""
+
+
+class ServerLost(ServerFault):
     """The server did not answer: connection refused or broken, or the time ran out."""
 
 
-class ServerRefusal(RuntimeError):  # noqa: N818 -- an answer, though a bad one
+class BadAnswer(ServerFault):
+    """The server answered what no sound server answers; another one may do better."""
+
+
+class WrongWeights(BadAnswer):
+    """The server sampled with other weights than it was given."""
+
+
+class ServerRefusal(ServerFault):
     """The server answered with an HTTP error."""
 
     def __init__(self, path: str, status: int, text: str) -> None:
@@ -57,7 +70,7 @@ class SGLangClient:
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._request_timeout_seconds = request_timeout_seconds
-        self._pool = urllib3.PoolManager(maxsize=MAX_CONNECTIONS, retries=False)
+        self._pool = urllib3.PoolManager(maxsize=_MAX_IDLE_CONNECTIONS, retries=False)
         self._protocol: ServerProtocol | None = None
 
     def close(self) -> None:
@@ -68,7 +81,7 @@ class SGLangClient:
         """Return whether ``/health`` answers 200 at once."""
         try:
             self._call("GET", "/health", None, _HEALTH_SECONDS)
-        except (ServerLost, ServerRefusal):
+        except ServerFault:
             return False
         return True
 
@@ -82,13 +95,13 @@ class SGLangClient:
             return
         stranger = SGLangClient(self.url, request_timeout_seconds=_HEALTH_SECONDS)
         try:
-            stranger.model_info()
+            stranger.weight_version()
         except ServerRefusal as refusal:
             if refusal.status == 401:
                 return
             raise EngineError(f"SGLang: {refusal}") from refusal
-        except ServerLost as error:
-            raise EngineError(f"SGLang: {error}") from error
+        except ServerFault as fault:
+            raise EngineError(f"SGLang: {fault}") from fault
         finally:
             stranger.close()
         raise EngineError(
@@ -96,13 +109,34 @@ class SGLangClient:
             "one, or its version does not protect /model_info"
         )
 
-    def model_info(self) -> Mapping[str, Any]:
-        """Return what the server says of its model, ``weight_version`` included."""
-        return json.loads(self._call("GET", "/model_info", None, _CONTROL_SECONDS))
+    def check_progress(self, timeout_seconds: float) -> None:
+        """Return when the model itself shows a sign of life: an answer to anyone, or one token.
+
+        ``/health`` is answered by the HTTP process, also while the one with the model hangs.
+
+        Raises:
+            ServerFault: if there is none in time.
+        """
+        self._call("GET", "/health_generate", None, timeout_seconds)
+
+    def weight_version(self) -> str:
+        """Return the name of the weights that the server has.
+
+        Raises:
+            ServerFault: if it does not say.
+        """
+        info = self._read("/model_info")
+        if "weight_version" not in info:
+            raise BadAnswer(f"{self.url}/model_info: expected a weight_version, got {info}")
+        return str(info["weight_version"])
 
     def server_info(self) -> Mapping[str, Any]:
-        """Return the server's arguments, limits and ``version``."""
-        return json.loads(self._call("GET", "/server_info", None, _CONTROL_SECONDS))
+        """Return the server's arguments, limits and ``version``.
+
+        Raises:
+            ServerFault: if it does not say.
+        """
+        return self._read("/server_info")
 
     @property
     def protocol(self) -> ServerProtocol:
@@ -143,17 +177,22 @@ class SGLangClient:
         Raises:
             ServerLost: if no answer came.
             ServerRefusal: if the payload was refused.
+            BadAnswer: if the answer is not JSON objects.
         """
         data = self._call("POST", "/generate", payload, self._request_timeout_seconds)
-        answers = json.loads(data)
-        return answers if isinstance(answers, list) else [answers]
+        parsed = self._parse("/generate", data)
+        answers = parsed if isinstance(parsed, list) else [parsed]
+        found = [answer for answer in answers if isinstance(answer, dict)]
+        if len(found) < len(answers):
+            raise BadAnswer(f"{self.url}/generate: expected JSON objects, got {_start_of(data)}")
+        return found
 
     def abort(self, request_id: str | None = None) -> None:
         """Drop one request, or all of them, if the server still answers."""
         payload = {"abort_all": True} if request_id is None else {"rid": request_id}
         try:
             self._call("POST", "/abort_request", payload, _HEALTH_SECONDS)
-        except (ServerLost, ServerRefusal):
+        except ServerFault:
             return
 
     def pause(self) -> None:
@@ -234,8 +273,9 @@ class SGLangClient:
 
     def checksums(self) -> Mapping[str, Any]:
         """Return a digest of every tensor of every rank, under ``ranks``."""
-        path, payload = "/weights_checker", {"action": "checksum"}
-        return json.loads(self._call("POST", path, payload, _CONTROL_SECONDS))
+        path = "/weights_checker"
+        data = self._call("POST", path, {"action": "checksum"}, _CONTROL_SECONDS)
+        return self._parse_object(path, data)
 
     def set_weight_version(self, name: str) -> None:
         """Name the weights; every later sample carries the name."""
@@ -255,6 +295,23 @@ class SGLangClient:
             # The weights were loaded all the same; loading them again would do no harm.
             if _UPDATED_NOT_FLUSHED not in refusal.text:
                 raise
+
+    def _read(self, path: str) -> Mapping[str, Any]:
+        return self._parse_object(path, self._call("GET", path, None, _INFO_SECONDS))
+
+    def _parse_object(self, path: str, data: bytes) -> Mapping[str, Any]:
+        parsed = self._parse(path, data)
+        if not isinstance(parsed, dict):
+            raise BadAnswer(f"{self.url}{path}: expected a JSON object, got {_start_of(data)}")
+        return parsed
+
+    def _parse(self, path: str, data: bytes) -> object:
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise BadAnswer(
+                f"{self.url}{path}: expected JSON, got {_start_of(data)}: {error}"
+            ) from error
 
     def _control(
         self, path: str, payload: Mapping[str, Any], timeout_seconds: float = _CONTROL_SECONDS
@@ -287,6 +344,11 @@ class SGLangClient:
         if response.status != 200:
             raise ServerRefusal(path, response.status, response.data.decode(errors="replace"))
         return response.data
+
+
+def _start_of(data: bytes) -> str:
+    """Render the beginning of an answer."""
+    return repr(data[:200].decode(errors="replace"))
 
 
 def generate_payload(

@@ -1,15 +1,14 @@
-"""The SGLang rollout engine: SGLang's own HTTP server, token ids in, token ids and logprobs out.
+"""The SGLang rollout engine: SGLang's own HTTP servers, token ids in, token ids and logprobs out.
 
-The server is a child process, or one that already runs (``rollout.sglang.url``). What it answers
-is checked before it is believed: lengths, finish reasons, logprobs and the name of the weights.
+The servers are child processes, or run already (``rollout.sglang.urls``). What they answer is
+checked before it is believed: lengths, finish reasons, logprobs and the name of the weights.
 """
 
 import logging
 import threading
-import time
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Generator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,50 +20,43 @@ from prefixrl_mcore.rollout.engine import (
     EngineError,
     IsEnough,
     OnCompleted,
-    RolloutError,
     SampleRequest,
     SamplingParams,
     WeightStream,
 )
 from prefixrl_mcore.rollout.request_limits import completion_limits
-from prefixrl_mcore.rollout.sglang.answer import AnswerReader
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
-from prefixrl_mcore.rollout.sglang.client import (
-    MAX_CONNECTIONS,
-    ServerLost,
-    ServerRefusal,
-    SGLangClient,
-    generate_payload,
-)
-from prefixrl_mcore.rollout.sglang.determinism import check_determinism, sample_seeds
+from prefixrl_mcore.rollout.sglang.batch import Batch
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.determinism import check_determinism
+from prefixrl_mcore.rollout.sglang.member import Member, State
+from prefixrl_mcore.rollout.sglang.pool import ServerPool, Weights
 from prefixrl_mcore.rollout.sglang.precision import check_logits
-from prefixrl_mcore.rollout.sglang.server import SGLangServer
+from prefixrl_mcore.rollout.sglang.schedule import CompletionLengths
+from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer, gpus_of_servers
 from prefixrl_mcore.rollout.weight_names import (
     read_config_number,
     read_end_token_ids,
     read_weight_coverage,
 )
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
-from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete, sync_weights
-from prefixrl_mcore.rollout.weight_sync.tensor import TensorByValue
-from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
+from prefixrl_mcore.rollout.weight_sync.choose import choose_transport
 
 logger = logging.getLogger(__name__)
-
-_HEALTH_POLL_SECONDS = 1.0
 
 _MEMORY_TAGS = ("weights", "kv_cache")
 """Device memory that ``sleep`` frees."""
 
 _PAUSED = "it is paused; call resume first"
+_ASLEEP = "it slept; call wake and load_weights first"
+_INCOMPLETE = "its weights are incomplete; load_weights failed"
 _CLOSED = "it is closed"
 
 
 class SGLangEngine:
-    """Samples on a SGLang server; a server that dies is started again with the same weights.
+    """Samples on a pool of SGLang servers; one that dies is started again with the same weights.
 
     ``sample`` and ``load_weights`` exclude each other; the rest may be called from other threads.
-    For a restart, the last weights are asked for again.
     """
 
     def __init__(
@@ -77,57 +69,79 @@ class SGLangEngine:
         logs_folder: Path,
         device: str = "cpu",
     ) -> None:
-        """Start the server, or connect to ``config.url``.
+        """Start ``config.num_servers`` servers, or connect to ``config.urls``.
 
         Args:
             model_folder: Hugging Face folder that is served; its weights have version -1.
-            config: settings of the server.
+            config: settings of the servers.
             logits_dtype: precision of a bfloat16 model's logits, as in the trainer's head; a
                 server that computes others is refused.
             max_total_tokens: longest context and completion together that will be asked for.
-            logs_folder: gets ``sglang-<n>.log``, one file per start.
+            logs_folder: gets ``sglang-<server>-<start>.log``, one file per start.
             device: ``cpu`` or ``cuda``.
 
         Raises:
             ValueError: if the folder is not a model's.
-            EngineError: if the server does not start, does not answer, or has logits of another
-                precision.
+            EngineError: if a server does not start, does not answer, or has logits of another
+                precision; if there are too few GPUs.
         """
         self._model_folder = model_folder
         self._config = config
         self._logits_dtype: LogitsDtype = logits_dtype
-        self._logs_folder = logs_folder
-        self._device = device
         self._dtype = torch.float32 if device == "cpu" else getattr(torch, config.dtype)
         self._vocab_size = read_config_number(model_folder, "vocab_size")
         self._max_positions = read_config_number(model_folder, "max_position_embeddings")
-        self._max_total_tokens = min(max_total_tokens, self._max_positions)
         self._end_token_ids = read_end_token_ids(model_folder)
         read_weight_coverage(model_folder)  # fails now rather than at the first update
         # Names of weights are this engine's own: another trainer's update is noticed.
         self._run = uuid.uuid4().hex[:8]
-        self._policy_version = -1
-        self._weight_version = self._weights_name(-1)
-        self._stream: WeightStream | None = None
-        self._transport: Transport = TensorByValue()
         self._cannot_sample = ""
         self._num_calls = 0
-        self._num_starts = 0
+        self._lengths = CompletionLengths()
         self._in_use = threading.Lock()
         self._version = "of unknown version"
-        self._server: SGLangServer | None = None
-        if config.url is None:
-            self._start_server()
-        else:
-            self._client = SGLangClient(
-                config.url,
-                request_timeout_seconds=config.request_timeout_seconds,
-                api_key=find_api_key(config),
+        self._is_deterministic: dict[str, bool] = {}
+        find_api_key(config)  # fails now rather than in a thread
+        base_weights = self._weights_name(-1)
+        launches: list[ServerLaunch | None] = [None] * len(config.urls)
+        if not config.urls:
+            launches = [
+                ServerLaunch(
+                    name=f"server {index}",
+                    model_folder=model_folder,
+                    config=config,
+                    logits_dtype=logits_dtype,
+                    device=device,
+                    gpus=gpus,
+                    max_total_tokens=min(max_total_tokens, self._max_positions),
+                    weight_version=base_weights,
+                )
+                for index, gpus in enumerate(gpus_of_servers(config, device))
+            ]
+        self._pool = ServerPool(
+            [
+                Member(index, config, launch=launch, logs_folder=logs_folder, check=self._inspect)
+                for index, launch in enumerate(launches)
+            ],
+            config,
+            transport=choose_transport(
+                config.sync,
+                device=device,
+                server_python=None if config.urls else config.python,
+                folder=logs_folder / "weights",
+            ),
+            router=self._client_of_router(),
+        )
+        try:
+            self._pool.start()
+        except BaseException:
+            self._pool.close()
+            raise
+        if not self._pool.ready:
+            self._cannot_sample = (
+                "its servers have different or incomplete weights, left by another trainer; call "
+                "load_weights"
             )
-            self._wait_until_healthy()
-            self._weight_version = self._served_weights()
-            if is_incomplete(self._weight_version):
-                self._cannot_sample = "a trainer died while it sent weights; call load_weights"
 
     @property
     def name(self) -> str:
@@ -136,18 +150,18 @@ class SGLangEngine:
 
     @property
     def is_seeded(self) -> bool:
-        """Whether the server is deterministic; otherwise a completion depends on its batch."""
-        return self._client.protocol.is_deterministic
+        """Whether all servers are deterministic; otherwise a completion depends on its batch."""
+        return all(self._is_deterministic.values())
 
     @property
     def policy_version(self) -> int:
         """Version of the weights loaded last; ``-1`` for those of the model folder."""
-        return self._policy_version
+        return self._pool.weights.policy_version
 
     @property
-    def server(self) -> SGLangServer | None:
-        """The server that this engine started; None if it runs elsewhere, or after ``close``."""
-        return self._server
+    def servers(self) -> list[SGLangServer]:
+        """The servers that this engine started and that live; none of those that run elsewhere."""
+        return [member.server for member in self._pool.members if member.server is not None]
 
     def sample(
         self,
@@ -160,31 +174,10 @@ class SGLangEngine:
         Raises:
             ValueError: if a request or ``params`` makes no sense.
             RolloutError: if a request was refused, or lost after all retries.
-            EngineError: if the engine is closed or paused, has no complete weights, is served
-                with other weights than it was given, or could not be started again.
+            EngineError: if the engine is closed or paused, has no complete weights, or too few
+                servers are left.
         """
-        if self._cannot_sample:
-            raise EngineError(f"{self.name}: cannot sample: {self._cannot_sample}")
-        limits = completion_limits(
-            requests, params, vocab_size=self._vocab_size, max_positions=self._max_positions
-        )
-        self._check_stop_tokens(params)
-        done: dict[int, list[Completion]] = {}
-        with self._in_use:
-            lost: dict[int, str] = {}
-            for attempt in range(self._config.max_retries + 1):
-                todo = [index for index in range(len(requests)) if index not in done]
-                if attempt > 0:
-                    self._report_lost(requests, lost, attempt)
-                    self._recover()
-                lost = self._sample_round(requests, limits, params, todo, done, on_completed)
-                if not lost:
-                    return [done[index] for index in range(len(requests))]
-        names = ", ".join(repr(requests[index].request_id) for index in sorted(lost)[:5])
-        raise RolloutError(
-            f"{self.name}: {len(lost)} of {len(requests)} requests were lost after "
-            f"{self._config.max_retries + 1} attempts: {names}; the first: {lost[min(lost)]}"
-        )
+        return self.sample_until(requests, params, _never_enough, on_completed)
 
     def sample_until(
         self,
@@ -193,265 +186,131 @@ class SGLangEngine:
         is_enough: IsEnough,
         on_completed: OnCompleted | None = None,
     ) -> list[list[Completion]]:
-        """Refuse: this engine cannot abort a part of a call yet.
+        """Sample until ``is_enough`` says so, and abort the rest; see ``RolloutEngine``.
 
         Raises:
-            EngineError: always.
+            ValueError: if a request or ``params`` makes no sense.
+            RolloutError: if a request was refused, or lost after all retries.
+            EngineError: if the engine is closed or paused, has no complete weights, or too few
+                servers are left.
         """
-        raise EngineError(
-            f"{self.name}: cannot abort a part of a call; set rollout.schedule.oversampling = 1 or "
-            'rollout.engine = "transformers"'
+        if self._cannot_sample:
+            raise EngineError(f"{self.name}: cannot sample: {self._cannot_sample}")
+        limits = completion_limits(
+            requests, params, vocab_size=self._vocab_size, max_positions=self._max_positions
         )
-
-    def _sample_round(
-        self,
-        requests: Sequence[SampleRequest],
-        limits: Sequence[int],
-        params: SamplingParams,
-        todo: Sequence[int],
-        done: dict[int, list[Completion]],
-        on_completed: OnCompleted | None,
-    ) -> dict[int, str]:
-        """Issue the requests ``todo`` together into ``done``; return the lost ones and why."""
-        lost: dict[int, str] = {}
-        self._num_calls += 1
-        pool = ThreadPoolExecutor(max(1, min(len(todo), MAX_CONNECTIONS)), "sglang")
-        try:
-            futures = {
-                pool.submit(self._sample_one, requests[index], limits[index], params): index
-                for index in todo
-            }
-            for future in as_completed(futures):
-                index = futures[future]
-                try:
-                    completions = future.result()
-                except ServerLost as error:
-                    lost[index] = str(error)
-                    continue
-                done[index] = completions
-                if on_completed is not None:
-                    on_completed(len(completions), sum(len(one.token_ids) for one in completions))
-        except BaseException:
-            # Whatever it was: nothing may go on sampling behind the caller's back.
-            pool.shutdown(wait=False, cancel_futures=True)
-            self._client.abort()
-            raise
-        pool.shutdown()
-        return lost
-
-    def _sample_one(
-        self, request: SampleRequest, limit: int, params: SamplingParams
-    ) -> list[Completion]:
-        """Return the completions of one request.
-
-        Raises:
-            ServerLost: if no answer came, or the server cut the request off: it may be retried.
-            RolloutError: if the answer is a refusal, or does not answer the request.
-            EngineError: if other weights sampled it.
-        """
-        server_id = f"{self._run}-{self._num_calls}-{request.request_id}."
-        payload = generate_payload(
-            context_token_ids=request.context_token_ids,
-            num_samples=request.num_samples,
-            max_new_tokens=limit,
-            temperature=params.temperature,
-            stop_token_ids=params.stop_token_ids,
-            request_id=server_id,
-            seeds=sample_seeds(request.seed, request.num_samples) if self.is_seeded else None,
-        )
-        try:
-            answers = self._client.generate(payload)
-        except ServerLost:
-            self._client.abort(server_id)
-            raise
-        except ServerRefusal as refusal:
-            if refusal.status >= 500:
-                raise ServerLost(str(refusal)) from refusal
-            raise RolloutError(
-                f"{self.name}: request {request.request_id!r} was refused: {refusal}"
-            ) from refusal
-        if len(answers) != request.num_samples:
-            raise RolloutError(
-                f"{self.name}: request {request.request_id!r}: expected {request.num_samples} "
-                f"completions, got {len(answers)}"
+        self._check_stop_tokens(params)
+        with self._in_use:
+            self._num_calls += 1
+            self._pool.verify()
+            batch = Batch(
+                name=self.name,
+                tag=f"{self._run}-{self._num_calls}",
+                pool=self._pool,
+                requests=requests,
+                limits=limits,
+                params=params,
+                lengths=self._lengths,
+                is_seeded=self.is_seeded,
+                max_retries=self._config.max_retries,
+                max_samples=self._config.max_samples_per_server,
+                is_enough=is_enough,
+                on_completed=on_completed,
+                is_closed=lambda: self._cannot_sample == _CLOSED,
             )
-        reader = AnswerReader(
-            where=f"{self.name}: request {request.request_id!r}",
-            max_new_tokens=limit,
-            stop_token_ids=frozenset(params.stop_token_ids),
-            weight_version=self._weight_version,
-            policy_version=self._policy_version,
-        )
-        return [reader.read(answer) for answer in answers]
+            return batch.run()
 
     def load_weights(self, stream: WeightStream, policy_version: int) -> None:
         """Replace all weights; later completions carry ``policy_version``.
 
         Raises:
             EngineError: if a name is unknown, missing or repeated, or its shape differs (the
-                engine has incomplete weights then); if the server refuses the weights; if
-                completions are being sampled.
+                weights are incomplete then, and ``sample`` refuses until others are loaded); if
+                the servers refuse the weights; if too few servers are left; if completions are
+                being sampled.
         """
         if self._cannot_sample == _CLOSED:
             raise EngineError(f"{self.name}: cannot load weights: {_CLOSED}")
+        if any(member.state is State.ASLEEP for member in self._pool.members):
+            raise EngineError(f"{self.name}: cannot load weights while it sleeps; call wake first")
         if not self._in_use.acquire(blocking=False):
             raise EngineError(
                 f"{self.name}: cannot load weights while completions are sampled; wait for sample"
             )
         try:
-            self._stream = stream
-            self._weight_version = self._weights_name(policy_version)
-            state = self._cannot_sample
-            self._cannot_sample = "its weights are incomplete; load_weights failed"
-            try:
-                self._push_weights()
-            except ServerLost as error:
-                logger.warning("%s: lost while weights were loaded: %s", self.name, error)
-                self._recover()
-            self._policy_version = policy_version
+            state, self._cannot_sample = self._cannot_sample, _INCOMPLETE
+            self._pool.load(
+                Weights(
+                    name=self._weights_name(policy_version),
+                    policy_version=policy_version,
+                    make_buckets=partial(self._buckets, stream),
+                )
+            )
             self._cannot_sample = state if state == _PAUSED else ""
         finally:
             self._in_use.release()
-
-    def _push_weights(self) -> None:
-        """Send the current weights; raise ServerLost if the server did not take them."""
-        target = SyncTarget(
-            client=self._client,
-            num_ranks=self._config.tensor_parallel_size,
-            name=self._client.url,
-        )
-        report = sync_weights([target], self._transport, self._buckets, self._weight_version)
-        for cause in report.failed.values():
-            raise ServerLost(cause)
-
-    def _buckets(self) -> Generator[Bucket]:
-        """Begin the current weights."""
-        assert self._stream is not None, "load_weights was called"
-        return pack_buckets(
-            self._stream(),
-            read_weight_coverage(self._model_folder),
-            dtype=self._dtype,
-            bucket_bytes=self._config.sync.bucket_bytes,
-        )
 
     def pause(self) -> None:
         """Hold what is in flight; ``sample`` refuses until ``resume``."""
         if not self._cannot_sample:
             self._cannot_sample = _PAUSED
-            self._command(self._client.pause)
+            self._pool.command(SGLangClient.pause, [State.READY], State.PAUSED, "pause")
 
     def resume(self) -> None:
         """Go on with what is in flight, and accept requests again."""
         if self._cannot_sample == _PAUSED:
-            self._command(self._client.resume)
+            self._pool.command(SGLangClient.resume, [State.PAUSED], State.READY, "resume")
             self._cannot_sample = ""
 
     def sleep(self) -> None:
         """Give device memory back; the weights are lost."""
-        self._cannot_sample = "it slept; call wake and load_weights first"
-        self._command(lambda: self._client.release_memory(_MEMORY_TAGS))
+        self._cannot_sample = _ASLEEP
+        awake = [State.STARTING, State.READY, State.PAUSED]
+        self._pool.stop_starts("the engine was put to sleep")
+        self._pool.command(_release_memory, awake, State.ASLEEP, "sleep")
 
     def wake(self) -> None:
         """Take device memory again; ``load_weights`` must follow before sampling."""
-        self._command(lambda: self._client.resume_memory(_MEMORY_TAGS))
+        self._pool.command(_resume_memory, [State.ASLEEP], State.STARTING, "woken: no weights")
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return what the pool counted since the last call: ``engine/...`` of docs/metrics.md."""
+        return self._pool.take_metrics()
 
     def is_healthy(self) -> bool:
-        """Return whether the server answers and ``sample`` would be accepted."""
-        return not self._cannot_sample and self._client.is_healthy()
+        """Return whether ``sample`` would be accepted, and a server answers."""
+        return not self._cannot_sample and any(m.client.is_healthy() for m in self._pool.ready)
 
     def close(self) -> None:
-        """End the server if this engine started it; safe to call twice."""
+        """End the servers that this engine started; safe to call twice."""
         self._cannot_sample = _CLOSED
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
-        self._client.close()
-        self._stream = None
+        self._pool.close()
 
-    def _command(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except (ServerLost, ServerRefusal) as error:
-            raise EngineError(f"{self.name}: {error}") from error
-
-    def _start_server(self) -> None:
-        """Start a server with the weights of the model folder."""
-        self._num_starts += 1
-        self._server = SGLangServer.start(
-            self._model_folder,
-            self._config,
-            logits_dtype=self._logits_dtype,
-            device=self._device,
-            max_total_tokens=self._max_total_tokens,
-            weight_version=self._weights_name(-1),
-            log_file=self._logs_folder / f"sglang-{self._num_starts}.log",
+    def _buckets(self, stream: WeightStream) -> Generator[Bucket]:
+        """Begin the stream, checked against the model's weights."""
+        return pack_buckets(
+            stream(),
+            read_weight_coverage(self._model_folder),
+            dtype=self._dtype,
+            bucket_bytes=self._config.sync.bucket_bytes,
         )
-        self._client = self._server.client
-        try:
-            if self._served_weights() != self._weights_name(-1):
-                raise EngineError(f"SGLang: another server answers at {self._client.url}")
-            self._check_server()
-        except EngineError:
-            self._server.stop()
-            raise
 
-    def _recover(self) -> None:
-        """Return with a healthy server that has the current weights; restart it if it is ours.
-
-        Raises:
-            EngineError: if that is not possible.
-        """
-        if self._server is not None and not (self._server.is_alive and self._client.is_healthy()):
-            logger.warning("%s: the server is gone; %s", self.name, self._server.log_tail())
-            self._server.stop()
-            self._start_server()
-        else:
-            self._wait_until_healthy()
-        if self._served_weights() == self._weight_version:
-            return
-        if self._stream is None:
-            raise EngineError(
-                f"{self.name}: the server at {self._client.url} was restarted with other weights"
-            )
-        try:
-            self._push_weights()
-        except ServerLost as error:
-            raise EngineError(f"{self.name}: lost again while it recovered: {error}") from error
-
-    def _wait_until_healthy(self) -> None:
-        """Wait for a server that runs elsewhere.
-
-        Raises:
-            EngineError: if it is not healthy in time.
-        """
-        deadline = time.monotonic() + self._config.start_timeout_seconds
-        while not self._client.is_healthy():
-            if time.monotonic() > deadline:
-                raise EngineError(
-                    f"SGLang: no healthy server at {self._client.url} after "
-                    f"{self._config.start_timeout_seconds:.0f} s"
-                )
-            logger.info("SGLang: waiting for the server at %s", self._client.url)
-            time.sleep(_HEALTH_POLL_SECONDS)
-        if self._server is None:  # it may have been restarted with other arguments
-            self._check_server()
-
-    def _check_server(self) -> None:
-        """Note the server's version; raise EngineError if its logits are not the trainer's."""
-        try:
-            info = self._client.server_info()
-            self._version = self._client.detect_protocol(info).version
-        except (ServerLost, ServerRefusal) as error:
-            raise EngineError(f"SGLang: {error}") from error
+    def _inspect(self, client: SGLangClient) -> None:
+        """Note a server's version; raise EngineError if its logits are not the trainer's."""
+        info = client.server_info()
+        self._version = client.detect_protocol(info).version
         check_logits(info, self._config, self._logits_dtype)
         check_determinism(info, self._config)
+        self._is_deterministic[client.url] = client.protocol.is_deterministic
 
-    def _served_weights(self) -> str:
-        """Return the name of the weights that the server has."""
-        try:
-            return str(self._client.model_info()["weight_version"])
-        except (ServerLost, ServerRefusal) as error:
-            raise EngineError(f"SGLang: {error}") from error
+    def _client_of_router(self) -> SGLangClient | None:
+        if self._config.router_url is None:
+            return None
+        return SGLangClient(
+            self._config.router_url,
+            request_timeout_seconds=self._config.request_timeout_seconds,
+            api_key=find_api_key(self._config),
+        )
 
     def _weights_name(self, policy_version: int) -> str:
         return f"{self._run}:{policy_version}"
@@ -466,12 +325,14 @@ class SGLangEngine:
                 f"of eos_token_id in {self._model_folder}"
             )
 
-    def _report_lost(
-        self, requests: Sequence[SampleRequest], lost: Mapping[int, str], attempt: int
-    ) -> None:
-        first = min(lost)
-        logger.warning(
-            "%s: %d of %d requests were lost (%r: %s); attempt %d of %d",
-            *(self.name, len(lost), len(requests), requests[first].request_id, lost[first]),
-            *(attempt + 1, self._config.max_retries + 1),
-        )
+
+def _release_memory(client: SGLangClient) -> None:
+    client.release_memory(_MEMORY_TAGS)
+
+
+def _resume_memory(client: SGLangClient) -> None:
+    client.resume_memory(_MEMORY_TAGS)
+
+
+def _never_enough(_index: int, _completions: list[Completion]) -> bool:
+    return False

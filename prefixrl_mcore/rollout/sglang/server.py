@@ -7,12 +7,17 @@ of it is imported here.
 import atexit
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import SGLangConfig
@@ -23,9 +28,10 @@ from prefixrl_mcore.rollout.sglang.api_key import (
     find_api_key,
     hand_over,
 )
-from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.client import ServerFault, SGLangClient
 from prefixrl_mcore.rollout.sglang.determinism import deterministic_flags
 from prefixrl_mcore.rollout.sglang.precision import logits_flags, refused_flags
+from prefixrl_mcore.rollout.sglang.supervisor import describe_exit
 from prefixrl_mcore.rollout.weight_names import read_config_number
 
 logger = logging.getLogger(__name__)
@@ -44,6 +50,15 @@ _STOP_SECONDS = 5.0
 
 _TAIL_LINES = 25
 
+_SUPERVISOR_SAYS = "supervisor: "
+"""Begins the supervisor's line in the log."""
+
+_CRASH = re.compile(r"Subprocess (\S+) \(pid=\d+\) crashed with exit code (-?\d+)")
+"""What SGLang's watchdog says of a process of its own (``srt/utils/watchdog.py``)."""
+
+_PORT_ATTEMPTS = 3
+_PORT_TAKEN_WORDS = ("address already in use", "errno 98")
+
 _CPU_KV_BYTES = 1024**3
 _CPU_MAX_KV_TOKENS = 65536
 """Size of the KV cache on a CPU machine without ``max_kv_tokens``: SGLang would take a share
@@ -61,13 +76,43 @@ _PRIVATE_VARIABLES = (
 """The trainer's own: the server would join its process group, import its packages, show its key."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerLaunch:
+    """How one server is started, every time that it is."""
+
+    name: str
+    """``server 0``; names it in logs and errors."""
+
+    model_folder: Path
+    """Hugging Face folder that it serves."""
+
+    config: SGLangConfig
+    """Its settings."""
+
+    logits_dtype: LogitsDtype
+    """Precision of a bfloat16 model's logits."""
+
+    device: str
+    """``cpu`` or ``cuda``."""
+
+    gpus: tuple[str, ...]
+    """Its entries of CUDA_VISIBLE_DEVICES; empty on a CPU machine."""
+
+    max_total_tokens: int
+    """Longest context and completion together."""
+
+    weight_version: str
+    """Name of the weights in the folder, stamped on completions."""
+
+
 class SGLangServer:
     """One running server; ``start`` makes it, ``stop`` ends all of its processes."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], client: SGLangClient, log_file: Path
+        self, name: str, process: subprocess.Popen[bytes], client: SGLangClient, log_file: Path
     ) -> None:
         """Own a server that was just started; use ``start``."""
+        self._name = name
         self._process = process
         self._owner_pid = os.getpid()
         self.client = client
@@ -76,58 +121,63 @@ class SGLangServer:
 
     @classmethod
     def start(
-        cls,
-        model_folder: Path,
-        config: SGLangConfig,
-        *,
-        logits_dtype: LogitsDtype,
-        device: str,
-        max_total_tokens: int,
-        weight_version: str,
-        log_file: Path,
+        cls, launch: ServerLaunch, log_file: Path, *, cancelled: threading.Event
     ) -> "SGLangServer":
-        """Start a server and return when it is healthy.
+        """Start a server and return when it is healthy; may be called in any thread.
+
+        Another process may take the port between its choice and its use: then it gets another one.
 
         Args:
-            model_folder: Hugging Face folder that it serves.
-            config: its settings.
-            logits_dtype: precision of a bfloat16 model's logits.
-            device: ``cpu`` or ``cuda``.
-            max_total_tokens: longest context and completion together.
-            weight_version: name of the weights in the folder, stamped on completions.
+            launch: how.
             log_file: gets the server's output; its folder is made.
+            cancelled: when set, the server is ended and the wait given up.
 
         Raises:
             EngineError: if SGLang's environment is missing; if the server dies or is not healthy in
-                time, with the end of its log.
+                time, with the end of its log; if it was cancelled.
         """
+        for _ in range(_PORT_ATTEMPTS):
+            server = cls._spawn(launch, _free_port(), log_file)
+            try:
+                server._wait_until_healthy(launch.config.start_timeout_seconds, cancelled)
+                server._check_identity(launch.weight_version)
+                server.client.check_guard()
+            except _PortTaken as taken:
+                server.stop()
+                logger.warning("SGLang: %s: %s; it gets another port", launch.name, taken)
+            except BaseException:
+                server.stop()
+                raise
+            else:
+                return server
+        raise EngineError(
+            f"SGLang: {launch.name} found its port taken {_PORT_ATTEMPTS} times; is this machine "
+            "out of free ports?"
+        )
+
+    @classmethod
+    def _spawn(cls, launch: ServerLaunch, port: int, log_file: Path) -> "SGLangServer":
         # Not resolved: an environment's interpreter is a link, and finds its packages by the link.
-        python = config.python.absolute()
+        python = launch.config.python.absolute()
         if not os.access(python, os.X_OK):
             raise EngineError(
                 f"its interpreter {python} does not exist; run `make setup-sglang`, or set "
                 "rollout.sglang.python to an environment that has SGLang"
             )
-        port = _free_port()
-        api_key = find_api_key(config)
+        api_key = find_api_key(launch.config)
         command = [
             str(python),
             str(_SUPERVISOR),
             str(os.getpid()),
             str(python),
-            *_server_arguments(
-                model_folder,
-                config,
-                logits_dtype=logits_dtype,
-                device=device,
-                port=port,
-                has_key=api_key is not None,
-                max_total_tokens=max_total_tokens,
-            ),
-            f"--weight-version={weight_version}",
+            *_server_arguments(launch, port, has_key=api_key is not None),
         ]
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        logger.info("SGLang: starting a server for %s on port %d", model_folder, port)
+        logger.info(
+            "SGLang: starting %s for %s on port %d%s; its output goes to %s",
+            *(launch.name, launch.model_folder, port),
+            *(f", GPUs {','.join(launch.gpus)}" if launch.gpus else "", log_file),
+        )
         with log_file.open("wb") as log:
             log.write((" ".join(command) + "\n").encode())
             log.flush()
@@ -136,23 +186,16 @@ class SGLangServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(device),
+                env=_environment(launch),
                 start_new_session=True,
             )
         hand_over(api_key, process)
         client = SGLangClient(
-            address_of(config.host, port),
-            request_timeout_seconds=config.request_timeout_seconds,
+            address_of(launch.config.host, port),
+            request_timeout_seconds=launch.config.request_timeout_seconds,
             api_key=api_key,
         )
-        server = cls(process, client, log_file)
-        try:
-            server._wait_until_healthy(config.start_timeout_seconds)
-            client.check_guard()
-        except BaseException:
-            server.stop()
-            raise
-        return server
+        return cls(launch.name, process, client, log_file)
 
     @property
     def supervisor_pid(self) -> int:
@@ -174,7 +217,7 @@ class SGLangServer:
             try:
                 self._process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                logger.warning("SGLang: the server did not end in time; killing it")
+                logger.warning("SGLang: %s did not end in time; killing it", self._name)
         self._kill_group()
         self._process.wait()
         self.client.close()
@@ -185,30 +228,57 @@ class SGLangServer:
         tail = "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:])
         return f"end of {self.log_file}:\n{tail}"
 
-    def _wait_until_healthy(self, timeout_seconds: float) -> None:
+    def cause_of_death(self) -> str:
+        """Return why the server ended, as far as its log says; or that it still runs."""
+        text = self._log_text()
+        crash = _CRASH.search(text)
+        if crash is not None:
+            return f"its process {crash[1]} {describe_exit(int(crash[2]))}"
+        said = [line for line in text.splitlines() if line.startswith(_SUPERVISOR_SAYS)]
+        if said:
+            return said[-1].removeprefix(_SUPERVISOR_SAYS)
+        if self.is_alive:
+            return "its processes still run"
+        return f"its supervisor {describe_exit(self._process.returncode)}"
+
+    def _wait_until_healthy(self, timeout_seconds: float, cancelled: threading.Event) -> None:
         started = time.monotonic()
         reported = started
         while not self.client.is_healthy():
             now = time.monotonic()
+            if cancelled.is_set():
+                raise EngineError(f"SGLang: {self._name} is no longer wanted")
             if not self.is_alive:
-                cause = refused_flags(self._log_text())
+                text = self._log_text()
+                if any(words in text.lower() for words in _PORT_TAKEN_WORDS):
+                    raise _PortTaken("its port was taken while it started")
                 raise EngineError(
-                    f"SGLang: the server died while it started{cause}; {self.log_tail()}"
+                    f"SGLang: {self._name} died while it started{refused_flags(text)}; "
+                    f"{self.cause_of_death()}; {self.log_tail()}"
                 )
             if now - started > timeout_seconds:
                 raise EngineError(
-                    f"SGLang: the server was not healthy after {timeout_seconds:.0f} s; raise "
+                    f"SGLang: {self._name} was not healthy after {timeout_seconds:.0f} s; raise "
                     f"rollout.sglang.start_timeout_seconds if it is only slow; {self.log_tail()}"
                 )
             if now - reported > _REPORT_SECONDS:
                 reported = now
                 logger.info(
-                    "SGLang: waiting for the server to be healthy, %.0f of at most %.0f s; its "
-                    "output is in %s",
-                    *(now - started, timeout_seconds, self.log_file),
+                    "SGLang: waiting for %s to be healthy, %.0f of at most %.0f s; its output is "
+                    "in %s",
+                    *(self._name, now - started, timeout_seconds, self.log_file),
                 )
-            time.sleep(_POLL_SECONDS)
-        logger.info("SGLang: healthy after %.1f s", time.monotonic() - started)
+            cancelled.wait(_POLL_SECONDS)
+        logger.info("SGLang: %s is healthy after %.1f s", self._name, time.monotonic() - started)
+
+    def _check_identity(self, weight_version: str) -> None:
+        """Make sure that it is this server, and not another one, that answers at its port."""
+        try:
+            served = self.client.weight_version()
+        except ServerFault as fault:
+            raise EngineError(f"SGLang: {self._name}: {fault}; {self.log_tail()}") from fault
+        if served != weight_version:
+            raise _PortTaken(f"another server, with weights {served!r}, answers at its port")
 
     def _log_text(self) -> str:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
@@ -221,28 +291,49 @@ class SGLangServer:
             return
 
 
-def _server_arguments(
-    model_folder: Path,
-    config: SGLangConfig,
-    *,
-    logits_dtype: LogitsDtype,
-    device: str,
-    port: int,
-    has_key: bool,
-    max_total_tokens: int,
-) -> list[str]:
+class _PortTaken(RuntimeError):  # noqa: N818 -- not an error as long as there are other ports
+    """Another process has the port that the server was to have."""
+
+
+def gpus_of_servers(config: SGLangConfig, device: str) -> list[tuple[str, ...]]:
+    """Return each child process's GPUs, as entries of CUDA_VISIBLE_DEVICES; empty on a CPU machine.
+
+    Raises:
+        EngineError: if there are too few for all servers.
+    """
+    if device == "cpu":
+        return [()] * config.num_servers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        entries = [str(index) for index in range(torch.cuda.device_count())]
+    else:
+        entries = [entry.strip() for entry in visible.split(",") if entry.strip()]
+    size = config.tensor_parallel_size
+    if config.num_servers * size > len(entries):
+        raise EngineError(
+            f"SGLang: {config.num_servers} server(s) of {size} GPU(s) each need "
+            f"{config.num_servers * size} GPUs, this machine shows {len(entries)} "
+            f"(CUDA_VISIBLE_DEVICES = {visible!r}); lower rollout.sglang.num_servers or "
+            "rollout.sglang.tensor_parallel_size"
+        )
+    return [tuple(entries[i * size : (i + 1) * size]) for i in range(config.num_servers)]
+
+
+def _server_arguments(launch: ServerLaunch, port: int, *, has_key: bool) -> list[str]:
     """Return what the interpreter is given to run."""
+    config, device = launch.config, launch.device
     is_stock = device != "cpu" and not has_key
     launcher = ["-m", "sglang.launch_server"] if is_stock else [str(LAUNCHER)]
     arguments: dict[str, str] = {
-        "--model-path": str(model_folder),
+        "--model-path": str(launch.model_folder),
+        "--weight-version": launch.weight_version,
         "--host": config.host,
         "--port": str(port),
         "--device": device,
         "--dtype": config.dtype,
         "--tensor-parallel-size": str(config.tensor_parallel_size),
         "--mem-fraction-static": str(config.memory_fraction),
-        "--context-length": str(max_total_tokens + _CONTEXT_MARGIN),
+        "--context-length": str(launch.max_total_tokens + _CONTEXT_MARGIN),
         # Structured output is not used, and its library takes seconds to load.
         "--grammar-backend": "none",
     }
@@ -257,11 +348,11 @@ def _server_arguments(
         arguments["--mem-fraction-static"] = "0.5"
         arguments.setdefault(
             "--max-total-tokens",
-            str(_cpu_kv_tokens(model_folder, max_total_tokens + _CONTEXT_MARGIN)),
+            str(_cpu_kv_tokens(launch.model_folder, launch.max_total_tokens + _CONTEXT_MARGIN)),
         )
         # The scheduler otherwise polls all the time, on a core that the trainer needs.
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
-    flags += logits_flags(config, logits_dtype, device=device)
+    flags += logits_flags(config, launch.logits_dtype, device=device)
     flags += deterministic_flags(config, device=device)
     pairs = [part for pair in arguments.items() for part in pair]
     return [*launcher, *pairs, *flags, *config.extra_args]
@@ -278,7 +369,7 @@ def _cpu_kv_tokens(model_folder: Path, min_tokens: int) -> int:
     return max(min(tokens, _CPU_MAX_KV_TOKENS), min_tokens)
 
 
-def _environment(device: str) -> Mapping[str, str]:
+def _environment(launch: ServerLaunch) -> Mapping[str, str]:
     """Return the server's environment: the trainer's, without what would confuse it."""
     environment = {
         name: value for name, value in os.environ.items() if name not in _PRIVATE_VARIABLES
@@ -288,9 +379,9 @@ def _environment(device: str) -> Mapping[str, str]:
     environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     # /health answers from the HTTP process instead of sampling a token.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
-    if device == "cpu":
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
+    if launch.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["PYTHONPATH"] = str(_STAND_INS)
         environment.setdefault("OMP_NUM_THREADS", "1")
     return environment

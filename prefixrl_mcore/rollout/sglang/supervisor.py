@@ -31,7 +31,7 @@ def main() -> int:
     cause = ""
     while not cause:
         if server.poll() is not None:
-            cause = f"the server ended with exit code {server.returncode}"
+            cause = f"the server {describe_exit(server.returncode)}"
         elif os.getppid() != trainer_pid:
             cause = f"process {trainer_pid}, which started the server, is gone"
         elif _signals:
@@ -42,6 +42,15 @@ def main() -> int:
     sys.stderr.flush()
     _end_group(server)
     return 0
+
+
+def describe_exit(return_code: int) -> str:
+    """Say how a process ended; nobody but the kernel or a person kills one with SIGKILL."""
+    if return_code >= 0:
+        return f"ended with exit code {return_code}"
+    name = signal.Signals(-return_code).name
+    hint = ": out of memory, or killed by hand" if -return_code == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"
 
 
 _signals: list[int] = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.client import ServerLost, ServerRefusal
+from prefixrl_mcore.rollout.sglang.client import ServerFault
 from prefixrl_mcore.rollout.weight_sync.digests import CpuDigest, Digest, GpuDigest
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
 
@@ -67,7 +67,7 @@ def _reported(target: SyncTarget) -> dict[int, Mapping[str, str]]:
     """Return the digests of every tensor-parallel rank of a server."""
     try:
         answer = target.client.checksums()
-    except (ServerLost, ServerRefusal) as error:
+    except ServerFault as error:
         raise EngineError(
             f"weight sync: {target.name} does not tell the checksums of its weights: {error}; set "
             "rollout.sglang.sync.checksum_every_syncs to none to do without"

@@ -200,7 +200,7 @@ class _Update:
             client.end_update()
         client.flush_cache()
         client.set_weight_version(self._weight_version)
-        served = client.model_info()["weight_version"]
+        served = client.weight_version()
         if served != self._weight_version:
             raise ServerRefusal(
                 "/model_info",

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from prefixrl_mcore.rollout.sglang.client import ServerLost, ServerRefusal, SGLangClient
+from prefixrl_mcore.rollout.sglang.client import ServerFault, SGLangClient
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,6 @@ def collect_failures(futures: Mapping[str, Future[Any]]) -> dict[str, str]:
     for name, future in futures.items():
         try:
             future.result()
-        except (ServerLost, ServerRefusal) as error:
+        except ServerFault as error:
             failures[name] = str(error)
     return failures

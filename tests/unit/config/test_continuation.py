@@ -96,7 +96,8 @@ def test_a_default_that_changed_since_does_not_hide_what_was_used() -> None:
             {"policy": {"optimizer": {"use_distributed_optimizer": True}}}, id="optimizer's shards"
         ),
         pytest.param({"rollout": {"engine": "transformers"}}, id="engine"),
-        pytest.param({"rollout": {"sglang": {"max_retries": 5, "url": "http://x"}}}, id="server"),
+        pytest.param({"rollout": {"sglang": {"max_retries": 5, "urls": ["http://x"]}}}, id="urls"),
+        pytest.param({"rollout": {"sglang": {"num_servers": 4, "min_servers": 2}}}, id="servers"),
         pytest.param({"policy": {"experts": {"implementation": "grouped"}}}, id="experts"),
         pytest.param({"model": {"path": "elsewhere"}}, id="place of the model"),
         pytest.param({"data": {"problems": "p.jsonl", "held_out": {}}}, id="held-out problems"),

@@ -84,8 +84,9 @@ def test_transformers_asked_for_by_name_does_not_look_for_sglang(
 
 @pytest.mark.parametrize(("logits_dtype", "num_flags"), [("float32", 1), ("bfloat16", 0)])
 def test_server_is_started_with_the_precision_of_logits(
-    tmp_path: Path, logits_dtype: LogitsDtype, num_flags: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logits_dtype: LogitsDtype, num_flags: int
 ) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     folder = write_tiny_qwen3(tmp_path / "model")
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
@@ -100,7 +101,7 @@ def test_server_is_started_with_the_precision_of_logits(
             device="cuda",
         )
 
-    command = (tmp_path / "sglang-1.log").read_text()
+    command = (tmp_path / "sglang-0-1.log").read_text()
     assert command.count("--enable-fp32-lm-head") == num_flags
 
 

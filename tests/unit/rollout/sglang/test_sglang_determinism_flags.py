@@ -61,7 +61,7 @@ def test_server_is_started_deterministic_where_it_is_asked_for(
 
 
 def test_server_elsewhere_that_is_not_deterministic_is_refused() -> None:
-    config = SGLangConfig(url="http://there", deterministic=True)
+    config = SGLangConfig(urls=("http://there",), deterministic=True)
 
     check_determinism({"enable_deterministic_inference": True}, config)
     with pytest.raises(EngineError, match="--enable-deterministic-inference, or leave"):

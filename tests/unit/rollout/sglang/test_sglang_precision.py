@@ -1,6 +1,7 @@
 """The precision of a server's logits: its arguments, and what is refused."""
 
 import re
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from prefixrl_mcore.rollout.sglang.precision import check_logits
-from prefixrl_mcore.rollout.sglang.server import SGLangServer
+from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
 from tests.support.fake_sglang import FakeSGLang, serve
 from tests.support.tiny_models import write_tiny_qwen3
 
@@ -41,13 +42,18 @@ def failed_start(
     log_file = tmp_path / "sglang.log"
     with pytest.raises(EngineError) as error:
         SGLangServer.start(
-            model_folder,
-            SGLangConfig(python=python, dtype=dtype),
-            logits_dtype=logits_dtype,
-            device=device,
-            max_total_tokens=100,
-            weight_version="w",
-            log_file=log_file,
+            ServerLaunch(
+                name="server 0",
+                model_folder=model_folder,
+                config=SGLangConfig(python=python, dtype=dtype),
+                logits_dtype=logits_dtype,
+                device=device,
+                gpus=(),
+                max_total_tokens=100,
+                weight_version="w",
+            ),
+            log_file,
+            cancelled=threading.Event(),
         )
     return log_file.read_text().splitlines()[0].split(), str(error.value)
 
@@ -166,7 +172,7 @@ def test_engine_does_not_connect_to_a_server_that_rounds(
     with serve(fake) as url, pytest.raises(EngineError, match=re.escape(f"start it with {FLAG}")):
         SGLangEngine(
             model_folder,
-            SGLangConfig(url=url, start_timeout_seconds=5),
+            SGLangConfig(urls=(url,), start_timeout_seconds=5),
             logits_dtype="float32",
             max_total_tokens=100,
             logs_folder=tmp_path,

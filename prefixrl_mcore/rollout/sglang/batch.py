@@ -1,0 +1,414 @@
+"""One call of ``sample``: which request is where, what was lost, and what comes back.
+
+A request is one HTTP call for all of its samples. What was asked of a server that died is asked of
+another one at once; only when none is left does it wait for a restart.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefixrl_mcore.records import Completion
+from prefixrl_mcore.rollout.engine import (
+    EngineError,
+    IsEnough,
+    OnCompleted,
+    RolloutError,
+    SampleRequest,
+    SamplingParams,
+)
+from prefixrl_mcore.rollout.sglang.answer import AnswerReader
+from prefixrl_mcore.rollout.sglang.client import (
+    BadAnswer,
+    ServerFault,
+    ServerRefusal,
+    SGLangClient,
+    generate_payload,
+)
+from prefixrl_mcore.rollout.sglang.determinism import sample_seeds
+from prefixrl_mcore.rollout.sglang.member import Member
+from prefixrl_mcore.rollout.sglang.pool import Answered, ServerPool
+from prefixrl_mcore.rollout.sglang.schedule import (
+    CompletionLengths,
+    Cost,
+    Load,
+    choose_server,
+    longest_first,
+)
+
+logger = logging.getLogger(__name__)
+
+_ROUTED = -1
+"""Stands for the router among the servers' indices."""
+
+_ABORT_EVERY_SECONDS = 1.0
+"""A request may reach a server after the call that aborts all: the call is repeated."""
+
+_ABORT_LIMIT_SECONDS = 60.0
+"""Longest wait for aborted requests to come back."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Ticket:
+    """One HTTP call that is under way."""
+
+    index: int
+    """Place of its request in the batch."""
+
+    server: int
+    """Who was asked, or ``_ROUTED``."""
+
+    member: Member | None
+    """The same as a member; None where a router chooses."""
+
+    life: int
+    """The member's life when it was asked."""
+
+    tokens: float
+    """Expected of it, as charged to the server's load."""
+
+    server_id: str
+    """Its request id on the server."""
+
+    sent: float
+    """When, on the monotonic clock."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """The requests of one call; ``run`` returns their completions."""
+
+    name: str
+    """The engine, for errors."""
+
+    tag: str
+    """Begins the request ids on the servers; unique to this call."""
+
+    pool: ServerPool
+    """Where they are sampled."""
+
+    requests: Sequence[SampleRequest]
+    """What is asked for."""
+
+    limits: Sequence[int]
+    """Most new tokens of a completion, for each request."""
+
+    params: SamplingParams
+    """How to sample."""
+
+    lengths: CompletionLengths
+    """What completions were long so far; grows."""
+
+    is_seeded: bool
+    """The servers honour seeds."""
+
+    max_retries: int
+    """Times that a request that was lost is issued again."""
+
+    max_samples: int
+    """Completions that a server is asked for at a time."""
+
+    is_enough: IsEnough
+    """Told of each finished request; True ends the rest."""
+
+    on_completed: OnCompleted | None
+    """Told how much has come."""
+
+    is_closed: Callable[[], bool]
+    """Whether another thread closed the engine."""
+
+    _costs: list[Cost] = field(default_factory=list)
+    _waiting: deque[int] = field(default_factory=deque)
+    _in_flight: list[_Ticket] = field(default_factory=list)
+    _loads: dict[int, Load] = field(default_factory=dict)
+    _done: dict[int, list[Completion]] = field(default_factory=dict)
+    _num_lost: dict[int, int] = field(default_factory=dict)
+    _avoid: dict[int, int] = field(default_factory=dict)
+    _is_ending: bool = False
+    _end_by: float = 0.0
+    _next_abort: float = 0.0
+
+    def run(self) -> list[list[Completion]]:
+        """Return the completions of each request, in the order of the requests.
+
+        Raises:
+            RolloutError: if a request was refused, or lost for good.
+            EngineError: if too few servers are left.
+        """
+        self._costs = [
+            Cost(
+                context_tokens=len(request.context_token_ids),
+                completion_tokens=request.num_samples * self.lengths.expected_tokens(limit),
+            )
+            for request, limit in zip(self.requests, self.limits, strict=True)
+        ]
+        self._waiting.extend(longest_first(self._costs))
+        try:
+            while len(self._done) < len(self.requests):
+                self._advance()
+        finally:
+            if self._in_flight:  # nothing may go on sampling behind the caller's back
+                self.pool.abort_all()
+        return [self._done[index] for index in range(len(self.requests))]
+
+    def _advance(self) -> None:
+        """Send what can be sent, wait a moment, take what came."""
+        if self.is_closed():
+            raise EngineError(f"{self.name}: it was closed while it sampled")
+        self.pool.tend()
+        self._take_back_of_the_dead()
+        if self._is_ending:
+            self._hurry()
+        else:
+            self._send_what_fits()
+        busy = {ticket.member.index for ticket in self._in_flight if ticket.member is not None}
+        self.pool.check_health(
+            [m for m in self.pool.members if m.index in busy or self.pool.router is not None]
+        )
+        answered = self.pool.next_answer(waiting_for=self._outstanding())
+        if answered is not None and answered.ticket in self._in_flight:
+            self._take(answered)
+
+    def _send_what_fits(self) -> None:
+        """Send requests, the longest first, as long as a server has room."""
+        ready = {_ROUTED: None} if self.pool.router else {m.index: m for m in self.pool.ready}
+        if not self.pool.ready:
+            return
+        loads = {index: self._loads.setdefault(index, Load()) for index in ready}
+        room = self.max_samples * (len(self.pool.ready) if self.pool.router else 1)
+        while self._waiting:
+            index = self._waiting[0]
+            request = self.requests[index]
+            others = {i: load for i, load in loads.items() if i != self._avoid.get(index)}
+            server = choose_server(
+                self._costs[index],
+                request.context_token_ids,
+                request.num_samples,
+                others or loads,
+                max_samples=room,
+            )
+            if server is None:
+                return
+            self._waiting.popleft()
+            self._send(index, server, ready[server])
+
+    def _send(self, index: int, server: int, member: Member | None) -> None:
+        request, load = self.requests[index], self._loads[server]
+        ticket = _Ticket(
+            index=index,
+            server=server,
+            member=member,
+            life=0 if member is None else member.life,
+            tokens=load.cost_of(self._costs[index], request.context_token_ids),
+            server_id=f"{self.tag}-{self._num_lost.get(index, 0)}-{request.request_id}.",
+            sent=time.monotonic(),
+        )
+        load.outstanding_tokens += ticket.tokens
+        load.outstanding_samples += request.num_samples
+        load.contexts.add(request.context_token_ids)
+        self._in_flight.append(ticket)
+        client = self.pool.router if member is None else member.client
+        assert client is not None, "no member means a router"
+        payload = generate_payload(
+            context_token_ids=request.context_token_ids,
+            num_samples=request.num_samples,
+            max_new_tokens=self.limits[index],
+            temperature=self.params.temperature,
+            stop_token_ids=self.params.stop_token_ids,
+            request_id=ticket.server_id,
+            seeds=sample_seeds(request.seed, request.num_samples) if self.is_seeded else None,
+        )
+        # Not a thread pool's: those are waited for when the interpreter ends, and a server that
+        # hangs elsewhere may keep this one for an hour.
+        threading.Thread(target=self._ask, args=(ticket, client, payload), daemon=True).start()
+
+    def _ask(self, ticket: _Ticket, client: SGLangClient, payload: Mapping[str, Any]) -> None:
+        """In a thread: one HTTP call."""
+        outcome: list[dict[str, Any]] | BaseException
+        try:
+            outcome = client.generate(payload)
+        except BaseException as error:  # raised in the caller's thread, or taken as a fault there
+            outcome = error
+        self.pool.events.put(Answered(ticket=ticket, outcome=outcome))
+
+    def _take(self, answered: Answered) -> None:
+        """Take the end of a call: completions, a fault, or an error that ends the batch."""
+        ticket, outcome = answered.ticket, answered.outcome
+        assert isinstance(ticket, _Ticket), "batches put tickets into events"
+        self._release(ticket)
+        if isinstance(outcome, BaseException):
+            if not isinstance(outcome, ServerFault):
+                raise outcome
+            fault = outcome
+        else:
+            try:
+                self._finish(ticket, self._read(ticket, outcome))
+                return
+            except ServerFault as raised:
+                fault = raised
+        if self._is_ending:
+            self._finish_unanswered(ticket.index, str(fault))
+            return
+        if isinstance(fault, ServerRefusal) and fault.status < 500:
+            raise RolloutError(
+                f"{self.name}: request {self.requests[ticket.index].request_id!r} was refused: "
+                f"{fault}"
+            ) from fault
+        self._lose(ticket, str(fault))
+        if isinstance(fault, BadAnswer):
+            self.pool.counters.num_bad_answers += 1
+        if ticket.member is not None:
+            self.pool.suspect(ticket.member, ticket.life, "answer", fault)
+
+    def _read(self, ticket: _Ticket, answers: list[dict[str, Any]]) -> list[Completion]:
+        """Return the completions of an answer, once it has been checked.
+
+        Raises:
+            ServerFault: if it cannot be believed.
+            RolloutError: if no server could answer better.
+        """
+        request = self.requests[ticket.index]
+        where = f"{self.name}: request {request.request_id!r}"
+        if ticket.member is not None:
+            where += f" on {ticket.member.name}"
+        if len(answers) != request.num_samples:
+            raise BadAnswer(
+                f"{where}: expected {request.num_samples} completions, got {len(answers)}"
+            )
+        reader = AnswerReader(
+            where=where,
+            max_new_tokens=self.limits[ticket.index],
+            stop_token_ids=frozenset(self.params.stop_token_ids),
+            weight_version=self.pool.weights.name,
+            policy_version=self.pool.weights.policy_version,
+            may_be_aborted=self._is_ending,
+        )
+        return [reader.read(answer) for answer in answers]
+
+    def _finish(self, ticket: _Ticket, completions: list[Completion]) -> None:
+        """Note a request's completions and tell whoever wants to know."""
+        if ticket.member is not None:
+            ticket.member.failures["answer"] = 0
+        self.pool.counters.note_answer(
+            None if ticket.member is None else ticket.server,
+            len(self.requests[ticket.index].context_token_ids),
+            completions,
+        )
+        for completion in completions:
+            if completion.finish_reason != "abort":
+                self.lengths.observe(len(completion.token_ids))
+        self._complete(ticket.index, completions)
+
+    def _complete(self, index: int, completions: list[Completion]) -> None:
+        self._done[index] = completions
+        if self._is_ending:
+            return
+        if self.on_completed is not None:
+            self.on_completed(len(completions), sum(len(one.token_ids) for one in completions))
+        if self.is_enough(index, completions) and len(self._done) < len(self.requests):
+            self._end()
+
+    def _end(self) -> None:
+        """Begin to end the batch: what was not sent is not, and the rest is aborted."""
+        logger.debug(
+            "%s: enough; %d requests are aborted, %d of them were not sent",
+            *(self.name, len(self._in_flight) + len(self._waiting), len(self._waiting)),
+        )
+        self._is_ending = True
+        self._end_by = time.monotonic() + _ABORT_LIMIT_SECONDS
+        while self._waiting:
+            self._finish_unanswered(self._waiting.popleft(), "")
+
+    def _hurry(self) -> None:
+        """Tell the servers to drop what is in flight, and give up what does not come back."""
+        now = time.monotonic()
+        if now >= self._end_by:
+            for ticket in list(self._in_flight):
+                self._release(ticket)
+                self._finish_unanswered(ticket.index, "it was aborted and never came back")
+        elif self._in_flight and now >= self._next_abort:
+            self.pool.abort_all()
+            self._next_abort = time.monotonic() + _ABORT_EVERY_SECONDS
+
+    def _finish_unanswered(self, index: int, cause: str) -> None:
+        """Note completions without a token for a request that is no longer wanted."""
+        request = self.requests[index]
+        if cause:
+            logger.debug("%s: request %r: %s", self.name, request.request_id, cause)
+        self.pool.counters.num_aborted += request.num_samples
+        nothing = Completion(
+            token_ids=(),
+            logprobs=(),
+            finish_reason="abort",
+            policy_version=self.pool.weights.policy_version,
+        )
+        self._complete(index, [nothing] * request.num_samples)
+
+    def _take_back_of_the_dead(self) -> None:
+        """Take back what dead servers owe: their calls may hang for as long as they like."""
+        owed: dict[Member, list[_Ticket]] = {}
+        for ticket in list(self._in_flight):
+            member = ticket.member
+            if member is not None and (member.life != ticket.life or not member.is_up):
+                self._release(ticket)
+                owed.setdefault(member, []).append(ticket)
+        for member, tickets in owed.items():
+            del self._loads[member.index]  # its cache is gone too
+            logger.warning(
+                "%s: %s owed %d requests (about %.0f tokens)%s",
+                *(self.name, member.name, len(tickets), sum(ticket.tokens for ticket in tickets)),
+                "" if self._is_ending else "; they are issued again",
+            )
+            for ticket in tickets:
+                cause = f"{member.name} died: {member.last_death}"
+                if self._is_ending:
+                    self._finish_unanswered(ticket.index, cause)
+                else:
+                    self._lose(ticket, cause, logging.DEBUG)
+
+    def _lose(self, ticket: _Ticket, cause: str, level: int = logging.WARNING) -> None:
+        """Put a lost request in front of those that wait, as long as it may be tried again.
+
+        Args:
+            ticket: the call that was lost.
+            cause: why.
+            level: of the line in the log.
+
+        Raises:
+            RolloutError: if it was tried often enough.
+        """
+        request_id = self.requests[ticket.index].request_id
+        num_lost = self._num_lost[ticket.index] = self._num_lost.get(ticket.index, 0) + 1
+        if num_lost > self.max_retries:
+            raise RolloutError(
+                f"{self.name}: request {request_id!r} was lost after {num_lost} attempts: {cause}"
+            )
+        logger.log(
+            level,
+            "%s: request %r was lost, attempt %d of %d follows: %s",
+            *(self.name, request_id, num_lost + 1, self.max_retries + 1, cause),
+        )
+        self.pool.counters.num_reissued += 1
+        self._avoid[ticket.index] = ticket.server
+        self._waiting.appendleft(ticket.index)
+
+    def _release(self, ticket: _Ticket) -> None:
+        """Take a call off the load of its server."""
+        self._in_flight.remove(ticket)
+        load = self._loads[ticket.server]
+        load.outstanding_tokens -= ticket.tokens
+        load.outstanding_samples -= self.requests[ticket.index].num_samples
+
+    def _outstanding(self) -> str:
+        """Say what is outstanding, for the heartbeat."""
+        tokens = sum(ticket.tokens for ticket in self._in_flight)
+        oldest = min((ticket.sent for ticket in self._in_flight), default=time.monotonic())
+        return (
+            f"{len(self._in_flight)} requests in flight (about {tokens:.0f} tokens, the oldest for "
+            f"{time.monotonic() - oldest:.0f} s) and {len(self._waiting)} that wait, of "
+            f"{len(self.requests)}"
+        )

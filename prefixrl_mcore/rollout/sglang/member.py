@@ -1,0 +1,283 @@
+"""One server of the pool: what state it is in, and how it gets from one to the next."""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.api_key import find_api_key
+from prefixrl_mcore.rollout.sglang.client import ServerFault, SGLangClient
+from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+
+logger = logging.getLogger(__name__)
+
+_HEALTH_POLL_SECONDS = 0.5
+_REPORT_SECONDS = 10.0
+_JOIN_SECONDS = 30.0
+"""Time for a start under way to notice that it is cancelled, and to end what it started."""
+
+Failure = Literal["answer", "health"]
+"""What failed: an answer to a request, or a health check."""
+
+
+class State(Enum):
+    """What a server is doing, and so what it may be asked for."""
+
+    STARTING = "starting"
+    """It comes up, or waits for weights to sample from."""
+
+    READY = "ready"
+    """It has the current weights and samples."""
+
+    PAUSED = "paused"
+    """It has the current weights and holds what is in flight."""
+
+    UPDATING = "updating"
+    """Weights are on their way to it."""
+
+    ASLEEP = "asleep"
+    """It has given its device memory back."""
+
+    DEAD = "dead"
+    """It is gone, hangs, or cannot be believed; started again as long as it may be."""
+
+
+ALLOWED: dict[State, frozenset[State]] = {
+    State.STARTING: frozenset({State.READY, State.UPDATING, State.ASLEEP, State.DEAD}),
+    State.READY: frozenset({State.PAUSED, State.UPDATING, State.ASLEEP, State.DEAD}),
+    State.PAUSED: frozenset({State.READY, State.UPDATING, State.ASLEEP, State.DEAD}),
+    State.UPDATING: frozenset({State.STARTING, State.READY, State.DEAD}),
+    State.ASLEEP: frozenset({State.STARTING, State.DEAD}),
+    State.DEAD: frozenset({State.STARTING}),
+}
+"""The transitions there are. UPDATING falls back to STARTING when the stream of weights ended
+half-way; ASLEEP becomes STARTING because memory that was given back held the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CameUp:
+    """A server was started or waited for, and this is what came of it."""
+
+    member: "Member"
+    """Which server."""
+
+    life: int
+    """Which of its lives; an older one is of no interest any more."""
+
+    outcome: str | Exception
+    """Name of the weights that it has, or why it did not come up."""
+
+
+class Member:
+    """A server: its client, its process if it is ours, its state and its faults.
+
+    One thread at a time may call its methods; coming up takes place in a thread of its own.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        config: SGLangConfig,
+        *,
+        launch: ServerLaunch | None,
+        logs_folder: Path,
+        check: Callable[[SGLangClient], None],
+    ) -> None:
+        """Take the place of server ``index``, DEAD until ``revive``.
+
+        Args:
+            index: place in the pool, and among ``config.urls``.
+            config: time-outs, and the URL of a server that runs elsewhere.
+            launch: how the child process is started; None if it runs elsewhere.
+            logs_folder: gets ``sglang-<server>-<start>.log``.
+            check: raises EngineError for a server that is up and not what it should be; called in
+                another thread.
+        """
+        self.index = index
+        self.name = f"server {index}"
+        self.state = State.DEAD
+        self.cause = "not started"
+        self.server: SGLangServer | None = None
+        self.served_weights = ""
+        """Name of the weights that it said it has, or was sent since; empty until it came up."""
+
+        self.last_death = ""
+        """What it died of last, without the end of its log."""
+
+        self.life = 0
+        """Counts revivals; what belongs to an earlier life is of no interest."""
+
+        self.failures: Counter[Failure] = Counter()
+        """Failures of either kind since the last success of that kind."""
+
+        self._config = config
+        self._client = None if launch is not None else self._client_of_url()
+        self._launch = launch
+        self._logs_folder = logs_folder
+        self._check = check
+        self._since = time.monotonic()
+        self._restarts: deque[float] = deque()
+        self._lock = threading.Lock()  # between the end of a start and its cancellation
+        self._cancelled = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def client(self) -> SGLangClient:
+        """Calls to the server, once it has come up for the first time."""
+        assert self._client is not None, f"{self.name} has not come up"
+        return self._client
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it answers control calls."""
+        if self.state is State.STARTING:
+            return bool(self.served_weights)
+        return self.state is not State.DEAD
+
+    def __str__(self) -> str:
+        """Name the server, its state, for how long, and why."""
+        seconds = time.monotonic() - self._since
+        return f"{self.name} {self.state.value} for {seconds:.0f} s ({self.cause})"
+
+    def move_to(self, state: State, cause: str) -> None:
+        """Change the state and log why.
+
+        Raises:
+            AssertionError: if there is no such transition; a mistake of ours.
+        """
+        assert state in ALLOWED[self.state], f"{self.name}: {self.state} -> {state} ({cause})"
+        level = logging.WARNING if state is State.DEAD else logging.INFO
+        if {self.state, state} == {State.READY, State.UPDATING}:
+            level = logging.DEBUG  # every step
+        logger.log(
+            level, "SGLang: %s: %s -> %s: %s", self.name, self.state.value, state.value, cause
+        )
+        self.state, self.cause, self._since = state, cause, time.monotonic()
+
+    def revive(self, on_up: Callable[[CameUp], None]) -> None:
+        """Start it, or wait for it if it runs elsewhere; ``on_up`` is called in another thread."""
+        self.life += 1
+        self.failures.clear()
+        self.served_weights = ""
+        self._cancelled = cancelled = threading.Event()
+        life = self.life
+        self.move_to(State.STARTING, f"start {life}" if self._launch else "waiting for it")
+
+        def come_up() -> None:
+            outcome: str | Exception
+            try:
+                outcome = self._come_up(life, cancelled)
+            except Exception as error:  # of any kind: somebody waits for this thread
+                outcome = error
+            on_up(CameUp(member=self, life=life, outcome=outcome))
+
+        self._thread = threading.Thread(target=come_up, name=f"sglang-{self.index}", daemon=True)
+        self._thread.start()
+
+    def die(self, cause: str) -> None:
+        """Declare it dead and end its processes; others answer what it was asked for."""
+        tail = ""
+        if self.server is not None:
+            if not self.server.is_alive:
+                cause = f"{self.server.cause_of_death()} ({cause})"
+            tail = f"; {self.server.log_tail()}"
+        self.last_death = cause
+        self._end()
+        self.move_to(State.DEAD, cause + tail)
+
+    def may_restart(self) -> bool:
+        """Return whether another restart is within the bounds of the config."""
+        earliest = time.monotonic() - self._config.restart_window_seconds
+        while self._restarts and self._restarts[0] < earliest:
+            self._restarts.popleft()
+        return len(self._restarts) < self._config.max_restarts
+
+    def note_restart(self) -> None:
+        """Count a restart."""
+        self._restarts.append(time.monotonic())
+
+    def has_lost_process(self) -> bool:
+        """Return whether it is a child process that ended by itself."""
+        return self.server is not None and not self.server.is_alive
+
+    def close(self) -> None:
+        """End its processes, those of a start under way included; safe to call twice."""
+        self._end()
+        if self._thread is not None:
+            self._thread.join(_JOIN_SECONDS)
+        if self._client is not None:
+            self._client.close()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._cancelled.set()
+            server, self.server = self.server, None
+        if server is not None:
+            server.stop()
+
+    def _come_up(self, life: int, cancelled: threading.Event) -> str:
+        """Start it or wait for it; return the name of the weights that it has.
+
+        Raises:
+            EngineError: if it does not come up in time, or is not what it should be.
+        """
+        if self._launch is not None:
+            log_file = self._logs_folder / f"sglang-{self.index}-{life}.log"
+            server = SGLangServer.start(self._launch, log_file, cancelled=cancelled)
+            with self._lock:
+                if not cancelled.is_set():
+                    self.server, self._client = server, server.client
+            if cancelled.is_set():
+                server.stop()
+                raise EngineError(f"SGLang: {self.name} is no longer wanted")
+        else:
+            self._wait_for_url(cancelled, is_back=life > 1)
+        try:
+            self._check(self.client)
+            return self.client.weight_version()
+        except ServerFault as fault:
+            raise EngineError(f"SGLang: {self.name}: {fault}") from fault
+
+    def _wait_for_url(self, cancelled: threading.Event, *, is_back: bool) -> None:
+        """Wait for a server that runs elsewhere; one that was given up must show that it works."""
+        started = reported = time.monotonic()
+        while not self._answers(is_back=is_back):
+            now = time.monotonic()
+            if now - started > self._config.start_timeout_seconds or cancelled.is_set():
+                raise EngineError(
+                    f"SGLang: no healthy server at {self.client.url} after {now - started:.1f} s; "
+                    "is it started, and is rollout.sglang.urls right?"
+                )
+            if now - reported > _REPORT_SECONDS:
+                reported = now
+                logger.info(
+                    "SGLang: waiting for %s at %s to be healthy, %.0f of at most %.0f s",
+                    *(self.name, self.client.url),
+                    *(now - started, self._config.start_timeout_seconds),
+                )
+            cancelled.wait(_HEALTH_POLL_SECONDS)
+
+    def _answers(self, *, is_back: bool) -> bool:
+        if not self.client.is_healthy():
+            return False
+        if is_back:
+            self.client.abort()  # what it still does for its earlier life
+            try:
+                self.client.check_progress(self._config.health_timeout_seconds)
+            except ServerFault:
+                return False
+        return True
+
+    def _client_of_url(self) -> SGLangClient:
+        return SGLangClient(
+            self._config.urls[self.index],
+            request_timeout_seconds=self._config.request_timeout_seconds,
+            api_key=find_api_key(self._config),
+        )

@@ -1,0 +1,428 @@
+"""All servers of the engine: brought up, given weights, watched, buried, brought up again.
+
+Everything here runs in the thread that calls ``sample`` or ``load_weights``. What takes time runs
+in threads that put what came of it into ``events``: starts, health checks and requests.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.client import (
+    ServerFault,
+    ServerLost,
+    SGLangClient,
+    WrongWeights,
+)
+from prefixrl_mcore.rollout.sglang.counters import PoolCounters
+from prefixrl_mcore.rollout.sglang.member import CameUp, Failure, Member, State
+from prefixrl_mcore.rollout.weight_sync.sync import MakeBuckets, is_incomplete, sync_weights
+from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.2
+"""Longest time between two looks at the servers' processes."""
+
+_HEARTBEAT_SECONDS = 30.0
+_ABORT_SECONDS = 6.0
+"""Longest wait for the servers to be told to drop what they do."""
+
+_DEATH_SECONDS = 1.0
+"""Time from a broken connection until the supervisor has seen that the process is gone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """The weights that all servers have, or are to get."""
+
+    name: str
+    """What the servers call them; no other trainer's weights have this name."""
+
+    policy_version: int
+    """Optimizer steps applied to them; -1 for those that the servers began with."""
+
+    make_buckets: MakeBuckets | None
+    """Begins their stream, as often as it is called; None for those that servers began with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """The end of one HTTP call of a batch."""
+
+    ticket: object
+    """The batch's own record of the call."""
+
+    outcome: list[dict[str, object]] | BaseException
+    """One answer per sample, or what went wrong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Checked:
+    """The end of one health check."""
+
+    member: Member
+    life: int
+    fault: ServerFault | None
+
+
+class ServerPool:
+    """The servers and the weights that they have."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        config: SGLangConfig,
+        *,
+        transport: Transport,
+        router: SGLangClient | None,
+    ) -> None:
+        """Own the members; ``start`` brings them up.
+
+        Args:
+            members: all servers.
+            config: their limits.
+            transport: brings weights to the servers.
+            router: where requests are sent instead of to the servers.
+        """
+        self.members = list(members)
+        self.router = router
+        self.counters = PoolCounters(num_servers=len(self.members))
+        self.events: queue.SimpleQueue[Answered | CameUp | _Checked] = queue.SimpleQueue()
+        self.weights = Weights(name="", policy_version=-1, make_buckets=None)
+        self._config = config
+        self._transport = transport
+        self._next_check: dict[int, float] = {}
+        self._await_load: set[Member] = set()  # came up when the weights could not be had
+        self._last_heartbeat = time.monotonic()
+
+    @property
+    def ready(self) -> list[Member]:
+        """Servers that sample."""
+        return [member for member in self.members if member.state is State.READY]
+
+    def start(self) -> None:
+        """Bring all servers up at once; those with usable weights are ready then.
+
+        Servers that run elsewhere may have been left with different weights, or in the middle of an
+        update, by a trainer that died: none is ready then, until ``load``.
+
+        Raises:
+            EngineError: if one does not come up.
+        """
+        for member in self.members:
+            member.revive(self.events.put)
+        names: dict[str, str] = {}
+        while len(names) < len(self.members):
+            event = self.events.get()
+            assert isinstance(event, CameUp), "nothing else is under way"
+            if isinstance(event.outcome, Exception):
+                raise event.outcome
+            names[event.member.name] = event.member.served_weights = event.outcome
+        if len(set(names.values())) > 1 or is_incomplete(names["server 0"]):
+            logger.warning("SGLang: the servers have different or incomplete weights: %s", names)
+            return
+        self.weights = Weights(name=names["server 0"], policy_version=-1, make_buckets=None)
+        for member in self.members:
+            member.move_to(State.READY, f"has weights {self.weights.name!r}")
+
+    def load(self, weights: Weights) -> None:
+        """Give all living servers new weights; those that come up later get them then.
+
+        Raises:
+            EngineError: if the stream is not the model's weights; if too few servers are left,
+                because they died or refused the weights.
+        """
+        before, self.weights = self.weights, weights
+        self._await_load.clear()
+        try:
+            self._handle_waiting_events()
+            self._bury_the_lost()
+            self._update([member for member in self.members if member.is_up])
+        except BaseException:
+            self.weights = before
+            raise
+        self.begin_to_wait()
+        while not self.ready:
+            self.tend()
+            self.next_answer(waiting_for="a server for the new weights")
+
+    def verify(self) -> None:
+        """Ask every ready server for the name of its weights; bury those that have others."""
+        ready = self.ready
+        with ThreadPoolExecutor(max(1, len(ready)), "sglang-verify") as threads:
+            names = [threads.submit(member.client.weight_version) for member in ready]
+        for member, name in zip(ready, names, strict=True):
+            fault = name.exception()
+            if isinstance(fault, ServerFault):
+                self.bury(member, f"did not say which weights it has: {fault}")
+            elif name.result() != self.weights.name:
+                self.bury(
+                    member,
+                    f"has weights {name.result()!r}, expected {self.weights.name!r} (policy "
+                    f"version {self.weights.policy_version}); does another trainer use it?",
+                )
+
+    def begin_to_wait(self) -> None:
+        """Count the time until the next heartbeat from here."""
+        self._last_heartbeat = time.monotonic()
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return what was counted since the last call, by metric name."""
+        values = self.counters.metrics(num_ready=len(self.ready))
+        self.counters = PoolCounters(num_servers=len(self.members))
+        return values
+
+    def tend(self) -> None:
+        """Bury whose process ended, revive the dead, give weights to those that came up.
+
+        Raises:
+            EngineError: if too few servers are left.
+        """
+        self._bury_the_lost()
+        for member in self.members:
+            if member.state is State.DEAD and member.may_restart():
+                member.note_restart()
+                self.counters.num_restarts += 1
+                member.revive(self.events.put)
+        came_up = [m for m in self.members if m.state is State.STARTING and m.is_up]
+        outdated = [
+            member
+            for member in came_up
+            if member.served_weights != self.weights.name and member not in self._await_load
+        ]
+        for member in came_up:
+            if member.served_weights == self.weights.name:
+                member.move_to(State.READY, f"has weights {self.weights.name!r}")
+        if outdated and self.weights.make_buckets is not None:
+            self._catch_up(outdated)
+        elif outdated:
+            for member in outdated:
+                self.bury(member, f"was restarted with other weights: {member.served_weights!r}")
+        self._check_enough()
+
+    def next_answer(self, *, waiting_for: str) -> Answered | None:
+        """Wait a moment for an event; return an answer to a request, and handle anything else.
+
+        Args:
+            waiting_for: what the caller wants, for the heartbeat in the log.
+        """
+        self._beat(waiting_for)
+        try:
+            event = self.events.get(timeout=TICK_SECONDS)
+        except queue.Empty:
+            return None
+        if isinstance(event, Answered):
+            return event
+        self._handle(event)
+        return None
+
+    def check_health(self, busy: Sequence[Member]) -> None:
+        """Begin a health check of each server that owes answers, if one is due."""
+        now = time.monotonic()
+        for member in busy:
+            if member.state is State.READY and self._next_check.get(member.index, 0.0) <= now:
+                # Not again before this one has ended.
+                self._next_check[member.index] = now + 2 * self._config.health_timeout_seconds
+                threading.Thread(
+                    target=self._check, args=(member, member.life, member.client), daemon=True
+                ).start()
+
+    def suspect(self, member: Member, life: int, kind: Failure, fault: ServerFault) -> None:
+        """Take a failure into account: it may be one too many, or a sign that the server is gone.
+
+        Args:
+            member: which server.
+            life: its life when it was asked.
+            kind: what failed.
+            fault: how.
+        """
+        if member.life != life or member.state is State.DEAD:
+            return
+        member.failures[kind] += 1
+        is_broken = kind == "answer" and isinstance(fault, ServerLost)
+        if isinstance(fault, WrongWeights) or (is_broken and _is_gone(member)):
+            self.bury(member, str(fault))
+        elif member.failures[kind] >= self._config.max_failures:
+            failed = "health checks" if kind == "health" else "answers"
+            self.bury(member, f"{member.failures[kind]} {failed} in a row failed: {fault}")
+
+    def bury(self, member: Member, cause: str) -> None:
+        """Declare a server dead."""
+        self.counters.num_deaths += 1
+        member.die(cause)
+
+    def abort_all(self) -> None:
+        """Tell all servers to drop what they do, and wait a moment for them to have heard it."""
+        threads = [
+            threading.Thread(target=member.client.abort, daemon=True)
+            for member in self.members
+            if member.is_up
+        ]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + _ABORT_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def command(
+        self, call: Callable[[SGLangClient], None], states: Sequence[State], to: State, cause: str
+    ) -> None:
+        """Say the same to all servers in ``states``, which are ``to`` then; bury who refuses.
+
+        Raises:
+            EngineError: if too few servers are left.
+        """
+        told = [member for member in self.members if member.state in states and member.is_up]
+        with ThreadPoolExecutor(max(1, len(told)), "sglang-command") as threads:
+            results = [threads.submit(call, member.client) for member in told]
+        for member, result in zip(told, results, strict=True):
+            fault = result.exception()
+            if fault is None:
+                member.move_to(to, cause)
+            elif isinstance(fault, ServerFault):
+                self.bury(member, str(fault))
+            else:
+                raise fault
+        self._check_enough()
+
+    def stop_starts(self, cause: str) -> None:
+        """Give up the starts under way: memory is wanted by somebody else."""
+        for member in self.members:
+            if member.state is State.STARTING and not member.is_up:
+                member.die(cause)
+
+    def close(self) -> None:
+        """End all servers that were started; safe to call twice."""
+        with ThreadPoolExecutor(len(self.members), "sglang-close") as threads:
+            for result in [threads.submit(member.close) for member in self.members]:
+                result.result()
+        if self.router is not None:
+            self.router.close()
+
+    def _update(self, members: Sequence[Member]) -> None:
+        """Send the current weights to these servers.
+
+        Raises:
+            EngineError: if the stream is not the model's weights.
+        """
+        if not members:
+            return
+        assert self.weights.make_buckets is not None, "weights that came as a stream"
+        for member in members:
+            member.move_to(State.UPDATING, f"to {self.weights.name!r}")
+        targets = [
+            SyncTarget(
+                client=member.client,
+                num_ranks=self._config.tensor_parallel_size,
+                name=member.name,
+            )
+            for member in members
+        ]
+        try:
+            report = sync_weights(
+                targets, self._transport, self.weights.make_buckets, self.weights.name
+            )
+        except BaseException:
+            for member in members:
+                member.move_to(State.STARTING, "its weights are incomplete")
+            raise
+        for member in members:
+            if member.name in report.failed:
+                self.bury(
+                    member,
+                    f"has not got weights {self.weights.name!r}: {report.failed[member.name]}",
+                )
+            else:
+                member.served_weights = self.weights.name
+                member.move_to(State.READY, f"has weights {self.weights.name!r}")
+
+    def _catch_up(self, outdated: Sequence[Member]) -> None:
+        """Send the current weights again, to servers that came up late.
+
+        Raises:
+            EngineError: if they cannot be had again, and no server has them.
+        """
+        try:
+            self._update(outdated)
+        except EngineError as error:
+            if not self.ready:
+                raise
+            logger.warning("SGLang: %s; the others go on until the next weights", error)
+            self._await_load.update(outdated)
+
+    def _bury_the_lost(self) -> None:
+        for member in self.members:
+            if member.has_lost_process() and member.state is not State.DEAD:
+                self.bury(member, "its process is gone")
+
+    def _check_enough(self) -> None:
+        """Raise EngineError if fewer servers than wanted are alive or may become so."""
+        lost = [m for m in self.members if m.state is State.DEAD and not m.may_restart()]
+        left = len(self.members) - len(lost)
+        if left >= self._config.min_servers:
+            return
+        raise EngineError(
+            f"SGLang: {len(lost)} of {len(self.members)} servers are dead and were restarted "
+            f"{self._config.max_restarts} times in {self._config.restart_window_seconds:.0f} s; "
+            f"{left} are left, rollout.sglang.min_servers = {self._config.min_servers}. "
+            + "; ".join(str(member) for member in lost)
+        )
+
+    def _handle_waiting_events(self) -> None:
+        while not self.events.empty():
+            event = self.events.get()
+            if not isinstance(event, Answered):  # of a batch that was given up
+                self._handle(event)
+
+    def _handle(self, event: CameUp | _Checked) -> None:
+        member = event.member
+        if event.life != member.life or member.state is State.DEAD:
+            return
+        if isinstance(event, CameUp):
+            if isinstance(event.outcome, EngineError):
+                self.bury(member, str(event.outcome))
+            elif isinstance(event.outcome, Exception):
+                raise event.outcome
+            else:
+                member.served_weights = event.outcome
+            return
+        self._next_check[member.index] = time.monotonic() + self._config.health_every_seconds
+        if event.fault is None:
+            member.failures["health"] = 0
+        elif member.state is State.READY:  # a paused one shows no progress
+            self.suspect(member, event.life, "health", event.fault)
+
+    def _check(self, member: Member, life: int, client: SGLangClient) -> None:
+        """In a thread: check one server's health."""
+        fault = None
+        try:
+            client.check_progress(self._config.health_timeout_seconds)
+        except ServerFault as raised:
+            fault = raised
+        self.events.put(_Checked(member=member, life=life, fault=fault))
+
+    def _beat(self, waiting_for: str) -> None:
+        now = time.monotonic()
+        if now - self._last_heartbeat >= _HEARTBEAT_SECONDS:
+            self._last_heartbeat = now
+            logger.info(
+                "SGLang: waiting for %s; %s",
+                *(waiting_for, "; ".join(str(member) for member in self.members)),
+            )
+
+
+def _is_gone(member: Member) -> bool:
+    """Return whether a server that dropped a connection is dead, and not only busy or restless."""
+    if member.client.is_healthy():
+        return False
+    deadline = time.monotonic() + _DEATH_SECONDS
+    while member.server is not None and member.server.is_alive and time.monotonic() < deadline:
+        time.sleep(0.05)  # for its supervisor to say what it died of
+    return True

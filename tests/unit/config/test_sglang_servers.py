@@ -1,0 +1,37 @@
+"""Which servers there are: child processes or URLs, and what does not go together."""
+
+from typing import Any
+
+import pytest
+
+from prefixrl_mcore.config.base import ConfigError, validate
+from prefixrl_mcore.config.rollout import RolloutConfig
+
+
+def servers(**settings: Any) -> RolloutConfig:
+    return validate(RolloutConfig, {"sglang": settings}, where="test")
+
+
+def test_members_are_the_urls_or_the_child_processes() -> None:
+    assert servers().sglang.num_members == 1
+    assert servers(num_servers=3).sglang.num_members == 3
+    assert servers(urls=["http://a", "http://b"], min_servers=2).sglang.num_members == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({"url": "http://a"}, r"write urls = \['http://a'\]", id="the old key"),
+        pytest.param(
+            {"num_servers": 2, "urls": ["http://a"]}, "leave one of them out", id="both kinds"
+        ),
+        pytest.param({"urls": ["http://a", "http://a"]}, "names a server twice", id="twice"),
+        pytest.param({"router_url": "http://r"}, "the servers behind the router", id="router only"),
+        pytest.param({"num_servers": 2, "min_servers": 3}, "got 3 > 2", id="more than there are"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        servers(**settings)

@@ -1,0 +1,376 @@
+"""Faults of single servers of a pool, as the scripted fake shows them."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.sglang import pool as sglang_pool
+from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from tests.support.fake_sglang import SAMPLED_TOKEN, Answer, FakeSGLang, serve
+from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
+
+PARAMS = SamplingParams(
+    temperature=1.0, max_completion_tokens=6, max_total_tokens=50, stop_token_ids=()
+)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("model"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pool:
+    """Three fakes, and what makes an engine on them."""
+
+    fakes: list[FakeSGLang]
+    urls: tuple[str, ...]
+    model_folder: Path
+    logs_folder: Path
+    stack: ExitStack
+
+    def engine(self, **settings: Any) -> SGLangEngine:
+        config = {
+            "urls": self.urls,
+            "start_timeout_seconds": 5,
+            "health_every_seconds": 0.05,
+            "health_timeout_seconds": 1.5,
+        }
+        engine = SGLangEngine(
+            self.model_folder,
+            SGLangConfig(**(config | settings)),
+            logits_dtype="float32",
+            max_total_tokens=100,
+            logs_folder=self.logs_folder,
+        )
+        self.stack.callback(engine.close)
+        return engine
+
+
+@pytest.fixture
+def pool(model_folder: Path, tmp_path: Path) -> Iterator[Pool]:
+    with ExitStack() as stack:
+        fakes = [FakeSGLang() for _ in range(3)]
+        urls = tuple(stack.enter_context(serve(fake)) for fake in fakes)
+        yield Pool(
+            fakes=fakes, urls=urls, model_folder=model_folder, logs_folder=tmp_path, stack=stack
+        )
+        for fake in fakes:  # what hangs must not hang the end of the test
+            if fake.hold is not None:
+                fake.hold.set()
+
+
+def requests_of(count: int, num_samples: int = 2) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            request_id=f"r{index}",
+            context_token_ids=(5, 6, 7 + index),
+            num_samples=num_samples,
+            seed=0,
+        )
+        for index in range(count)
+    ]
+
+
+def weights() -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, weight.detach()) for name, weight in build_tiny_qwen3().named_parameters())
+
+
+def tokens_of(groups: list[list[Any]]) -> list[list[int]]:
+    return [[len(one.token_ids) for one in group] for group in groups]
+
+
+def test_groups_are_spread_and_counted(pool: Pool) -> None:
+    engine = pool.engine()
+    for fake in pool.fakes:
+        fake.hold = threading.Event()  # nobody is done before all have got their part
+    release = threading.Timer(0.5, lambda: [fake.hold.set() for fake in pool.fakes if fake.hold])
+    release.start()
+
+    groups = engine.sample(requests_of(9), PARAMS)
+
+    assert tokens_of(groups) == [[6, 6]] * 9
+    assert [len(fake.sampled) for fake in pool.fakes] == [3, 3, 3]
+    metrics = engine.take_metrics()
+    assert metrics["engine/num_requests"] == 9
+    assert metrics["engine/server_tokens_max_over_mean"] == 1.0
+    # 3 requests of 2 samples: 3 context tokens, none of them cached, and 6 sampled ones.
+    assert metrics["engine/server_2/tokens"] == 3 * 2 * (3 + 6)
+    assert metrics["engine/cache_hit_fraction"] == 0.0
+    assert metrics["engine/num_ready_servers"] == 3
+    assert engine.take_metrics()["engine/num_requests"] == 0
+
+
+def test_server_is_asked_for_no_more_than_its_bound_at_a_time(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_samples_per_server=4)
+    fake = pool.fakes[0]
+    fake.hold = threading.Event()
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(fake.calls.count("/generate"))
+        assert fake.hold is not None
+        fake.hold.set()
+
+    threading.Timer(0.5, look).start()
+    engine.sample(requests_of(5), PARAMS)
+
+    assert seen == [2]
+    assert fake.calls.count("/generate") == 5
+
+
+def test_new_weights_reach_every_server(pool: Pool) -> None:
+    engine = pool.engine()
+
+    engine.load_weights(weights, 4)
+
+    assert len({fake.weight_version for fake in pool.fakes}) == 1
+    assert {len(fake.loaded) for fake in pool.fakes} == {len(list(weights()))}
+    groups = engine.sample(requests_of(3), PARAMS)
+    assert {one.policy_version for group in groups for one in group} == {4}
+
+
+@pytest.mark.parametrize(
+    ("garbage", "message"),
+    [
+        pytest.param(b"<html>busy</html>", "expected JSON", id="no JSON"),
+        pytest.param(b'["a", "b"]', "expected JSON objects", id="no objects"),
+        pytest.param(b"[{}, {}]", "not an answer of SGLang's: KeyError", id="no fields"),
+        pytest.param(b"[{}]", "expected 2 completions, got 1", id="too few"),
+    ],
+)
+def test_garbage_of_one_server_is_answered_by_the_others(
+    pool: Pool, caplog: pytest.LogCaptureFixture, garbage: bytes, message: str
+) -> None:
+    engine = pool.engine()
+    pool.fakes[1].raw_answer = garbage
+
+    groups = engine.sample(requests_of(6), PARAMS)
+
+    assert tokens_of(groups) == [[6, 6]] * 6
+    assert message in caplog.text
+    assert pool.fakes[1].sampled == []
+    metrics = engine.take_metrics()
+    assert metrics["engine/num_bad_answers"] >= 1
+    assert metrics["engine/num_reissued_requests"] == metrics["engine/num_bad_answers"]
+
+
+def test_server_that_only_talks_garbage_is_given_up_and_the_run_goes_on(pool: Pool) -> None:
+    engine = pool.engine(max_restarts=0, max_failures=2)
+    pool.fakes[1].raw_answer = b"?"
+
+    for _ in range(3):
+        assert tokens_of(engine.sample(requests_of(6), PARAMS)) == [[6, 6]] * 6
+
+    metrics = engine.take_metrics()
+    assert metrics["engine/num_ready_servers"] == 2
+    assert metrics["engine/num_server_deaths"] == 1
+    assert metrics["engine/num_bad_answers"] <= 6
+
+
+def test_server_errors_are_answered_by_the_others(pool: Pool) -> None:
+    engine = pool.engine()
+    pool.fakes[0].fail_generate = 503
+
+    groups = engine.sample(requests_of(6), PARAMS)
+
+    assert tokens_of(groups) == [[6, 6]] * 6
+    assert pool.fakes[0].sampled == []
+
+
+def test_hung_server_is_found_by_its_health_and_its_requests_go_elsewhere(pool: Pool) -> None:
+    engine = pool.engine(max_restarts=0)
+    hung = pool.fakes[2]
+    hung.hold = threading.Event()
+    hung.is_sick = True
+    started = time.monotonic()
+
+    groups = engine.sample(requests_of(9), PARAMS)
+
+    assert tokens_of(groups) == [[6, 6]] * 9
+    assert time.monotonic() - started < 5  # and not request_timeout_seconds, an hour
+    assert [len(fake.sampled) for fake in pool.fakes[:2]] != [0, 0]
+    metrics = engine.take_metrics()
+    assert (metrics["engine/num_server_deaths"], metrics["engine/num_ready_servers"]) == (1, 2)
+    assert metrics["engine/num_reissued_requests"] == 3
+
+
+def test_server_that_came_back_is_brought_up_to_date_and_samples_again(pool: Pool) -> None:
+    engine = pool.engine()
+    engine.load_weights(weights, 7)
+    restarted = pool.fakes[0]
+    restarted.weight_version = "of its folder"
+    restarted.loaded.clear()
+
+    deadline = time.monotonic() + 10
+    while not restarted.sampled and time.monotonic() < deadline:
+        groups = engine.sample(requests_of(3), PARAMS)
+        assert {one.policy_version for group in groups for one in group} == {7}
+
+    assert len(restarted.loaded) == len(list(weights()))
+    assert restarted.weight_version == pool.fakes[1].weight_version
+    metrics = engine.take_metrics()
+    assert metrics["engine/num_server_restarts"] == 1
+    assert metrics["engine/num_ready_servers"] == 3
+
+
+@pytest.mark.parametrize("min_servers", [1, 2])
+def test_too_few_servers_are_one_error_that_names_them(pool: Pool, min_servers: int) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=0, min_servers=min_servers)
+    for fake in pool.fakes[: 3 - min_servers]:
+        fake.hold = threading.Event()
+        fake.is_sick = True
+
+    with pytest.raises(EngineError, match=rf"{3 - min_servers} of 2 servers are dead.*server 0"):
+        engine.sample(requests_of(4), PARAMS)
+
+
+def test_weights_that_do_not_reach_one_server_bury_it_alone(pool: Pool) -> None:
+    engine = pool.engine(max_restarts=0)
+    pool.fakes[1].refuse_update = "out of memory"
+
+    engine.load_weights(weights, 1)
+
+    groups = engine.sample(requests_of(6), PARAMS)
+    assert {one.policy_version for group in groups for one in group} == {1}
+    assert pool.fakes[1].sampled == []
+    assert engine.take_metrics()["engine/num_ready_servers"] == 2
+
+
+def test_refused_request_ends_the_call_and_what_is_in_flight(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:2])
+    pool.fakes[0].refuse_generate = "too long"
+    pool.fakes[1].hold = threading.Event()
+
+    with pytest.raises(RolloutError, match=r"'r0' was refused.*too long"):
+        engine.sample(requests_of(2), PARAMS)
+
+    assert "/abort_request" in pool.fakes[1].calls
+
+
+def test_what_is_not_needed_any_more_is_aborted(pool: Pool) -> None:
+    engine = pool.engine(max_samples_per_server=2)
+    for fake in pool.fakes[1:]:
+        fake.hold = threading.Event()
+    asked: list[int] = []
+    announced: list[int] = []
+
+    def is_enough(index: int, completions: list[Any]) -> bool:
+        asked.append(index)
+        return len(asked) == 2
+
+    groups = engine.sample_until(
+        requests_of(6), PARAMS, is_enough, lambda count, _tokens: announced.append(count)
+    )
+
+    whole = [index for index, group in enumerate(groups) if group[0].finish_reason == "length"]
+    assert sorted(asked) == whole
+    assert announced == [2, 2]
+    aborted = [group for index, group in enumerate(groups) if index not in whole]
+    assert len(aborted) == 4
+    assert {one.finish_reason for group in aborted for one in group} == {"abort"}
+    # Two were in flight: one sample of each had begun, the other was in the queue. Two were unsent.
+    assert sorted(tokens_of(aborted)) == [[0, 0], [0, 0], [2, 0], [2, 0]]
+    assert {one.token_ids for group in aborted for one in group} == {(), (SAMPLED_TOKEN,) * 2}
+    assert engine.take_metrics()["engine/num_aborted_completions"] == 8
+
+
+def test_abort_that_nobody_asked_for_is_tried_again(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1])
+
+    def abort_once(answer: Answer) -> None:
+        answer["meta_info"]["finish_reason"] = {"type": "abort", "message": "?"}
+        pool.fakes[0].spoil = None
+
+    pool.fakes[0].spoil = abort_once
+
+    assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
+    assert engine.take_metrics()["engine/num_reissued_requests"] == 1
+
+
+def test_requests_go_through_the_router_and_everything_else_does_not(pool: Pool) -> None:
+    router = FakeSGLang()
+    turns = iter(range(99))
+
+    def forward(path: str, payload: Any) -> tuple[int, Any]:
+        router.calls.append(path)
+        return pool.fakes[next(turns) % 3].answer(path, payload)
+
+    router.answer = forward
+    url = pool.stack.enter_context(serve(router))
+    engine = pool.engine(router_url=url)
+
+    engine.load_weights(weights, 2)
+    groups = engine.sample(requests_of(6), PARAMS)
+
+    assert router.calls == ["/generate"] * 6
+    assert {one.policy_version for group in groups for one in group} == {2}
+    assert [len(fake.sampled) for fake in pool.fakes] == [2, 2, 2]
+    metrics = engine.take_metrics()
+    assert metrics["engine/num_requests"] == 6
+    assert "engine/server_0/tokens" not in metrics
+
+
+def test_servers_left_in_the_middle_of_an_update_wait_for_weights(pool: Pool) -> None:
+    pool.fakes[1].weight_version = "crashed:3:incomplete"
+    engine = pool.engine()
+
+    with pytest.raises(EngineError, match="different or incomplete weights"):
+        engine.sample(requests_of(1), PARAMS)
+    engine.load_weights(weights, 0)
+
+    assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+
+
+def test_what_is_waited_for_is_logged(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sglang_pool, "_HEARTBEAT_SECONDS", 0.3)
+    engine = pool.engine(urls=pool.urls[:1])
+    pool.fakes[0].hold = hold = threading.Event()
+    threading.Timer(1.0, hold.set).start()
+
+    with caplog.at_level(logging.INFO):
+        engine.sample(requests_of(2), PARAMS)
+
+    assert "waiting for 2 requests in flight (about 30 tokens, the oldest for 0 s)" in caplog.text
+    assert "server 0 ready for" in caplog.text
+
+
+def test_every_change_of_state_is_logged_with_its_cause(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        engine = pool.engine(urls=pool.urls[:1])
+        engine.pause()
+        engine.resume()
+        engine.sleep()
+        engine.wake()
+
+    changes = [m.split(": ", 2)[2] for m in caplog.messages if " -> " in m]
+    assert changes == [
+        "dead -> starting: waiting for it",
+        "starting -> ready: has weights 'first'",
+        "ready -> paused: pause",
+        "paused -> ready: resume",
+        "ready -> asleep: sleep",
+        "asleep -> starting: woken: no weights",
+    ]
+
+
+def test_sleeping_servers_take_no_weights(pool: Pool) -> None:
+    engine = pool.engine()
+    engine.sleep()
+
+    with pytest.raises(EngineError, match="call wake first"):
+        engine.load_weights(weights, 1)

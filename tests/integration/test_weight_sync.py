@@ -6,6 +6,7 @@ Skipped where SGLang's environment is missing; fails there instead if PREFIXRL_R
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.records import TrainingSequence
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.client import SGLangClient, generate_payload
-from prefixrl_mcore.rollout.sglang.server import SGLangServer
+from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
 from prefixrl_mcore.rollout.weight_names import read_weight_coverage
 from prefixrl_mcore.rollout.weight_sync.buckets import pack_buckets
 from prefixrl_mcore.rollout.weight_sync.checksums import check_weights
@@ -84,15 +85,17 @@ def served(
         pytest.skip(reason)
     root = tmp_path_factory.mktemp(request.param)
     folder = write_model_folder(MODELS[request.param](), root / "model")
-    server = SGLangServer.start(
-        folder,
-        SGLangConfig(python=SGLANG_PYTHON),
+    launch = ServerLaunch(
+        name="server 0",
+        model_folder=folder,
+        config=SGLangConfig(python=SGLANG_PYTHON),
         logits_dtype="float32",
         device="cpu",
+        gpus=(),
         max_total_tokens=200,
         weight_version="of the folder",
-        log_file=root / "server.log",
     )
+    server = SGLangServer.start(launch, root / "server.log", cancelled=threading.Event())
     try:
         yield Served(folder=folder, url=server.client.url)
     finally:

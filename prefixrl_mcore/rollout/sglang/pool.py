@@ -144,6 +144,7 @@ class ServerPool:
         try:
             self._handle_waiting_events()
             self._bury_the_lost()
+            self._bury_the_silent()
             self._update([member for member in self.members if member.is_up])
         except BaseException:
             self.weights = before
@@ -361,6 +362,15 @@ class ServerPool:
         for member in self.members:
             if member.has_lost_process() and member.state is not State.DEAD:
                 self.bury(member, "its process is gone")
+
+    def _bury_the_silent(self) -> None:
+        """Bury who does not answer: an update would wait for it for minutes."""
+        up = [member for member in self.members if member.is_up]
+        with ThreadPoolExecutor(max(1, len(up)), "sglang-health") as threads:
+            healthy = threads.map(lambda member: member.client.is_healthy(), up)
+        for member, is_healthy in zip(up, healthy, strict=True):
+            if not is_healthy:
+                self.bury(member, "did not answer before an update of its weights")
 
     def _check_enough(self) -> None:
         """Raise EngineError if fewer servers than wanted are alive or may become so."""

@@ -1,0 +1,223 @@
+"""A pool of three real SGLang servers: balance, the loss of one, an end without remains."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.records import Completion
+from prefixrl_mcore.rollout.engine import SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from tests.support.processes import wait_until_gone
+from tests.support.sglang_environments import sglang_python
+from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
+
+pytestmark = pytest.mark.slow
+
+NUM_SERVERS = 3
+CONTEXT_TOKENS = 50
+START_SECONDS = 300.0
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_qwen3(tmp_path_factory.mktemp("pool") / "model", seed=0)
+
+
+@pytest.fixture(scope="module")
+def engine(model_folder: Path) -> Iterator[SGLangEngine]:
+    config = SGLangConfig(
+        python=sglang_python(),
+        num_servers=NUM_SERVERS,
+        start_timeout_seconds=START_SECONDS,
+        request_timeout_seconds=3600,
+        health_every_seconds=1,
+        health_timeout_seconds=5,
+        max_failures=2,
+    )
+    engine = SGLangEngine(
+        model_folder,
+        config,
+        logits_dtype="float32",
+        max_total_tokens=1200,
+        logs_folder=model_folder.parent / "logs",
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def requests_of(count: int, num_samples: int = 4) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            request_id=f"r{index}",
+            context_token_ids=tuple(4 + (index + 3 * i) % 28 for i in range(CONTEXT_TOKENS)),
+            num_samples=num_samples,
+            seed=index,
+        )
+        for index in range(count)
+    ]
+
+
+def params_of(max_completion_tokens: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.0,
+        max_completion_tokens=max_completion_tokens,
+        max_total_tokens=1200,
+        stop_token_ids=(),
+    )
+
+
+def weights(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    torch.manual_seed(seed)
+    return ((name, weight.detach()) for name, weight in build_tiny_qwen3().named_parameters())
+
+
+def load(engine: SGLangEngine, version: int) -> None:
+    engine.load_weights(lambda: weights(version), version)
+
+
+def wait_until_all_are_ready(engine: SGLangEngine, version: int) -> None:
+    """Sample until the pool is whole again: it is restarted from within ``sample``."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        (group,) = engine.sample(requests_of(1, 1), params_of(2))
+        assert group[0].policy_version == version
+        if engine.take_metrics()["engine/num_ready_servers"] == NUM_SERVERS:
+            return
+    raise AssertionError("the pool did not become whole again")
+
+
+def sample_while_one_is_hit(engine: SGLangEngine, signal_number: int) -> list[list[Completion]]:
+    """Sample long completions, and send a signal to all of one server when the first is done."""
+    victim = engine.servers[1]
+    hit: list[int] = []
+
+    def strike(*_counts: int) -> None:
+        if not hit:
+            hit.append(victim.supervisor_pid)
+            if signal_number == signal.SIGSTOP:
+                os.killpg(victim.supervisor_pid, signal_number)
+            else:
+                for child in psutil.Process(victim.supervisor_pid).children():
+                    child.send_signal(signal_number)
+
+    short = SampleRequest(
+        request_id="short", context_token_ids=(5,) * 795, num_samples=1, seed=0
+    )  # done at once, while the others have hundreds of tokens to go
+    params = SamplingParams(
+        temperature=1.0, max_completion_tokens=700, max_total_tokens=800, stop_token_ids=()
+    )
+    groups = engine.sample([short, *requests_of(9, 2)], params, strike)
+    assert not victim.is_alive
+    return groups[1:]
+
+
+def test_groups_are_spread_evenly_and_share_their_context(engine: SGLangEngine) -> None:
+    load(engine, 1)
+    engine.take_metrics()
+
+    groups = engine.sample(requests_of(12, 8), params_of(10))
+
+    assert [len(group) for group in groups] == [8] * 12
+    assert {one.policy_version for group in groups for one in group} == {1}
+    metrics = engine.take_metrics()
+    counts = [metrics[f"engine/server_{index}/num_requests"] for index in range(NUM_SERVERS)]
+    assert counts == [4, 4, 4]
+    assert metrics["engine/server_tokens_max_over_mean"] < 1.1
+    # Each context is computed once, and its last token again for each of its 8 samples.
+    assert metrics["engine/cache_hit_fraction"] > 0.85
+
+
+def test_nothing_is_lost_when_one_server_is_killed_in_the_middle(
+    engine: SGLangEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(engine, 2)
+    engine.take_metrics()
+
+    groups = sample_while_one_is_hit(engine, signal.SIGKILL)
+
+    assert [[len(one.token_ids) for one in group] for group in groups] == [[700, 700]] * 9
+    assert {one.policy_version for group in groups for one in group} == {2}
+    assert "was killed by SIGKILL: out of memory, or killed by hand" in caplog.text
+    metrics = engine.take_metrics()
+    assert metrics["engine/num_server_deaths"] == 1
+    assert metrics["engine/num_reissued_requests"] >= 1
+    wait_until_all_are_ready(engine, 2)
+
+
+def test_nothing_is_lost_when_one_server_hangs_in_the_middle(
+    engine: SGLangEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(engine, 3)
+    engine.take_metrics()
+    started = time.monotonic()
+
+    groups = sample_while_one_is_hit(engine, signal.SIGSTOP)
+
+    assert time.monotonic() - started < 600  # the requests' own limit is an hour
+    assert [[len(one.token_ids) for one in group] for group in groups] == [[700, 700]] * 9
+    assert "2 health checks in a row failed" in caplog.text
+    assert engine.take_metrics()["engine/num_server_deaths"] == 1
+    wait_until_all_are_ready(engine, 3)
+
+
+def test_what_is_not_needed_any_more_comes_back_as_far_as_it_got(engine: SGLangEngine) -> None:
+    load(engine, 4)
+    short, *long = requests_of(7, 2)
+    short = SampleRequest(request_id="short", context_token_ids=(5,) * 1190, num_samples=2, seed=0)
+
+    groups = engine.sample_until([short, *long], params_of(1000), lambda _index, _group: True)
+
+    assert {one.finish_reason for one in groups[0]} == {"length"}
+    rest = [one for group in groups[1:] for one in group]
+    assert {one.finish_reason for one in rest} == {"abort"}
+    assert all(len(one.token_ids) == len(one.logprobs) < 1000 for one in rest)
+    assert any(one.token_ids for one in rest)
+    assert {one.policy_version for one in rest} == {4}
+    # The servers are free again, and can be updated: nothing is in flight.
+    load(engine, 5)
+    assert engine.sample(requests_of(1, 1), params_of(2))[0][0].policy_version == 5
+
+
+def test_closed_pool_leaves_no_process(engine: SGLangEngine) -> None:
+    """The last test with the pool of all others."""
+    groups = [server.supervisor_pid for server in engine.servers]
+    before = [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) in groups]
+    assert len(before) >= 3 * NUM_SERVERS  # supervisor, HTTP process, scheduler
+
+    engine.close()
+
+    assert wait_until_gone(before) == []
+
+
+def test_killed_trainer_leaves_no_process(model_folder: Path, tmp_path: Path) -> None:
+    done_file = tmp_path / "pids"
+    trainer = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tests.support.pool_trainer"),
+            *(str(model_folder), str(sglang_python()), str(done_file)),
+        ]
+    )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not done_file.exists() and time.monotonic() < deadline:
+            assert trainer.poll() is None
+            time.sleep(0.1)
+        groups = [int(pid) for pid in done_file.read_text().split()]
+        before = [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) in groups]
+        assert len(before) >= 6
+    finally:
+        trainer.kill()
+        trainer.wait()
+
+    assert wait_until_gone(before) == []

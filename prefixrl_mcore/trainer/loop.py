@@ -22,7 +22,7 @@ def train(session: Session, stop: StopSignal) -> None:
     stop.begin_steps()
     session.begin_steps()
     for step in range(session.first_step, session.config.trainer.num_steps):
-        with session.step(step):
+        with session.saved_if_engine_is_lost(step), session.step(step):
             session.sync_weights()
             rollouts = session.supply.sample(step)
             batch = session.pack(rollouts)
@@ -58,9 +58,10 @@ def ends_after(session: Session, stop: StopSignal, done: int) -> bool:
     """
     is_last = done == session.config.trainer.num_steps or session.is_over_budget()
     is_stopping = not is_last and stop.is_set(session.saver.seconds_to_stop)
-    if is_last or (session.is_evaluation_due(done) and not is_stopping):
-        session.evaluate(done)
-    session.checkpoint(done, is_last=is_last or is_stopping)
+    with session.saved_if_engine_is_lost(done):
+        if is_last or (session.is_evaluation_due(done) and not is_stopping):
+            session.evaluate(done)
+        session.checkpoint(done, is_last=is_last or is_stopping)
     if not (is_last or is_stopping):
         return False
     session.log_outside(done)

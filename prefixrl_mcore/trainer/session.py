@@ -13,7 +13,7 @@ from torch import Tensor
 from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.accounting.model_flops import ModelFlops
 from prefixrl_mcore.checkpoint.manifest import SaveError
-from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint
+from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint, step_folder
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.continuation import describe_settings
 from prefixrl_mcore.config.policy import LossConfig
@@ -32,7 +32,7 @@ from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.policy.topology import Topology, run_on_first
 from prefixrl_mcore.records import Problem, TrainingSequence, UpdateResult
-from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.engine import EngineError, RolloutError
 from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
 from prefixrl_mcore.trainer.generation import Generated, staleness_metrics
@@ -255,6 +255,35 @@ class Session:
                     state=self.state(step),
                 )
             raise explained_error from error
+
+    @contextmanager
+    def saved_if_engine_is_lost(self, step: int) -> Iterator[None]:
+        """Save what ``step`` begins with if no rollout can be had for it; all ranks call this.
+
+        The error goes on. Who failed to sample has given the problems back to the source.
+        """
+        try:
+            yield
+        except (EngineError, RolloutError):
+            with self.phases.phase("save"):
+                self._complete_save()
+                self._save_in_need(step)
+            raise
+
+    def _save_in_need(self, step: int) -> None:
+        """Save, unless it is saved already; how that fails is logged, as by ``_complete_save``."""
+        newest = run_on_first(lambda: latest_checkpoint(self.folder.checkpoints))
+        if newest == step_folder(self.folder.checkpoints, step):
+            return
+        logger.warning("no rollouts can be had: saving the state at step %d", step)
+        try:
+            with self.refusal_counted():
+                metrics = self.evaluations.get(step)
+                state = self.state(step) | {"rollouts": self.supply.state()}
+                self.saver.start(step, self.policy, state, metrics=metrics)
+        except RuntimeError as error:
+            logger.error("%s. The run ends with another error; this save is lost", error)
+        self._complete_save()
 
     def _complete_save(self) -> None:
         """Complete a save under way; how it fails is logged, because it must not hide an error."""

@@ -126,13 +126,15 @@ class SGLangConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _url_is_now_urls(cls, values: object) -> object:
-        if isinstance(values, dict) and "url" in values:
+        """Earlier versions wrote ``url = null`` into the config.json of every run."""
+        if not isinstance(values, dict) or "url" not in values:
+            return values
+        if values["url"] is not None:
             raise ValueError(
                 f"rollout.sglang.url is now rollout.sglang.urls, a list, got url = "
-                f"{values['url']!r}; write urls = [{values['url']!r}], or leave it out to start "
-                "the servers"
+                f"{values['url']!r}; write urls = [{values['url']!r}]"
             )
-        return values
+        return {key: value for key, value in values.items() if key != "url"}
 
     @model_validator(mode="after")
     def _servers_are_child_processes_or_run_already(self) -> "SGLangConfig":

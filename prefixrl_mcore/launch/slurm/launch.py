@@ -110,16 +110,11 @@ def _check_servers(config: RunConfig, layout: JobLayout) -> None:
     """
     if not layout.rollout_nodes:
         return
-    number = layout.rollout_nodes * layout.servers_per_node
-    if number > 1:
-        raise ConfigError(
-            f"{number} rollout servers: the engine takes one so far; raise "
-            "rollout.sglang.tensor_parallel_size to the GPUs of a node, with --rollout-nodes 1"
-        )
-    if config.rollout.engine == "transformers" or config.rollout.sglang.url is not None:
+    servers = config.rollout.sglang
+    if config.rollout.engine == "transformers" or servers.urls or servers.num_servers > 1:
         raise ConfigError(
             f"--shape {layout.shape} starts SGLang servers on nodes of their own; leave out "
-            "rollout.engine = 'transformers' and rollout.sglang.url"
+            "rollout.engine = 'transformers', rollout.sglang.urls and rollout.sglang.num_servers"
         )
 
 

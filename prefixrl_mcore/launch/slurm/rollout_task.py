@@ -1,9 +1,9 @@
 """The task of a rollout node: one SGLang server, reachable from the trainer's node."""
 
 import logging
-import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, RunConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.server import SGLangServer
+from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +38,24 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
     # It is the trainer that saves; the server inherits this, and serves until the trainer ends.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     index, start = int(environment["SLURM_PROCID"]), environment.get("SLURM_RESTART_COUNT") or "0"
-    if task.gpus_per_server:
-        os.environ["CUDA_VISIBLE_DEVICES"] = own_gpus(environment, task.gpus_per_server)
     config = load_config(RunConfig, Path(task.config), [])
     settings = config.rollout.sglang
     outside = settings.model_copy(
         update={"extra_args": (*settings.extra_args, "--host", "0.0.0.0")}  # last wins
     )
     try:
-        server = SGLangServer.start(
-            config.model.path,
-            outside,
+        launch = ServerLaunch(
+            name=f"rollout server {index}",
+            model_folder=config.model.path,
+            config=outside,
             logits_dtype=config.model.logits_dtype,
             device="cuda" if task.gpus_per_server else "cpu",
+            gpus=own_gpus(environment, task.gpus_per_server),
             max_total_tokens=config.rollout.max_total_tokens,
             weight_version="initial",
-            log_file=folder.logs / f"start-{start}" / f"sglang-{index}.log",
         )
+        log_file = folder.logs / f"start-{start}" / f"sglang-{index}.log"
+        server = SGLangServer.start(launch, log_file, cancelled=threading.Event())
     except EngineError as error:
         logger.error("%s", error)
         return 1
@@ -71,9 +72,9 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
     return TIME_LIMIT_EXIT_CODE
 
 
-def own_gpus(environment: Mapping[str, str], number: int) -> str:
-    """Return this task's share of the node's GPUs, as ``CUDA_VISIBLE_DEVICES``."""
+def own_gpus(environment: Mapping[str, str], number: int) -> tuple[str, ...]:
+    """Return this task's share of the node's GPUs, as entries of ``CUDA_VISIBLE_DEVICES``."""
     first = int(environment["SLURM_LOCALID"]) * number
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(index) for index in range(first + number)]
-    return ",".join(gpus[first : first + number])
+    return tuple(gpus[first : first + number])

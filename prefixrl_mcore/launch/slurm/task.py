@@ -71,8 +71,8 @@ def server_flags(
     files = [folder.server_file(start, index) for index in range(task.num_servers)]
     while not all(file.exists() for file in files):
         time.sleep(poll_seconds)
-    (url,) = (json.loads(file.read_text())["url"] for file in files)
-    return ["--rollout.sglang.url", url]
+    urls = [json.loads(file.read_text())["url"] for file in files]
+    return ["--rollout.sglang.urls", *urls]
 
 
 def start_number(environment: Mapping[str, str]) -> int:

@@ -18,6 +18,10 @@ def test_members_are_the_urls_or_the_child_processes() -> None:
     assert servers(urls=["http://a", "http://b"], min_servers=2).sglang.num_members == 2
 
 
+def test_settings_that_an_earlier_version_wrote_are_read() -> None:
+    assert servers(url=None) == servers()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from prefixrl_mcore.accounting.flops import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
+from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.trainer.rollout_supply import OVERLAP_METRICS
 from tests.support.tiny_run import TinyTask, metrics_of, without_clock
 
@@ -130,6 +132,17 @@ def test_a_resumed_run_equals_an_undisturbed_one_whatever_the_schedule(
     assert evaluations[0] == evaluations[1]
     for step in range(NUM_STEPS):
         assert rollouts_of(resumed, step) == rollouts_of(undisturbed, step)
+
+
+def test_an_update_that_fails_beside_a_generation_is_dumped_and_ends_the_run(
+    tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run = tmp_path / "overflowing"
+    flags = (*OVERLAP, "--loss.entropy-coefficient", "3e38")
+    with pytest.raises(NonFiniteError, match=r"step 0: .* loss is -?inf, made by rollout"):
+        tiny_task.run("train", run, *flags)
+    assert (run / "dumps" / "step-000000.json").exists()
+    assert "rollouts" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.slow

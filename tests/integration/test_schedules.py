@@ -16,6 +16,7 @@ from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
 from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.trainer.rollout_supply import OVERLAP_METRICS
+from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_run import TinyTask, metrics_of, without_clock
 
 OVERSAMPLING = ("--rollout.schedule.oversampling", "1.5")
@@ -143,6 +144,16 @@ def test_an_update_that_fails_beside_a_generation_is_dumped_and_ends_the_run(
         tiny_task.run("train", run, *flags)
     assert (run / "dumps" / "step-000000.json").exists()
     assert "rollouts" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.slow
+def test_a_real_server_samples_during_the_update(tiny_task: TinyTask, tmp_path: Path) -> None:
+    run = tmp_path / "sglang"
+    server = ("--rollout.engine", "sglang", "--rollout.sglang.python", str(sglang_python()))
+    assert tiny_task.run("train", run, *OVERLAP, *server) == 0
+    assert_steps_are_one_update_old(run, steps_of(run))
+    first, *_ = metrics_of(run, "train")
+    assert first["loss/logprob_gap_max_nats"] < 1e-4  # its own weights; later ones are older
 
 
 @pytest.mark.slow

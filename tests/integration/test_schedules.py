@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from prefixrl_mcore.accounting.flops import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
+from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.trainer.rollout_supply import OVERLAP_METRICS
+from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_run import TinyTask, metrics_of, without_clock
 
 OVERSAMPLING = ("--rollout.schedule.oversampling", "1.5")
@@ -130,6 +133,27 @@ def test_a_resumed_run_equals_an_undisturbed_one_whatever_the_schedule(
     assert evaluations[0] == evaluations[1]
     for step in range(NUM_STEPS):
         assert rollouts_of(resumed, step) == rollouts_of(undisturbed, step)
+
+
+def test_an_update_that_fails_beside_a_generation_is_dumped_and_ends_the_run(
+    tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run = tmp_path / "overflowing"
+    flags = (*OVERLAP, "--loss.entropy-coefficient", "3e38")
+    with pytest.raises(NonFiniteError, match=r"step 0: .* loss is -?inf, made by rollout"):
+        tiny_task.run("train", run, *flags)
+    assert (run / "dumps" / "step-000000.json").exists()
+    assert "rollouts" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.slow
+def test_a_real_server_samples_during_the_update(tiny_task: TinyTask, tmp_path: Path) -> None:
+    run = tmp_path / "sglang"
+    server = ("--rollout.engine", "sglang", "--rollout.sglang.python", str(sglang_python()))
+    assert tiny_task.run("train", run, *OVERLAP, *server) == 0
+    assert_steps_are_one_update_old(run, steps_of(run))
+    first, *_ = metrics_of(run, "train")
+    assert first["loss/logprob_gap_max_nats"] < 1e-4  # its own weights; later ones are older
 
 
 @pytest.mark.slow

@@ -1,11 +1,16 @@
-"""What the loop does before its first step."""
+"""What the loops do before their first step, and the order of the overlapped one."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.trainer.loop import train
+from prefixrl_mcore.trainer.overlapped_loop import train_overlapped
+from prefixrl_mcore.trainer.session import Session
 
 
 @pytest.mark.parametrize("keep_best", [None, object()], ids=["no rule", "keep_best"])
@@ -25,3 +30,69 @@ def test_an_owed_evaluation_reaches_the_checkpoint_that_the_rule_looks_at(
     train(session, SimpleNamespace())  # pyright: ignore[reportArgumentType]
     again = [("checkpoint", 3, {"is_last": False, "is_due": True})]
     assert calls == [("evaluate", 3), *(again if keep_best else [])]
+
+
+class _Recorded:
+    """A session that notes what the loop asks of it."""
+
+    def __init__(self, *, first_step: int, is_begun: bool) -> None:
+        self.calls: list[str] = []
+        self.config = SimpleNamespace(trainer=SimpleNamespace(num_steps=3))
+        self.first_step, self.owes_evaluation = first_step, False
+        self.saver = SimpleNamespace(seconds_to_stop=0.0)
+        self.supply = SimpleNamespace(is_begun=is_begun, begin=self._begin, take=self._take)
+
+    def _begin(self, step: int) -> None:
+        self.supply.is_begun = True
+        self.calls.append(f"begin {step}")
+
+    def _take(self, step: int) -> str:
+        self.supply.is_begun = False
+        self.calls.append(f"take {step}")
+        return f"rollouts {step}"
+
+    def step(self, step: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def pack(self, rollouts: str) -> str:
+        return f"batch of {rollouts}"
+
+    def update(self, step: int, batch: str) -> None:
+        self.calls.append(f"update {step} on {batch}")
+
+    def is_over_budget(self) -> bool:
+        return False
+
+    def is_evaluation_due(self, step: int) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name != "sync_weights":
+            return lambda *_, **__: None
+        return lambda: self.calls.append("sync")
+
+
+@pytest.mark.parametrize(
+    ("first_step", "is_begun"), [(0, False), (1, True)], ids=["new", "resumed"]
+)
+def test_with_overlap_a_generation_begins_after_the_sync_and_before_the_update(
+    first_step: int, is_begun: bool
+) -> None:
+    session: Any = _Recorded(first_step=first_step, is_begun=is_begun)
+    stop: Any = SimpleNamespace(begin_steps=lambda: None, is_set=lambda seconds: False)
+    train_overlapped(session, stop)
+    first = ["sync", "begin 0", "take 0", "sync", "begin 1", "update 0 on batch of rollouts 0"]
+    assert session.calls == [
+        *([] if is_begun else first),
+        *("take 1", "sync", "begin 2", "update 1 on batch of rollouts 1"),
+        *("take 2", "sync", "update 2 on batch of rollouts 2"),  # the last begins no other
+    ]
+
+
+def test_weights_are_not_exported_again_beside_an_update() -> None:
+    session: Any = SimpleNamespace(
+        supply=SimpleNamespace(is_in_background=True),
+        _evaluator=SimpleNamespace(engine=SimpleNamespace(policy_version=3)),
+    )
+    with pytest.raises(EngineError, match=r"lost weights of version 3 .* resume the run"):
+        Session._export(session)

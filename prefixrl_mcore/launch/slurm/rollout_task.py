@@ -41,21 +41,17 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
     if task.gpus_per_server:
         os.environ["CUDA_VISIBLE_DEVICES"] = own_gpus(environment, task.gpus_per_server)
     config = load_config(RunConfig, Path(task.config), [])
-    settings = config.rollout.sglang
-    outside = settings.model_copy(
-        update={"extra_args": (*settings.extra_args, "--host", "0.0.0.0")}  # last wins
-    )
     try:
         server = SGLangServer.start(
             config.model.path,
-            outside,
+            config.rollout.sglang.model_copy(update={"host": "0.0.0.0"}),
             logits_dtype=config.model.logits_dtype,
             device="cuda" if task.gpus_per_server else "cpu",
             max_total_tokens=config.rollout.max_total_tokens,
             weight_version="initial",
             log_file=folder.logs / f"start-{start}" / f"sglang-{index}.log",
         )
-    except EngineError as error:
+    except (EngineError, ValueError) as error:
         logger.error("%s", error)
         return 1
     port = urlsplit(server.client.url).port

@@ -248,7 +248,6 @@ def test_a_request_can_be_limited_by_itself(engine: RolloutEngine) -> None:
 def test_enough_aborts_what_is_in_flight_and_keeps_its_tokens(
     setting: Setting, engine: RolloutEngine
 ) -> None:
-    _skip_without_sample_until(engine)
     short = dataclasses.replace(request_of(7, 8, 2), max_completion_tokens=6)
     requests = [request_of(0, 9, 2), request_of(1, 5), short, request_of(2, 12)]
     asked: list[int] = []
@@ -296,7 +295,6 @@ def test_weights_stay_while_completions_are_sampled(
 
 
 def test_what_was_aborted_can_be_continued(setting: Setting, engine: RolloutEngine) -> None:
-    _skip_without_sample_until(engine)
     short = dataclasses.replace(request_of(7, 8), max_completion_tokens=10)
     request = request_of(0, 9)
     params = params_of(temperature=0.0, max_completion_tokens=60)
@@ -318,7 +316,6 @@ def test_what_was_aborted_can_be_continued(setting: Setting, engine: RolloutEngi
 
 
 def test_never_enough_is_to_sample_all(engine: RolloutEngine) -> None:
-    _skip_without_sample_until(engine)
     requests = [request_of(seed, 10, 2) for seed in range(3)]
     asked: list[int] = []
 
@@ -332,11 +329,6 @@ def test_never_enough_is_to_sample_all(engine: RolloutEngine) -> None:
     assert {one.finish_reason for group in groups for one in group} == {"length"}
     if engine.is_seeded:
         assert groups == engine.sample(requests, params_of())
-
-
-def _skip_without_sample_until(engine: RolloutEngine) -> None:
-    if isinstance(engine, SGLangEngine):
-        pytest.skip(f"{engine.name} cannot abort yet")
 
 
 def test_longest_total_can_be_used_up(engine: RolloutEngine) -> None:

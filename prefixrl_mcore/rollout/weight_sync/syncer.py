@@ -14,6 +14,15 @@ logger = logging.getLogger(__name__)
 CheckWeights = Callable[[Sequence[SyncTarget], Iterator[tuple[str, Tensor]]], int]
 """Raises EngineError if a target's weights differ; returns how many tensors it compared."""
 
+METRIC_NAMES = tuple(
+    f"sync/{name}"
+    for name in (
+        *("seconds", "sending_seconds", "check_seconds", "bytes", "num_buckets"),
+        *("gigabytes_per_second", "num_failed_servers", "step_fraction"),
+    )
+)
+"""Metrics of a step in which weights were sent; the session adds the last."""
+
 
 class Syncer:
     """Brings weights to servers, again and again."""

@@ -40,7 +40,11 @@ class SyncConfig(Config):
     """Where the transport ``disk`` writes, for all servers under the same path; None is a folder in
     the run's."""
 
-    timeout_seconds: float = Field(default=600.0, gt=0.0)
+    checksum_every_syncs: int | None = Field(default=100, ge=1)
+    """Syncs from one comparison of the servers' weights with the policy's to the next, by
+    checksums; the first sync is one. A difference ends the run. None compares never."""
+
+    timeout_seconds: float = Field(default=300.0, gt=0.0)
     """How long a server may take to join a broadcast, and to load a bucket."""
 
 

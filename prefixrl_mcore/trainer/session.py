@@ -317,6 +317,9 @@ class Session:
         times = self.phases.take()
         if self.metrics is not None:
             figures = {**over_ranks, **self._evaluator.engine.take_metrics(), **times}
+            if "sync/seconds" in figures:
+                share = figures["sync/seconds"] / times["time/step_seconds"]
+                figures["sync/step_fraction"] = share
             self._write_step(step, rollouts, batch, update, figures=figures)
         self.gap_alarm.ring(step, update.metrics)
 

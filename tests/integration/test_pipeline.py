@@ -24,6 +24,7 @@ from prefixrl_mcore.observability.phases import TIMED
 from prefixrl_mcore.policy import router
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
+from prefixrl_mcore.rollout.weight_sync import syncer
 from prefixrl_mcore.trainer.generation import (
     DYNAMIC_METRICS,
     OVERSAMPLING_METRICS,
@@ -121,7 +122,7 @@ def test_what_is_written_is_what_is_documented(trained: Path) -> None:
     sums, maxima = metric_names(has_rollout_logprobs=True, has_reference=True)
     written |= {*sums, *maxima, *router.METRIC_NAMES}
     written |= {f"time/{phase}_seconds" for phase in TIMED}
-    written |= metrics_of_a_pool()
+    written |= {*metrics_of_a_pool(), *syncer.METRIC_NAMES}
     written |= {  # of a GPU; of groups that may happen not to be among these; of other schedules
         *(f"memory/peak_{kind}_{what}" for kind in GPU_PEAKS for what in ("bytes", "rank")),
         *(f"rollout/{name}_no_prefix_{what}" for name, what in SOMETIMES),

@@ -14,7 +14,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from prefixrl_mcore.rollout.weight_sync.checksums import Digests
 
 SAMPLED_TOKEN = 4
 SAMPLED_LOGPROB = -0.5
@@ -60,6 +63,7 @@ class FakeSGLang:
         self.weight_version = "first"
         self.precision: dict[str, Any] = {"dtype": "float32", "enable_fp32_lm_head": False}
         self.loaded: dict[str, list[int]] = {}
+        self.weights: dict[str, Tensor] = {}
         self.calls: list[str] = []
         self.num_dropped_answers = 0
         self.fail_generate = 0
@@ -91,10 +95,10 @@ class FakeSGLang:
             return self._session(path)
         if path == "/update_weights_from_tensor":
             return self._update(payload)
-        if path == "/update_weight_version":
-            self.weight_version = payload["new_version"]
-        if path == "/flush_cache":
-            self.is_cache_fresh = True
+        if path == "/weights_checker":
+            return 200, {"ranks": [self._checksums()]}
+        self.weight_version = payload.get("new_version", self.weight_version)
+        self.is_cache_fresh |= path == "/flush_cache"
         return 200, {"success": True}
 
     def _generate(self, payload: dict[str, Any]) -> tuple[int, Any]:
@@ -149,6 +153,13 @@ class FakeSGLang:
         ]
         return [*answers, {"output_ids": [], "meta_info": meta}]
 
+    def _checksums(self) -> dict[str, Any]:
+        """Return what a single rank reports, by our own rules: what it was sent is what it has."""
+        digests = Digests({1}, dtype=torch.float32, num_key_value_heads=1, is_cuda=False)
+        for name, weight in self.weights.items():
+            digests.add(name, weight)
+        return {"parallelism_info": {"tp_rank": 0}, "checksums": digests.of_rank(1, 0)}
+
     def _session(self, path: str) -> tuple[int, Any]:
         if not self.has_sessions:
             return 404, {"detail": "Not Found"}
@@ -164,7 +175,8 @@ class FakeSGLang:
         if self.refuse_update:
             return 400, {"success": False, "message": self.refuse_update}
         (serialized,) = payload["serialized_named_tensors"]
-        self.loaded |= {name: list(weight.shape) for name, weight in read_bucket(serialized)}
+        self.weights |= dict(read_bucket(serialized))
+        self.loaded |= {name: list(weight.shape) for name, weight in self.weights.items()}
         self.is_cache_fresh = False
         return 200, {"success": True}
 

@@ -40,7 +40,9 @@ from prefixrl_mcore.rollout.weight_names import (
     read_weight_coverage,
 )
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
+from prefixrl_mcore.rollout.weight_sync.checksums import check_weights
 from prefixrl_mcore.rollout.weight_sync.choose import choose_transport
+from prefixrl_mcore.rollout.weight_sync.syncer import Syncer
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +126,7 @@ class SGLangEngine:
                 for index, launch in enumerate(launches)
             ],
             config,
-            transport=choose_transport(
-                config.sync,
-                device=device,
-                server_python=None if config.urls else config.python,
-                folder=logs_folder / "weights",
-            ),
+            syncer=self._build_syncer(device, logs_folder),
             router=self._client_of_router(),
         )
         try:
@@ -294,6 +291,24 @@ class SGLangEngine:
             dtype=self._dtype,
             bucket_bytes=self._config.sync.bucket_bytes,
         )
+
+    def _build_syncer(self, device: str, logs_folder: Path) -> Syncer:
+        """Choose how weights get to the servers, and how they are checked."""
+        config, folder = self._config, self._model_folder
+        heads = read_config_number(folder, "num_attention_heads")
+        check = partial(
+            check_weights,
+            dtype=self._dtype,
+            num_key_value_heads=read_config_number(folder, "num_key_value_heads", heads),
+            is_cuda=device == "cuda",
+        )
+        transport = choose_transport(
+            config.sync,
+            device=device,
+            server_python=None if config.urls else config.python,
+            folder=logs_folder / "weights",
+        )
+        return Syncer(transport, check=check, check_every_syncs=config.sync.checksum_every_syncs)
 
     def _inspect(self, client: SGLangClient) -> None:
         """Note a server's version; raise EngineError if its logits are not the trainer's."""

@@ -22,8 +22,9 @@ from prefixrl_mcore.rollout.sglang.client import (
 )
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.member import CameUp, Failure, Member, State
-from prefixrl_mcore.rollout.weight_sync.sync import MakeBuckets, is_incomplete, sync_weights
-from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
+from prefixrl_mcore.rollout.weight_sync.sync import MakeBuckets, is_incomplete
+from prefixrl_mcore.rollout.weight_sync.syncer import Syncer
+from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class ServerPool:
         members: Sequence[Member],
         config: SGLangConfig,
         *,
-        transport: Transport,
+        syncer: Syncer,
         router: SGLangClient | None,
     ) -> None:
         """Own the members; ``start`` brings them up.
@@ -88,7 +89,7 @@ class ServerPool:
         Args:
             members: all servers.
             config: their limits.
-            transport: brings weights to the servers.
+            syncer: brings weights to the servers.
             router: where requests are sent instead of to the servers.
         """
         self.members = list(members)
@@ -97,7 +98,7 @@ class ServerPool:
         self.events: queue.SimpleQueue[Answered | CameUp | _Checked] = queue.SimpleQueue()
         self.weights = Weights(name="", policy_version=-1, make_buckets=None)
         self._config = config
-        self._transport = transport
+        self._syncer = syncer
         self._next_check: dict[int, float] = {}
         self._await_load: set[Member] = set()  # came up when the weights could not be had
         self._last_heartbeat = time.monotonic()
@@ -178,7 +179,7 @@ class ServerPool:
         """Return what was counted since the last call, by metric name."""
         values = self.counters.metrics(num_ready=len(self.ready))
         self.counters = PoolCounters(num_servers=len(self.members))
-        return values
+        return values | self._syncer.take_metrics()
 
     def tend(self) -> None:
         """Bury whose process ended, revive the dead, give weights to those that came up.
@@ -327,9 +328,7 @@ class ServerPool:
             for member in members
         ]
         try:
-            report = sync_weights(
-                targets, self._transport, self.weights.make_buckets, self.weights.name
-            )
+            report = self._syncer.sync(targets, self.weights.make_buckets, self.weights.name)
         except BaseException:
             for member in members:
                 member.move_to(State.STARTING, "its weights are incomplete")

@@ -51,7 +51,7 @@ def check_weights(
         EngineError: naming the server and the tensors that differ; if a server does not tell.
     """
     sizes = {target.num_ranks for target in targets}
-    ours = _Digests(sizes, dtype=dtype, num_key_value_heads=num_key_value_heads, is_cuda=is_cuda)
+    ours = Digests(sizes, dtype=dtype, num_key_value_heads=num_key_value_heads, is_cuda=is_cuda)
     for name, weight in weights:
         ours.add(name, weight)
     num_compared = 0
@@ -116,7 +116,7 @@ class _Rank:
     digests: dict[str, Digest] = field(default_factory=dict)
 
 
-class _Digests:
+class Digests:
     """The digests that ranks of servers must report."""
 
     def __init__(

@@ -60,17 +60,6 @@ class SyncReport:
         """Return 10^9 bytes of weights per second of the whole update."""
         return self.num_bytes / _BYTES_PER_GIGABYTE / self.seconds
 
-    def metrics(self) -> dict[str, float]:
-        """Return the report under its names in the metrics."""
-        return {
-            "sync/seconds": self.seconds,
-            "sync/bytes": float(self.num_bytes),
-            "sync/num_buckets": float(self.num_buckets),
-            "sync/gigabytes_per_second": self.gigabytes_per_second,
-            "sync/sending_seconds": self.sending_seconds,
-            "sync/num_failed_servers": float(len(self.failed)),
-        }
-
 
 def is_incomplete(weight_version: str) -> bool:
     """Return whether a server with weights of this name was left in the middle of an update."""

@@ -27,6 +27,8 @@ def main() -> None:
     )
 
     server_args = prepare_server_args(arguments)
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        without_gpu.keep_imports_out_of_garbage_collection()
     if key:
         require_api_key.protect(key)
     run_server(server_args)

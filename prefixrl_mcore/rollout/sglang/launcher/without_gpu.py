@@ -1,5 +1,6 @@
 """What lets SGLang's server run on a machine without a GPU; part of ``serve.py``, off on GPUs."""
 
+import gc
 import multiprocessing
 import os
 from importlib import import_module
@@ -26,6 +27,15 @@ def prepare(*, is_deterministic: bool) -> None:
     _wait_for_no_gpu()
     if is_deterministic:
         _allow_deterministic_inference()
+
+
+def keep_imports_out_of_garbage_collection() -> None:
+    """Never look through what is alive now; call when everything is imported.
+
+    On a CPU every flush of the cache is a full garbage collection, and most of what that looks
+    through are imported modules: 0.36 s of a weight sync.
+    """
+    gc.freeze()
 
 
 def _fork_processes() -> None:

@@ -13,6 +13,7 @@ from prefixrl_mcore.rollout.weight_names import WeightCoverage
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
 from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete, sync_weights
+from prefixrl_mcore.rollout.weight_sync.syncer import METRIC_NAMES, Syncer
 from prefixrl_mcore.rollout.weight_sync.tensor import TensorByValue
 from prefixrl_mcore.rollout.weight_sync.transport import Failures, SyncTarget
 from tests.support.fake_sglang import FakeSGLang, serve
@@ -114,7 +115,6 @@ def test_server_that_fails_is_named_and_left_out_and_the_others_go_on(
     assert "/continue_generation" not in fakes[0].calls
     assert fakes[0].calls.count(UPDATE) <= 4 - 3 * (path == UPDATE)
     assert fakes[1].weight_version == "run:3"
-    assert report.metrics()["sync/num_failed_servers"] == 1.0
 
 
 def test_stream_is_left_when_no_server_is_left(
@@ -227,3 +227,21 @@ def test_folder_that_cannot_be_written_to_is_an_error_that_names_it(
 
     with pytest.raises(EngineError, match=r"weight sync by disk: .*file"):
         sync_weights(targets, Disk(tmp_path / "file" / "folder"), buckets, "run:3")
+
+
+def test_sync_is_counted_and_checked_when_it_is_due(targets: list[SyncTarget]) -> None:
+    checked: list[int] = []
+
+    def check(left: object, weights: Iterator[tuple[str, torch.Tensor]]) -> int:
+        checked.append(len(list(weights)))
+        return checked[-1]
+
+    syncer = Syncer(TensorByValue(), check=check, check_every_syncs=2)
+    for number in range(3):
+        syncer.sync(targets, buckets, f"run:{number}")
+
+    metrics = syncer.take_metrics()
+    assert checked == [4, 4]  # at the first and at the third
+    assert (metrics["sync/bytes"], metrics["sync/num_buckets"]) == (192.0, 12.0)
+    assert {*metrics, "sync/step_fraction"} == set(METRIC_NAMES)
+    assert syncer.take_metrics() == {}

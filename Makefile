@@ -117,6 +117,11 @@ if $(MAKE) --no-print-directory .venv-te/.locked; then \
 else \
     echo "Transformer Engine cannot be installed here: the local layers only"; \
     run $(PYTHON) -m bench.policy; \
+fi; \
+if $(MAKE) --no-print-directory .venv-sglang/.locked; then \
+    run $(PYTHON) -m bench.rollout; \
+else \
+    status=1; echo "make gpu: SGLang's environment cannot be made: no rollouts are measured"; \
 fi;
 endef
 endif

@@ -73,7 +73,7 @@ def sample(engine: SGLangEngine) -> int:
 def test_right_key_samples_and_updates_weights(guarded: Guarded) -> None:
     weights = [(name, weight.detach()) for name, weight in build_tiny_qwen3().named_parameters()]
 
-    guarded.engine.load_weights(weights, 5)
+    guarded.engine.load_weights(lambda: iter(weights), 5)
 
     assert sample(guarded.engine) == 5
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -210,20 +211,55 @@ def test_no_secret_is_written_anywhere(
     assert job.script.exists()
 
 
-def test_a_trainer_on_one_node_samples_from_a_server_on_another(
-    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+def _kill_server(url: str) -> None:
+    """Kill the processes of the server that listens at a URL."""
+    port = url.rpartition(":")[2]
+    found = [
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if f"--port\0{port}\0" in _command_line(process)
+    ]
+    assert found
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _command_line(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text()
+    except OSError:  # it has ended
+        return ""
+
+
+def test_a_trainer_samples_from_a_server_on_another_node_and_outlives_it(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    key = "k3y-0f-th3-s3rv3rs"
+    monkeypatch.setenv("PREFIXRL_SGLANG_API_KEY", key)
     run = tmp_path / "split"
     settings = [s for s in _settings(tiny_task, run) if not s.startswith("rollout.engine")]
     server = [f"rollout.sglang.python={ROOT / '.venv-sglang' / 'bin' / 'python'}"]
     server += ["rollout.sglang.dtype=float32", "rollout.sglang.max_kv_tokens=4096"]
-    steps = ["trainer.num_steps=2", "evaluation.every_steps=2", "checkpoint.every_steps=2"]
-    assert _launch("--shape", "split", "--nodes", "2", *settings, *server, *steps) == 0
+    steps = ["trainer.num_steps=10", "evaluation.every_steps=10", "checkpoint.every_steps=2"]
+    how = ["--shape", "split", "--nodes", "2", "--detach"]
+    assert _launch(*how, *settings, *server, *steps) == 0
     job = find_job(jobs, "split")
-    served = json.loads(job.server_file(0, 0).read_text())["url"]
-    assert served.startswith("http://n2:")
-    assert served in (job.starts()[0] / "rollout-0.log").read_text()
-    assert len(metrics_of(run, "train")) == 2
+    assert job.job_id is not None
+    _wait_for_steps(run, 3)
+    urls = [json.loads(job.server_file(0, 0).read_text())["url"]]
+    _kill_server(urls[0])
+    said = io.StringIO()
+    assert follow(job, job.job_id, out=said) == 0, said.getvalue()
+    assert "the rollout servers ended before the trainer, with exit code 75" in said.getvalue()
+    assert job_state(job.job_id).num_restarts == 1
+    urls.append(json.loads(job.server_file(1, 0).read_text())["url"])
+    for start, url in zip(job.starts(), urls, strict=True):
+        assert url.startswith("http://n2:")
+        assert url in (start / "trainer-0.log").read_text().replace("\n", "")
+    assert "resumed from" in (job.starts()[1] / "trainer-0.log").read_text()
+    assert [line["step"] for line in metrics_of(run, "train")] == list(range(10))
     for rank in range(2):
-        end = json.loads((job.starts()[0] / f"trainer-{rank}.end.json").read_text())
+        end = json.loads((job.starts()[1] / f"trainer-{rank}.end.json").read_text())
         assert (end["exit_code"], end["node"]) == (0, "n1")
+    written = [*jobs.rglob("*"), *run.rglob("*")]
+    assert [str(f) for f in written if f.is_file() and key.encode() in f.read_bytes()] == []

@@ -39,15 +39,11 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     index, start = int(environment["SLURM_PROCID"]), environment.get("SLURM_RESTART_COUNT") or "0"
     config = load_config(RunConfig, Path(task.config), [])
-    settings = config.rollout.sglang
-    outside = settings.model_copy(
-        update={"extra_args": (*settings.extra_args, "--host", "0.0.0.0")}  # last wins
-    )
     try:
         launch = ServerLaunch(
             name=f"rollout server {index}",
             model_folder=config.model.path,
-            config=outside,
+            config=config.rollout.sglang.model_copy(update={"host": "0.0.0.0"}),
             logits_dtype=config.model.logits_dtype,
             device="cuda" if task.gpus_per_server else "cpu",
             gpus=own_gpus(environment, task.gpus_per_server),
@@ -56,7 +52,7 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
         )
         log_file = folder.logs / f"start-{start}" / f"sglang-{index}.log"
         server = SGLangServer.start(launch, log_file, cancelled=threading.Event())
-    except EngineError as error:
+    except (EngineError, ValueError) as error:
         logger.error("%s", error)
         return 1
     port = urlsplit(server.client.url).port

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.layout import JobLayout
 from prefixrl_mcore.launch.slurm.states import SlurmError
+from prefixrl_mcore.rollout.sglang.api_key import API_KEY_VARIABLE
 
 _SUBMIT = Path(__file__).resolve().parents[1] / "nemo" / "submit.py"
 _TASK = "prefixrl_mcore.launch.slurm.task"
@@ -66,9 +68,11 @@ def submit(site: SiteConfig, folder: JobFolder) -> str | None:
             "sbatch is not on PATH: launch from a login node of the cluster, or say --dry-run"
         )
     # -E: PYTHONPATH is the trainer's, and the job's, which inherits this environment with its
-    # secrets; they are written nowhere.
+    # secrets; they are written nowhere. Servers on nodes of their own want a key.
+    environment = {API_KEY_VARIABLE: secrets.token_hex(32), **os.environ}
     done = subprocess.run(
         [str(python), "-W", "ignore", "-E", str(_SUBMIT), str(folder.file)],
+        env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -112,8 +112,8 @@ def _settings(tiny: TinyTask, run_folder: Path) -> list[str]:
         "rollout.engine=transformers",
         *("batch.prompts_per_step=4", "batch.group_size=4", "batch.stream_tokens=256"),
         *("rollout.max_total_tokens=64", "rollout.max_completion_tokens=32"),
-        *("trainer.num_steps=5", "trainer.rollouts_every_steps=5", "checkpoint.every_steps=5"),
-        *("evaluation.every_steps=5", "evaluation.num_samples=2"),
+        *("trainer.num_steps=8", "trainer.rollouts_every_steps=8", "checkpoint.every_steps=8"),
+        *("evaluation.every_steps=8", "evaluation.num_samples=2"),
         *("evaluation.training_num_samples=2", "evaluation.unlock_num_samples=2"),
     ]
 
@@ -122,7 +122,7 @@ def _launch(*arguments: str) -> int:
     return main(["launch", str(CONFIG), "--site", "ci-local", *arguments])
 
 
-def _wait_for_steps(run: Path, number: int, *, seconds: float = 180) -> None:
+def _wait_for_steps(run: Path, number: int, *, seconds: float = 300) -> None:
     """Wait until a run has logged so many steps."""
     deadline = time.monotonic() + seconds
     while len(metrics_of(run, "train")) < number:
@@ -151,7 +151,7 @@ def test_a_preempted_run_goes_back_into_the_queue_and_ends_as_an_undisturbed_one
     for kind in ("train", "eval"):
         ours = without_clock(metrics_of(preempted, kind))
         assert ours == without_clock(metrics_of(undisturbed, kind))
-    assert [line["step"] for line in metrics_of(preempted, "train")] == list(range(5))
+    assert [line["step"] for line in metrics_of(preempted, "train")] == list(range(8))
 
 
 def test_a_failing_run_makes_launch_fail_and_the_cause_is_shown(
@@ -263,3 +263,38 @@ def test_a_trainer_samples_from_a_server_on_another_node_and_outlives_it(
         assert (end["exit_code"], end["node"]) == (0, "n1")
     written = [*jobs.rglob("*"), *run.rglob("*")]
     assert [str(f) for f in written if f.is_file() and key.encode() in f.read_bytes()] == []
+
+
+def test_a_job_that_runs_out_of_memory_says_so(
+    jobs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = tmp_path / "ci-local.toml"
+    site.write_text(site.read_text().replace('memory = "4000"', 'memory = "100"'))
+    command = [sys.executable, "-c", "print(len(bytearray(400 * 2**20)))"]
+    job, job_id = _submit_program(jobs, _colocated(1, 1), command)
+    assert follow(job, job_id, out=io.StringIO()) == 1
+    assert "n1: task 0: Out Of Memory" in caplog.text
+
+
+def test_a_job_that_a_better_one_displaces_is_signalled_and_runs_again(
+    jobs: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "ci-local.toml"
+    site.write_text(site.read_text().replace('"batch"', '"preemptible"'))
+    ready = tmp_path / "ready"
+    program = (
+        "if ((SLURM_RESTART_COUNT)); then exit 0; fi; "
+        f'trap "exit 138" USR1; touch {ready}; sleep 600 & wait'
+    )
+    job, job_id = _submit_program(jobs, _colocated(4, 1), ["bash", "-c", program])
+    deadline = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    better = ["srun", "--partition=batch", "--nodes=4", "--exclusive", "hostname"]
+    displacing = subprocess.run(better, capture_output=True, text=True, check=True, timeout=60)
+    assert sorted(displacing.stdout.split()) == ["n1", "n2", "n3", "n4"]
+    assert follow(job, job_id, out=io.StringIO()) == 0
+    assert job_state(job_id).num_restarts == 1
+    assert "start 0 of job" in job.batch_log.read_text()
+    assert "ended with exit code 138" in job.batch_log.read_text()

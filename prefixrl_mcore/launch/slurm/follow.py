@@ -23,6 +23,8 @@ _LOST_QUESTIONS = 200
 
 _TAIL_LINES = 20
 
+_SLURM_ERRORS = ("srun: error:", "slurmstepd: error:")
+
 
 class LogReader:
     """Reads what was added to the logs of a job since the last time."""
@@ -99,12 +101,19 @@ def report_end(folder: JobFolder, job_id: str, state: JobState) -> None:
         logger.info("job %s: completed; logs are in %s", job_id, folder.logs)
         return
     logger.error("job %s: %s; logs are in %s", job_id, state, folder.logs)
+    batch = _lines(folder.batch_log)
     failure = folder.first_failure()
     if failure is None:
-        file = folder.batch_log
-        what = "no task says why: killed, or never started; the batch script said"
+        what, lines = "no task says why: killed, or never started; the batch script said", batch
     else:
-        file = folder.starts()[-1] / f"{failure.task}.log"
         what = f"{failure.task} on {failure.node} failed first, exit code {failure.exit_code}"
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-    logger.error("%s:\n%s", what, "\n".join(lines[-_TAIL_LINES:]) or f"({file} is empty)")
+        lines = _lines(folder.starts()[-1] / f"{failure.task}.log")
+        # Of tasks that cannot say so themselves: killed, out of memory, a lost node.
+        told = [line for line in batch if line.startswith(_SLURM_ERRORS)]
+        logger.error("Slurm's own errors:\n%s", "\n".join(told[-_TAIL_LINES:]) or "(none)")
+    logger.error("%s:\n%s", what, "\n".join(lines[-_TAIL_LINES:]) or "(nothing)")
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a log; none if there is no log."""
+    return file.read_text(errors="replace").splitlines() if file.exists() else []

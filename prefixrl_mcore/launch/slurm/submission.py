@@ -19,10 +19,10 @@ from prefixrl_mcore.rollout.sglang.api_key import API_KEY_VARIABLE
 
 _SUBMIT = Path(__file__).resolve().parents[1] / "nemo" / "submit.py"
 _TASK = "prefixrl_mcore.launch.slurm.task"
-_END_SECONDS = 60
-"""How long tasks may go on after the first of their step has ended. It is not killed at once: ranks
-that have saved together do not end at the same moment, and a killed one would change the job's
-exit code."""
+_END_SECONDS = 120
+"""How long tasks may go on after the first of their step has ended. They are not killed at once:
+ranks that have saved together do not end at the same moment (rank 0 may upload metrics), and a
+killed one would change the job's exit code."""
 
 
 def describe(

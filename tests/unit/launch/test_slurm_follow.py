@@ -69,10 +69,12 @@ def test_the_task_that_failed_first_is_shown_with_its_last_lines(
         job.write_end(start, end)
     lines = "\n".join(f"line {number}" for number in range(1, 31))
     (job.starts()[1] / "trainer-2.log").write_text(lines)
+    job.batch_log.write_text("hello\nsrun: error: node-9: task 9: Out Of Memory\n")
     assert _follow(job, FAILED, FAILED)[0] == 3
     assert "trainer-2 on node-2 failed first, exit code 3:\nline 11\n" in caplog.text
     assert "line 30" in caplog.text
     assert "line 10\n" not in caplog.text
+    assert "errors:\nsrun: error: node-9: task 9: Out Of Memory\n" in caplog.text
 
 
 def test_a_killed_task_leaves_the_batch_scripts_words(

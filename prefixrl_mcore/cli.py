@@ -184,6 +184,12 @@ def _add_machine_options(check: argparse.ArgumentParser) -> None:
     """Add what ``check`` takes for granted of the machine."""
     check.add_argument("--gpus", type=int, metavar="N", help="trainer GPUs (default: the config's)")
     check.add_argument(
+        "--rollout-gpus",
+        type=int,
+        metavar="N",
+        help="GPUs of rollout nodes, which only sample (default: servers share the trainer's)",
+    )
+    check.add_argument(
         "--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU (80)"
     )
     check.add_argument(
@@ -428,7 +434,8 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
     from prefixrl_mcore.accounting.step_time import Assumptions
-    from prefixrl_mcore.launch.check import Machine, gpu_flops, print_check
+    from prefixrl_mcore.launch.check import gpu_flops, print_check
+    from prefixrl_mcore.launch.machine import Machine
 
     config = _load(arguments, rest)
     if arguments.init:
@@ -444,6 +451,7 @@ def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
             peak_flops=gpu_flops(config, arguments.gpu),
             update_efficiency=arguments.update_efficiency,
             rollout_efficiency=arguments.rollout_efficiency,
+            rollout_gpus=arguments.rollout_gpus,
         ),
     )
     print_check(config, machine, suggest=arguments.suggest)

@@ -32,6 +32,9 @@ class Assumptions:
     rollout_efficiency: float = 0.1
     """Share of the peak that sampling reaches; decoding waits for memory most of the time."""
 
+    rollout_gpus: int | None = None
+    """GPUs that only sample; None samples on the trainer's own."""
+
     gpus_per_node: int = 8
     """Consecutive ranks that are joined by the fast network."""
 
@@ -102,7 +105,8 @@ class StepTime:
     """Seconds of one step."""
 
     rollout: float
-    """Sampling on all GPUs: one forward pass over every token, nothing taken from a cache."""
+    """Sampling on ``rollout_gpus``, or all of the trainer's: one forward pass over every token,
+    nothing taken from a cache."""
 
     compute: float
     """``M`` microbatches through the slowest pipeline stage."""
@@ -136,6 +140,7 @@ def estimate_step_time(
     num_microbatches = work.num_microbatches(parallel)
     tokens = _microbatch_tokens(work, parallel, num_microbatches)
     rate = assumptions.peak_flops * assumptions.update_efficiency
+    sampling_gpus = assumptions.rollout_gpus or parallel.world_size
     stages = range(parallel.pipeline_model_parallel_size)
     slowest = max(_stage_flops(shape, policy, work, stage, tokens) for stage in stages)
     idle = (len(stages) - 1) / (parallel.virtual_pipeline_model_parallel_size or 1)
@@ -148,7 +153,7 @@ def estimate_step_time(
         reference = (num_microbatches + idle) * (flops / rate + forward)
     return StepTime(
         rollout=_sampling_flops(shape, work)
-        / (parallel.world_size * assumptions.peak_flops * assumptions.rollout_efficiency),
+        / (sampling_gpus * assumptions.peak_flops * assumptions.rollout_efficiency),
         compute=num_microbatches * slowest / rate,
         bubble=idle * slowest / rate,
         communication=(num_microbatches + idle) * communication

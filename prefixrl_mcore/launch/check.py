@@ -4,9 +4,7 @@ Memory and time are arithmetic (``accounting.memory``, ``accounting.step_time``)
 ``docs/memory.md`` compares the former with measured peaks.
 """
 
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +16,8 @@ from prefixrl_mcore.accounting.host_memory import estimate_host
 from prefixrl_mcore.accounting.layouts import Plan, full_workload, make_plan, search
 from prefixrl_mcore.accounting.memory import estimate_stages
 from prefixrl_mcore.accounting.parameters import ModelSize, model_size
-from prefixrl_mcore.accounting.step_time import Assumptions, StepWork
+from prefixrl_mcore.accounting.server_memory import estimate_server
+from prefixrl_mcore.accounting.step_time import StepWork
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.layout import (
     check_divisible,
@@ -36,65 +35,15 @@ from prefixrl_mcore.config.model_shape import (
 from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.knobs import knobs
+from prefixrl_mcore.launch.machine import Machine
 from prefixrl_mcore.launch.plan_report import (
     host_line,
     knob_lines,
     memory_table,
+    server_lines,
     suggestion_lines,
     time_lines,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """What the run is to fit on."""
-
-    num_gpus: int | None
-    """Trainer ranks; None takes the config's layout."""
-
-    memory_gib: float
-    """Of one GPU."""
-
-    reserved_fraction: float
-    """Share of it that must stay free: for the CUDA context, NCCL's buffers, fragmentation."""
-
-    assumptions: Assumptions
-    """Speeds."""
-
-    mean_tokens: float | None
-    """Mean length of a sequence; None takes ``rollout.max_total_tokens``, which is the most."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no machine is.
-
-        Raises:
-            ConfigError: naming the flag.
-        """
-        speeds = self.assumptions
-        for flag, value, is_possible, expected in (
-            ("--gpus", self.num_gpus, self.num_gpus is None or self.num_gpus >= 1, "at least 1"),
-            ("--gpu-memory", self.memory_gib, 0 < self.memory_gib < math.inf, "GiB above 0"),
-            (
-                "--reserved",
-                self.reserved_fraction,
-                0 <= self.reserved_fraction < 1,
-                "a fraction from 0 to below 1",
-            ),
-            *(
-                (flag, value, 0 < value <= 1, "a fraction above 0, at most 1")
-                for flag, value in (
-                    ("--update-efficiency", speeds.update_efficiency),
-                    ("--rollout-efficiency", speeds.rollout_efficiency),
-                )
-            ),
-        ):
-            if not is_possible:
-                raise ConfigError(f"{flag} must be {expected}, got {value:g}")
-
-    @property
-    def usable_bytes(self) -> float:
-        """What weights, state and step may take."""
-        return self.memory_gib * 1024**3 * (1 - self.reserved_fraction)
 
 
 def print_check(
@@ -112,6 +61,7 @@ def print_check(
     shape = read_shape(config)
     layout_ranks = config.policy.parallel.world_size
     num_gpus = layout_ranks if machine.num_gpus is None else machine.num_gpus
+    machine.check_rollout_gpus(config.rollout.sglang.tensor_parallel_size)
     work = step_work(config, machine.mean_tokens)
     if num_gpus == layout_ranks:
         check_layout(config, shape)
@@ -229,7 +179,7 @@ def _print_plan(
     console.print(memory_table(plan.stages, machine.usable_bytes))
     limit = (
         f"{_gib(machine.usable_bytes)} of --gpu-memory {machine.memory_gib:g} GiB "
-        f"({machine.reserved_fraction:.0%} reserved); the rollout engine is not included"
+        f"({machine.reserved_fraction:.0%} reserved), for the trainer alone"
     )
     if plan.peak_bytes <= machine.usable_bytes:
         console.print(f"fits: {_gib(plan.peak_bytes)} in {limit}", style="green", highlight=False)
@@ -242,6 +192,7 @@ def _print_plan(
             for what, changed in _accepted_knobs(config, shape)
         ]
         _print_lines(knob_lines(turned, machine.usable_bytes), console)
+    _print_servers(config, shape, plan, machine, console)
     parallel = config.policy.parallel
     host = estimate_host(shape, config.policy, has_reference=work.has_reference)
     num_together = min(parallel.world_size, machine.assumptions.gpus_per_node)
@@ -256,6 +207,24 @@ def _print_plan(
             style="yellow",
             highlight=False,
         )
+
+
+def _print_servers(
+    config: RunConfig, shape: ModelShape, plan: Plan, machine: Machine, console: Console
+) -> None:
+    """Print what a SGLang server has room for, and whether it fits beside the trainer."""
+    if config.rollout.engine == "transformers":
+        return
+    server = estimate_server(shape, config.rollout.sglang, gpu_memory_bytes=machine.memory_bytes)
+    lines = server_lines(
+        server,
+        config.rollout,
+        rollout_gpus=machine.assumptions.rollout_gpus,
+        trainer_bytes=plan.peak_bytes,
+        usable_bytes=machine.usable_bytes,
+        memory_bytes=machine.memory_bytes,
+    )
+    _print_lines(lines, console)
 
 
 def _plan(config: RunConfig, shape: ModelShape, work: StepWork, machine: Machine) -> Plan:

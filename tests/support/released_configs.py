@@ -2,7 +2,11 @@
 
 Compared with copies of the published files in public repositories:
 ``Qwen3-Coder-30B-A3B-Instruct`` with that of ztxz16/fastllm and, equal to it, of
-sagui-nlp/nanoGPT-moe; the others with ``sglang/Model_Config.md`` of citsjtu2020/LLM-Prof.
+sagui-nlp/nanoGPT-moe; ``Qwen3-4B-Instruct-2507`` with
+``warpio-docs/ai-docs/model_cards/qwen3:4b.md`` of akougkas/warpio-cli; ``Llama-3.3-70B-Instruct``
+with two unrelated copies that agree, its sizes also with the blog post of
+tugot17/tokenomics-from-first-principles; the others with ``sglang/Model_Config.md`` of
+citsjtu2020/LLM-Prof.
 """
 
 from typing import Any
@@ -107,6 +111,49 @@ RELEASED: dict[str, dict[str, Any]] = {
         "transformers_version": "4.51.0",
         "vocab_size": 151936,
     },
+    "Qwen3-4B-Instruct-2507": _QWEN
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "max_position_embeddings": 262144,
+        "max_window_layers": 36,
+        "model_type": "qwen3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "rope_scaling": None,
+        "rope_theta": 5000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "transformers_version": "4.51.0",
+        "vocab_size": 151936,
+    },
+    "Qwen3-32B": _QWEN
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 64,
+        "model_type": "qwen3",
+        "num_attention_heads": 64,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 8,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "transformers_version": "4.51.0",
+        "vocab_size": 151936,
+    },
     "Qwen3-30B-A3B": _QWEN3_MOE
     | {
         "attention_bias": False,
@@ -139,6 +186,18 @@ RELEASED: dict[str, dict[str, Any]] = {
         "rope_scaling": _LLAMA_SCALING | {"factor": 8.0},
         "tie_word_embeddings": False,
         "transformers_version": "4.43.0.dev0",
+    },
+    "Llama-3.3-70B-Instruct": _LLAMA
+    | {
+        "eos_token_id": [128001, 128008, 128009],
+        "head_dim": 128,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+        "rope_scaling": _LLAMA_SCALING | {"factor": 8.0},
+        "tie_word_embeddings": False,
+        "transformers_version": "4.47.0.dev0",
     },
     "Llama-3.2-3B": _LLAMA
     | {

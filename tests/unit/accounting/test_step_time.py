@@ -109,6 +109,13 @@ def test_sampling_is_a_forward_pass_over_every_token() -> None:
     assert _time({DP: 4}).rollout == pytest.approx(flops / (4 * 0.1e12))
 
 
+def test_gpus_of_rollout_nodes_sample_instead_of_the_trainers() -> None:
+    config = PolicyConfig.model_validate({"parallel": {DP: 2}})
+    apart = estimate_step_time(SMALL, config, WORK, replace(ASSUMED, rollout_gpus=8))
+    assert apart.rollout == pytest.approx(_time({DP: 2}).rollout / 4)
+    assert apart.update == _time({DP: 2}).update
+
+
 def test_microbatches_hold_whole_sequences() -> None:
     work = replace(WORK, mean_tokens=400.0)  # two fit into 1024
     assert work.num_microbatches(ParallelConfig(data_parallel_size=4)) == 8

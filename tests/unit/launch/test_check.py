@@ -17,7 +17,8 @@ from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.policy import LossConfig, PolicyConfig
 from prefixrl_mcore.config.run import RunConfig
-from prefixrl_mcore.launch.check import Machine, check_layout, gpu_flops, print_check, read_shape
+from prefixrl_mcore.launch.check import check_layout, gpu_flops, print_check, read_shape
+from prefixrl_mcore.launch.machine import Machine
 
 QWEN3_4B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -238,10 +238,13 @@ def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
 NUM_PARAMETERS = {
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-8B": 8_190_735_360,
+    "Qwen3-4B-Instruct-2507": 4_022_468_096,
+    "Qwen3-32B": 32_762_123_264,
     "Qwen3-30B-A3B": 30_532_122_624,
     # Half of 61,064,245,248, which is total_size in the index of its published bfloat16 files.
     "Qwen3-Coder-30B-A3B-Instruct": 30_532_122_624,
     "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.3-70B-Instruct": 70_553_706_496,
     "Llama-3.2-3B": 3_212_749_824,
 }
 

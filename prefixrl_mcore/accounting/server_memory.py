@@ -1,0 +1,66 @@
+"""GPU memory of a SGLang server, predicted: how much room its KV cache leaves for sequences.
+
+Symbols are those of ``parameters.py``; ``w`` is bytes of an element, ``tp`` the server's own GPUs.
+Nothing here is measured. CUDA graphs and the activations of a batch live in what
+``memory_fraction`` leaves free and are not counted.
+"""
+
+from dataclasses import dataclass
+
+from prefixrl_mcore.accounting.parameters import model_size
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.model_shape import ModelShape
+from prefixrl_mcore.config.rollout import SGLangConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerMemory:
+    """Bytes on each GPU of one server, and what they hold."""
+
+    weights: float
+    """``w P / tp``: every matrix is cut, vocabulary and experts too."""
+
+    static: float
+    """``memory_fraction`` of the GPU: weights and KV cache."""
+
+    kv_bytes_per_token: float
+    """``2 w L K max(1, G / tp)``: a key-value head is copied where there are more GPUs."""
+
+    max_kv_tokens: int | None
+    """``rollout.sglang.max_kv_tokens``."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of the KV cache, of all sequences that run at a time; 0 without room."""
+        room = max(0, int((self.static - self.weights) // self.kv_bytes_per_token))
+        return room if self.max_kv_tokens is None else min(room, self.max_kv_tokens)
+
+
+def estimate_server(
+    shape: ModelShape, sglang: SGLangConfig, *, gpu_memory_bytes: float
+) -> ServerMemory:
+    """Return the memory of a server on a GPU.
+
+    Args:
+        shape: the model.
+        sglang: dtype, GPUs of a server, memory fraction, bound of the KV cache.
+        gpu_memory_bytes: memory of one GPU.
+
+    Raises:
+        ConfigError: if the model's heads do not divide over the server's GPUs.
+    """
+    tensor, groups = sglang.tensor_parallel_size, shape.num_query_groups
+    if shape.num_attention_heads % tensor or (groups % tensor and tensor % groups):
+        raise ConfigError(
+            f"rollout.sglang.tensor_parallel_size = {tensor} does not divide "
+            f"{shape.num_attention_heads} attention heads and {groups} key-value heads; take a "
+            "divisor of both"
+        )
+    width = 2 if sglang.dtype == "bfloat16" else 4
+    heads = max(1, groups // tensor)
+    return ServerMemory(
+        weights=width * model_size(shape).num_parameters / tensor,
+        static=sglang.memory_fraction * gpu_memory_bytes,
+        kv_bytes_per_token=2 * width * shape.num_layers * shape.kv_channels * heads,
+        max_kv_tokens=sglang.max_kv_tokens,
+    )

@@ -1,0 +1,84 @@
+"""The machine that a config is checked against."""
+
+import math
+from dataclasses import dataclass
+
+from prefixrl_mcore.accounting.step_time import Assumptions
+from prefixrl_mcore.config.base import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What the run is to fit on."""
+
+    num_gpus: int | None
+    """Trainer ranks; None takes the config's layout."""
+
+    memory_gib: float
+    """Of one GPU."""
+
+    reserved_fraction: float
+    """Share of it that must stay free: for the CUDA context, NCCL's buffers, fragmentation."""
+
+    assumptions: Assumptions
+    """Speeds."""
+
+    mean_tokens: float | None
+    """Mean length of a sequence; None takes ``rollout.max_total_tokens``, which is the most."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no machine is.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        speeds = self.assumptions
+        for flag, value, is_possible, expected in (
+            ("--gpus", self.num_gpus, self.num_gpus is None or self.num_gpus >= 1, "at least 1"),
+            (
+                "--rollout-gpus",
+                speeds.rollout_gpus,
+                speeds.rollout_gpus is None or speeds.rollout_gpus >= 1,
+                "at least 1",
+            ),
+            ("--gpu-memory", self.memory_gib, 0 < self.memory_gib < math.inf, "GiB above 0"),
+            (
+                "--reserved",
+                self.reserved_fraction,
+                0 <= self.reserved_fraction < 1,
+                "a fraction from 0 to below 1",
+            ),
+            *(
+                (flag, value, 0 < value <= 1, "a fraction above 0, at most 1")
+                for flag, value in (
+                    ("--update-efficiency", speeds.update_efficiency),
+                    ("--rollout-efficiency", speeds.rollout_efficiency),
+                )
+            ),
+        ):
+            if not is_possible:
+                raise ConfigError(f"{flag} must be {expected}, got {value:g}")
+
+    @property
+    def memory_bytes(self) -> float:
+        """Of one GPU."""
+        return self.memory_gib * 1024**3
+
+    @property
+    def usable_bytes(self) -> float:
+        """What weights, state and step may take."""
+        return self.memory_bytes * (1 - self.reserved_fraction)
+
+    def check_rollout_gpus(self, server_gpus: int) -> None:
+        """Refuse GPUs of rollout nodes that servers of so many GPUs would leave over.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        gpus = self.assumptions.rollout_gpus
+        if gpus is not None and gpus % server_gpus:
+            raise ConfigError(
+                f"--rollout-gpus {gpus} are not whole servers of "
+                f"rollout.sglang.tensor_parallel_size = {server_gpus} GPUs; give a multiple of "
+                f"{server_gpus}"
+            )

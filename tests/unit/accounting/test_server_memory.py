@@ -1,0 +1,53 @@
+"""Predicted memory of a SGLang server against bytes worked out by hand.
+
+QWEN3_4B has 4 022 468 096 parameters: 36 layers of 100 930 816, one tied embedding of 388 956 160,
+one norm of 2560; a token's keys and values are 2 x 36 layers x 8 heads x 128 channels.
+"""
+
+from typing import Any
+
+import pytest
+
+from prefixrl_mcore.accounting.server_memory import ServerMemory, estimate_server
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.rollout import SGLangConfig
+from tests.support.shapes import QWEN3_4B
+
+P = 36 * 100_930_816 + 388_956_160 + 2560
+GPU = 80 * 1024**3
+
+
+def _server(**sglang: Any) -> ServerMemory:
+    return estimate_server(QWEN3_4B, SGLangConfig(**sglang), gpu_memory_bytes=GPU)
+
+
+def test_weights_and_cache_share_the_static_memory() -> None:
+    server = _server(memory_fraction=0.5)
+    assert (server.weights, server.static) == (2 * P, 40 * 1024**3)
+    assert server.kv_bytes_per_token == 2 * 36 * 8 * 128 * 2
+    assert server.kv_tokens == (40 * 1024**3 - 2 * P) // 147_456 == 236_712
+
+
+def test_tensor_parallelism_cuts_weights_and_heads() -> None:
+    server = _server(memory_fraction=0.5, tensor_parallel_size=4)
+    assert (server.weights, server.kv_bytes_per_token) == (P / 2, 147_456 / 4)
+
+
+def test_key_value_heads_are_copied_where_there_are_more_gpus() -> None:
+    assert _server(tensor_parallel_size=16).kv_bytes_per_token == 147_456 / 8
+
+
+def test_float32_takes_twice_as_much() -> None:
+    server = _server(dtype="float32")
+    assert (server.weights, server.kv_bytes_per_token) == (4 * P, 2 * 147_456)
+
+
+def test_the_cache_is_bounded_by_its_setting_and_never_negative() -> None:
+    assert _server(max_kv_tokens=1000).kv_tokens == 1000
+    assert _server(memory_fraction=0.05).kv_tokens == 0
+
+
+@pytest.mark.parametrize("size", [3, 12])
+def test_heads_that_do_not_divide_are_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=f"{size} does not divide 32 attention heads and 8 key"):
+        _server(tensor_parallel_size=size)

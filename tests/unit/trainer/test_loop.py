@@ -40,7 +40,12 @@ class _Recorded:
         self.config = SimpleNamespace(trainer=SimpleNamespace(num_steps=3))
         self.first_step, self.owes_evaluation = first_step, False
         self.saver = SimpleNamespace(seconds_to_stop=0.0)
-        self.supply = SimpleNamespace(is_begun=is_begun, begin=self._begin, take=self._take)
+        self.supply = SimpleNamespace(
+            is_begun=is_begun,
+            begin=self._begin,
+            drain=lambda: self.calls.append("drain"),
+            take=self._take,
+        )
 
     def _begin(self, step: int) -> None:
         self.supply.is_begun = True
@@ -52,6 +57,9 @@ class _Recorded:
         return f"rollouts {step}"
 
     def step(self, step: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def saved_if_engine_is_lost(self, step: int) -> AbstractContextManager[None]:
         return nullcontext()
 
     def pack(self, rollouts: str) -> str:
@@ -81,11 +89,14 @@ def test_with_overlap_a_generation_begins_after_the_sync_and_before_the_update(
     session: Any = _Recorded(first_step=first_step, is_begun=is_begun)
     stop: Any = SimpleNamespace(begin_steps=lambda: None, is_set=lambda seconds: False)
     train_overlapped(session, stop)
-    first = ["sync", "begin 0", "take 0", "sync", "begin 1", "update 0 on batch of rollouts 0"]
+    first = [
+        *("sync", "begin 0", "drain", "sync", "take 0", "begin 1"),
+        "update 0 on batch of rollouts 0",
+    ]
     assert session.calls == [
         *([] if is_begun else first),
-        *("take 1", "sync", "begin 2", "update 1 on batch of rollouts 1"),
-        *("take 2", "sync", "update 2 on batch of rollouts 2"),  # the last begins no other
+        *("drain", "sync", "take 1", "begin 2", "update 1 on batch of rollouts 1"),
+        *("drain", "sync", "take 2", "update 2 on batch of rollouts 2"),  # the last begins no other
     ]
 
 

@@ -139,8 +139,15 @@ class JobFolder:
 
     def write_end(self, start: int, end: TaskEnd) -> None:
         """Keep how a task of a start ended."""
-        file = self.logs / f"start-{start}" / f"{end.task}.end.json"
-        write_json_atomic(file, asdict(end))
+        write_json_atomic(self._end_file(start, end.task), asdict(end))
+
+    def read_end(self, start: int, task: str) -> TaskEnd | None:
+        """Return how a task of a start ended; None if it runs, or was killed."""
+        file = self._end_file(start, task)
+        return TaskEnd(**json.loads(file.read_text())) if file.exists() else None
+
+    def _end_file(self, start: int, task: str) -> Path:
+        return self.logs / f"start-{start}" / f"{task}.end.json"
 
     def first_failure(self) -> TaskEnd | None:
         """Return which task of the last start failed first, as far as tasks could tell."""

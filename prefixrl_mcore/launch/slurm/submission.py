@@ -22,7 +22,7 @@ _TASK = "prefixrl_mcore.launch.slurm.task"
 _END_SECONDS = 120
 """How long tasks may go on after the first of their step has ended. They are not killed at once:
 ranks that have saved together do not end at the same moment (rank 0 may upload metrics), and a
-killed one would change the job's exit code."""
+killed one would change the job's exit code. Rollout servers that are left serve on."""
 
 
 def describe(
@@ -174,7 +174,8 @@ def _task(
     first_node: int | None,
 ) -> dict[str, Any]:
     """Return one step; with ``first_node`` on some of the job's nodes only."""
-    arguments = ["--kill-on-bad-exit=0", f"--wait={_END_SECONDS}"]
+    end_seconds = _END_SECONDS if role == "trainer" else 0  # 0 is for ever
+    arguments = ["--kill-on-bad-exit=0", f"--wait={end_seconds}"]
     if first_node is not None:
         arguments += [
             *(f"--nodes={nodes}", f"--ntasks={nodes * per_node}"),

@@ -12,6 +12,7 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.local import RANK_DEFAULTS
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
 from prefixrl_mcore.launch.slurm.rank_environment import rank_variables
+from prefixrl_mcore.launch.slurm.states import SlurmError
 from prefixrl_mcore.observability.run_folder import RunFolder
 
 
@@ -66,10 +67,17 @@ def server_flags(
 ) -> list[str]:
     """Wait until all rollout servers of this start are healthy; return the flags that name them.
 
-    A server that does not come up ends the job by itself.
+    Raises:
+        SlurmError: if one of them has ended instead.
     """
     files = [folder.server_file(start, index) for index in range(task.num_servers)]
     while not all(file.exists() for file in files):
+        ends = [folder.read_end(start, f"rollout-{index}") for index in range(task.num_servers)]
+        for end in filter(None, ends):
+            raise SlurmError(
+                f"{end.task} on {end.node} ended with exit code {end.exit_code} before all rollout "
+                f"servers were healthy; its log is in {files[0].parent}"
+            )
         time.sleep(poll_seconds)
     urls = [json.loads(file.read_text())["url"] for file in files]
     return ["--rollout.sglang.urls", *urls]

@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
 from prefixrl_mcore.launch.slurm.rank_environment import (
     master_port,
     rank_variables,
     server_port,
     tasks_per_node,
 )
-from prefixrl_mcore.launch.slurm.states import parse_sacct, parse_scontrol
-from prefixrl_mcore.launch.slurm.task import train_arguments
+from prefixrl_mcore.launch.slurm.rollout_task import own_gpus
+from prefixrl_mcore.launch.slurm.states import SlurmError, parse_sacct, parse_scontrol
+from prefixrl_mcore.launch.slurm.task import server_flags, train_arguments
 
 SLURM = {
     "SLURM_JOB_ID": "1234",
@@ -136,3 +137,39 @@ def test_a_job_folder_that_nemo_run_would_break_is_refused(tmp_path: Path, name:
     with pytest.raises(ConfigError, match="--name 'a b'"):
         JobFolder.make(tmp_path, "a b")
     assert not (tmp_path / name).exists()
+
+
+def _task_with_servers(number: int) -> TaskFile:
+    return TaskFile(
+        config="c",
+        run_folder="r",
+        working_directory="/",
+        is_resumed=False,
+        num_servers=number,
+        gpus_per_server=2,
+    )
+
+
+def test_the_trainer_is_told_all_servers_of_this_start(tmp_path: Path) -> None:
+    job = JobFolder.make(tmp_path, "job")
+    for start, index in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        file = job.server_file(start, index)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f'{{"url": "http://n{index}:{start}"}}')
+    flags = server_flags(job, _task_with_servers(2), start=1)
+    assert flags == ["--rollout.sglang.urls", "http://n0:1", "http://n1:1"]
+
+
+def test_a_server_that_does_not_come_up_ends_the_wait_and_is_named(tmp_path: Path) -> None:
+    job = JobFolder.make(tmp_path, "job")
+    end = TaskEnd(task="rollout-1", node="node-b", exit_code=1, unix_seconds=0.0)
+    job.write_end(0, end)
+    with pytest.raises(SlurmError, match=r"rollout-1 on node-b ended with exit code 1 before"):
+        server_flags(job, _task_with_servers(2), start=0)
+
+
+def test_each_server_of_a_node_has_gpus_of_its_own() -> None:
+    whole = {"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    assert own_gpus(whole, 2) == ("6", "7")
+    assert own_gpus({"SLURM_LOCALID": "3"}, 2) == ("6", "7")
+    assert own_gpus({"SLURM_LOCALID": "3"}, 0) == ()

@@ -65,6 +65,8 @@ def lay_out(
             f"--rollout-nodes {rollout_nodes} needs --shape split or heterogeneous, got colocated: "
             "there every node generates"
         )
+    if shape == "colocated":
+        _check_own_servers(config, site)
     rollout_nodes = 0 if shape == "colocated" else rollout_nodes or 1
     trainer_nodes, ranks_per_node = _trainer_nodes(config, site, rollout_nodes)
     rollout_gpus = site.gpus_per_node
@@ -139,6 +141,22 @@ def _trainer_nodes(config: RunConfig, site: SiteConfig, rollout_nodes: int) -> t
         + (f" (beside {rollout_nodes} rollout nodes)" if rollout_nodes else "")
         + f". Change policy.parallel, {remedy}"
     )
+
+
+def _check_own_servers(config: RunConfig, site: SiteConfig) -> None:
+    """Refuse more servers than rank 0 has GPUs for; they run on its node, beside the trainer.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    servers = config.rollout.sglang
+    wanted = servers.num_servers * servers.tensor_parallel_size
+    if site.gpus_per_node and not servers.urls and wanted > site.gpus_per_node:
+        raise ConfigError(
+            f"rollout.sglang: {servers.num_servers} servers x TP {servers.tensor_parallel_size} = "
+            f"{wanted} GPUs, but the node of rank 0, which starts them, has {site.gpus_per_node}; "
+            "lower num_servers, or put servers on nodes of their own with --shape split"
+        )
 
 
 def _servers_per_node(config: RunConfig, gpus: int) -> int:

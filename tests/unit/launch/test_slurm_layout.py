@@ -85,3 +85,15 @@ def test_servers_that_leave_gpus_over_are_refused() -> None:
 def test_rollout_nodes_need_a_shape_that_has_them() -> None:
     with pytest.raises(ConfigError, match="--rollout-nodes 1 needs --shape split"):
         lay_out(_config(), SITE, rollout_nodes=1)
+
+
+def test_more_servers_than_the_first_node_has_gpus_are_refused_with_the_arithmetic() -> None:
+    settings = ["rollout.sglang.num_servers=3", "rollout.sglang.tensor_parallel_size=4"]
+    config = validate(RunConfig, with_settings(DEMO, settings), where="test")
+    with pytest.raises(ConfigError, match=r"3 servers x TP 4 = 12 GPUs, but .* has 8"):
+        lay_out(config, SITE)
+    on_cpus = SiteConfig(gpus_per_node=0, ranks_per_node=1)
+    assert lay_out(config, on_cpus).num_nodes == 1
+    settings[0] = "rollout.sglang.num_servers=2"
+    config = validate(RunConfig, with_settings(DEMO, settings), where="test")
+    assert lay_out(config, SITE).num_nodes == 1

@@ -62,6 +62,34 @@ class RequeueConfig(Config):
     earlier); long enough for a step and a save. None sends none."""
 
 
+class PrecheckConfig(Config):
+    """What every node must have before the first collective; a bad one is left out of the job."""
+
+    enabled: bool = True
+    """Check the nodes at each start of a job."""
+
+    timeout_seconds: float = Field(default=300.0, gt=0.0)
+    """How long nodes have, from when the first one is ready; one that says nothing is bad."""
+
+    max_excluded_nodes: int = Field(default=4, ge=0)
+    """Nodes that one job may leave out, over all its starts; with more the job fails."""
+
+    max_clock_skew_seconds: float = Field(default=5.0, gt=0.0)
+    """How far the clock of a node may be from the median of all."""
+
+    min_free_gib: float = Field(default=20.0, ge=0.0)
+    """Free on the file system of ``job_folder``, GiB."""
+
+    min_temporary_gib: float = Field(default=1.0, ge=0.0)
+    """Free in the folder for temporary files of each node, GiB."""
+
+    min_shared_memory_gib: float = Field(default=1.0, ge=0.0)
+    """Free in ``/dev/shm`` of each node, GiB; NCCL and data loaders live there."""
+
+    max_gpu_memory_used_gib: float = Field(default=2.0, ge=0.0)
+    """In use on each GPU before the job begins, GiB; more is left of another job."""
+
+
 class RolloutNodesConfig(Config):
     """What differs for the rollout nodes of a heterogeneous job."""
 
@@ -142,6 +170,9 @@ class SiteConfig(Config):
 
     requeue: RequeueConfig = Field(default_factory=RequeueConfig)
     """When a job goes back into the queue."""
+
+    precheck: PrecheckConfig = Field(default_factory=PrecheckConfig)
+    """What every node must have before the first collective."""
 
     rollout_nodes: RolloutNodesConfig = Field(default_factory=RolloutNodesConfig)
     """What differs for the rollout nodes of a heterogeneous job."""

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-CLUSTER = Path(__file__).parents[2] / "slurm" / "testing" / "cluster.py"
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "slurm" / "testing" / "cluster.py"
+LAUNCH_PYTHON = ROOT / ".venv-launch" / "bin" / "python"
 
 
 def run_cluster(command: str, folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
@@ -57,3 +59,17 @@ def slurm() -> Iterator[Path]:
             os.environ["SLURM_CONF"] = before
         down = run_cluster("wipe", folder)
         assert down.returncode == 0, down.stderr
+
+
+@pytest.fixture
+def jobs(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let ``--site ci-local`` be the shipped profile with paths of its own; return the jobs."""
+    shipped = (ROOT / "slurm" / "sites" / "ci-local.toml").read_text()
+    folder = tmp_path / "jobs"
+    own = f'job_folder = "{folder}"\nlaunch_python = "{LAUNCH_PYTHON}"\n'
+    (tmp_path / "ci-local.toml").write_text(own + shipped)
+    monkeypatch.setenv("PREFIXRL_SITES", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/kernels")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(ROOT)
+    return folder

@@ -15,14 +15,11 @@ import pytest
 
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.launch.slurm.follow import follow
-from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile, find_job, find_jobs
-from prefixrl_mcore.launch.slurm.layout import JobLayout
-from prefixrl_mcore.launch.slurm.sites import load_site
+from prefixrl_mcore.launch.slurm.job_folder import find_job, find_jobs
 from prefixrl_mcore.launch.slurm.states import job_state
-from prefixrl_mcore.launch.slurm.submission import describe, submit
+from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.support.launched_jobs import colocated, submit_program
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of, without_clock
-
-LAUNCH_PYTHON = ROOT / ".venv-launch" / "bin" / "python"
 
 pytestmark = [
     pytest.mark.slurm,
@@ -31,58 +28,13 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def jobs(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let ``--site ci-local`` be the shipped profile with paths of its own; return the jobs."""
-    shipped = (ROOT / "slurm" / "sites" / "ci-local.toml").read_text()
-    folder = tmp_path / "jobs"
-    own = f'job_folder = "{folder}"\nlaunch_python = "{LAUNCH_PYTHON}"\n'
-    (tmp_path / "ci-local.toml").write_text(own + shipped)
-    monkeypatch.setenv("PREFIXRL_SITES", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/kernels")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.chdir(ROOT)
-    return folder
-
-
-def _colocated(nodes: int, ranks_per_node: int) -> JobLayout:
-    return JobLayout(
-        shape="colocated",
-        trainer_nodes=nodes,
-        ranks_per_node=ranks_per_node,
-        rollout_nodes=0,
-        servers_per_node=0,
-        rollout_gpus_per_node=0,
-    )
-
-
-def _submit_program(jobs: Path, layout: JobLayout, command: list[str]) -> tuple[JobFolder, str]:
-    """Submit another program than the trainer in a layout; return folder and number."""
-    site = load_site("ci-local")
-    job = JobFolder.make(jobs, "program")
-    task = TaskFile(
-        config="",
-        run_folder="",
-        working_directory=str(ROOT),
-        is_resumed=False,
-        num_servers=0,
-        gpus_per_server=0,
-    )
-    submission = describe("program", site, layout, job, dry_run=False)
-    submission["tasks"][0]["command"] = command
-    job.write(task, submission)
-    job_id = submit(site, job)
-    assert job_id is not None
-    return job, job_id
-
-
 def test_two_nodes_with_two_tasks_each_form_one_group(jobs: Path, tmp_path: Path) -> None:
-    layout = _colocated(2, 2)
+    layout = colocated(2, 2)
     out = tmp_path / "ranks"
     out.mkdir()
     command = [sys.executable, "-m", "tests.support.slurm_all_reduce", str(out)]
     before = time.time()
-    job, job_id = _submit_program(jobs, layout, command)
+    job, job_id = submit_program(layout, command)
     result = follow(job, job_id, out=io.StringIO())
     logs = "\n".join(file.read_text() for file in job.logs.rglob("*.log"))
     assert result == 0, logs
@@ -94,7 +46,7 @@ def test_two_nodes_with_two_tasks_each_form_one_group(jobs: Path, tmp_path: Path
     assert {rank["local_world_size"] for rank in ranks} == {2}
     assert {rank["master"] for rank in ranks} == {"n1"}
     assert 500 < ranks[0]["end"] - before < 700  # ten minutes
-    assert sorted(file.name for file in job.starts()[0].glob("*.log")) == [
+    assert sorted(file.name for file in job.starts()[0].glob("trainer-*.log")) == [
         f"trainer-{rank}.log" for rank in range(4)
     ]
 
@@ -186,8 +138,8 @@ def test_a_refused_submission_says_why(
 
 
 def test_a_cancelled_job_makes_follow_fail(jobs: Path) -> None:
-    layout = _colocated(1, 1)
-    job, job_id = _submit_program(jobs, layout, ["sleep", "600"])
+    layout = colocated(1, 1)
+    job, job_id = submit_program(layout, ["sleep", "600"])
     assert main(["jobs", "cancel", "--jobs", str(jobs), "program"]) == 0
     assert follow(job, job_id, out=io.StringIO()) != 0
     assert job_state(job_id).state == "CANCELLED"
@@ -198,10 +150,10 @@ def test_no_secret_is_written_anywhere(
 ) -> None:
     secret = "s3cr3t-0f-th3-us3r"
     monkeypatch.setenv("WANDB_API_KEY", secret)
-    layout = _colocated(1, 1)
+    layout = colocated(1, 1)
     reached = tmp_path / "reached"
     command = ["bash", "-c", f"echo ${{#WANDB_API_KEY}} >{reached}; ps -ef >{reached}.ps"]
-    job, job_id = _submit_program(jobs, layout, command)
+    job, job_id = submit_program(layout, command)
     assert follow(job, job_id, out=io.StringIO()) == 0
     assert reached.read_text().strip() == str(len(secret))  # the job has it
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
@@ -271,7 +223,7 @@ def test_a_job_that_runs_out_of_memory_says_so(
     site = tmp_path / "ci-local.toml"
     site.write_text(site.read_text().replace('memory = "4000"', 'memory = "100"'))
     command = [sys.executable, "-c", "print(len(bytearray(400 * 2**20)))"]
-    job, job_id = _submit_program(jobs, _colocated(1, 1), command)
+    job, job_id = submit_program(colocated(1, 1), command)
     assert follow(job, job_id, out=io.StringIO()) == 1
     assert "n1: task 0: Out Of Memory" in caplog.text
 
@@ -286,7 +238,7 @@ def test_a_job_that_a_better_one_displaces_is_signalled_and_runs_again(
         "if ((SLURM_RESTART_COUNT)); then exit 0; fi; "
         f'trap "exit 138" USR1; touch {ready}; sleep 600 & wait'
     )
-    job, job_id = _submit_program(jobs, _colocated(4, 1), ["bash", "-c", program])
+    job, job_id = submit_program(colocated(4, 1), ["bash", "-c", program])
     deadline = time.monotonic() + 60
     while not ready.exists():
         assert time.monotonic() < deadline

@@ -14,6 +14,7 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.layout import JobLayout
+from prefixrl_mcore.launch.slurm.precheck.step import expectations, precheck_step
 from prefixrl_mcore.launch.slurm.states import SlurmError
 from prefixrl_mcore.rollout.sglang.api_key import API_KEY_VARIABLE
 
@@ -37,11 +38,13 @@ def describe(
         "is_heterogeneous": layout.shape == "heterogeneous",
         "executor": _executor(site),
         "tasks": _tasks(site, layout, folder),
+        "precheck": expectations(site, layout),
         "template": {
             "logs": str(folder.logs),
             "trainer_nodes": layout.trainer_nodes,
             "requeue_codes": list(site.requeue.exit_codes) if site.requeue.max_restarts else [],
             "max_restarts": site.requeue.max_restarts,
+            "precheck": precheck_step(site, layout, folder),
         },
     }
 

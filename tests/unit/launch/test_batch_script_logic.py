@@ -9,8 +9,13 @@ import pytest
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "batch_scripts"
 
 SRUN = """#!/bin/bash
-# Stand-in: the role is the last argument.
+# Stand-in: the role is the last argument, but for the pre-check.
 role=${@: -1}
+if [[ $* == *precheck.task* ]]; then
+    echo "bad node node-b: reason" >$LOGS/precheck.log
+    echo node-b >$LOGS/precheck.bad
+    exit $PRECHECK_CODE
+fi
 trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' TERM
 echo "$role $PREFIXRL_TRAINER_HOSTS $PREFIXRL_ROLLOUT_HOSTS" >>$SAID
 if [[ $role == trainer ]]; then sleep $TRAINER_SECONDS >&- 2>&- & wait; exit $TRAINER_CODE; fi
@@ -21,14 +26,24 @@ exit $ROLLOUT_CODE
 SCONTROL = """#!/bin/bash
 case "$*" in
 "show hostnames"*) printf 'node-a\\nnode-b\\nnode-c\\n' ;;
-"show job"*) echo '   StartTime=2026-01-01T00:00:00 EndTime=2026-01-01T04:00:00 Deadline=N/A' ;;
+"show job"*)
+    echo '   StartTime=2026-01-01T00:00:00 EndTime=2026-01-01T04:00:00 Deadline=N/A'
+    echo "   ReqNodeList=(null) ExcNodeList=$EXCLUDED"
+    ;;
 *) echo "scontrol $*" >>$SAID ;;
 esac
 """
 
 
 def _run(
-    folder: Path, shape: str, *, trainer: int, rollout: int | None = None, restarts: int = 0
+    folder: Path,
+    shape: str,
+    *,
+    trainer: int,
+    rollout: int | None = None,
+    restarts: int = 0,
+    precheck: int = 0,
+    excluded: str = "(null)",
 ) -> tuple[int, str, str]:
     """Run a golden script; the first step to end is the trainer's unless ``rollout`` is given.
 
@@ -56,13 +71,17 @@ def _run(
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "node-[a-c]",
             "SLURM_RESTART_COUNT": str(restarts),
+            "LOGS": f"{folder}/logs/start-{restarts}",
+            "PRECHECK_CODE": str(precheck),
+            "EXCLUDED": excluded,
             "TRAINER_SECONDS": "0" if rollout is None else "30",
             "TRAINER_CODE": str(trainer),
             "ROLLOUT_SECONDS": "30" if rollout is None else "0",
             "ROLLOUT_CODE": str(rollout or 0),
         },
     )
-    return done.returncode, said.read_text(), done.stdout + done.stderr
+    told = said.read_text() if said.exists() else ""
+    return done.returncode, told, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("code", [75, 138])
@@ -111,6 +130,49 @@ def test_lost_servers_send_the_job_back_into_the_queue(tmp_path: Path) -> None:
     result, told, _ = _run(tmp_path, "split", trainer=0, rollout=75)
     assert result == 75
     assert told.splitlines()[-1] == "scontrol requeue 7"
+
+
+@pytest.mark.parametrize(
+    ("excluded", "all_excluded"), [("(null)", "node-b"), ("node-[x-y]", "node-[x-y],node-b")]
+)
+def test_bad_nodes_are_left_out_of_the_next_start(
+    tmp_path: Path, excluded: str, all_excluded: str
+) -> None:
+    result, told, said = _run(tmp_path, "colocated", trainer=0, precheck=77, excluded=excluded)
+    assert result == 77
+    # Only a job that waits can exclude nodes: first the requeue.
+    assert told.splitlines() == [
+        "scontrol requeue 7",
+        f"scontrol update JobId=7 ExcNodeList={all_excluded}",
+    ]
+    assert "bad node node-b: reason" in said
+    assert "without node-b" in said
+
+
+def test_a_first_node_that_hangs_is_left_out(tmp_path: Path) -> None:
+    _, told, _ = _run(tmp_path, "split", trainer=0, precheck=124)
+    assert told.splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=node-a"
+
+
+@pytest.mark.parametrize("code", [1, 78])
+def test_a_pre_check_that_fails_ends_the_job_before_the_tasks(tmp_path: Path, code: int) -> None:
+    assert _run(tmp_path, "colocated", trainer=0, precheck=code)[:2] == (code, "")
+
+
+def test_a_signal_during_the_pre_check_sends_the_job_back_into_the_queue(tmp_path: Path) -> None:
+    assert _run(tmp_path, "colocated", trainer=0, precheck=138)[1] == "scontrol requeue 7\n"
+
+
+def test_bad_nodes_do_not_restart_a_job_for_ever(tmp_path: Path) -> None:
+    result, told, said = _run(tmp_path, "colocated", trainer=0, precheck=77, restarts=20)
+    assert (result, told) == (77, "")
+    assert "not requeued: 20 restarts were allowed" in said
+
+
+def test_a_killed_trainer_is_no_hanging_pre_check(tmp_path: Path) -> None:
+    result, told, _ = _run(tmp_path, "colocated", trainer=137)
+    assert result == 137
+    assert "requeue" not in told
 
 
 def test_a_setup_line_that_fails_ends_the_job_before_any_task(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""One task on each node: ``python -m prefixrl_mcore.launch.slurm.precheck.task FOLDER SECONDS``.
+
+Before the first collective. The first node's task listens, all (it too) check their node and tell
+it, and it decides: exit code 0 to go on, 77 to leave the bad nodes out of the next start, 78 to end
+the job. The batch script reads their names from the folder.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
+from prefixrl_mcore.launch.slurm.precheck.exchange import Listener, ask, clock_offset
+from prefixrl_mcore.launch.slurm.precheck.exit_codes import EXCLUDE, FAIL
+from prefixrl_mcore.launch.slurm.precheck.node import check_node
+from prefixrl_mcore.launch.slurm.precheck.verdict import Finding, Verdict, decide
+from prefixrl_mcore.launch.slurm.rank_environment import master_port, server_port
+from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
+
+_EXIT_CODES = {"go": 0, "exclude": EXCLUDE, "fail": FAIL}
+
+_SEEN_SECONDS = 20.0
+_POLL_SECONDS = 0.2
+
+
+class Job:
+    """Where this task is: its node, the others, and the folder of this start."""
+
+    def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
+        """Read Slurm's variables, and those of the batch script."""
+        self.folder = JobFolder(path)
+        self.start = int(environment.get("SLURM_RESTART_COUNT") or 0)
+        self.logs = self.folder.logs / f"start-{self.start}"
+        self.findings = self.logs / "precheck"
+        self.id = environment["SLURM_JOB_ID"]
+        self.token = environment["PREFIXRL_PRECHECK_TOKEN"]
+        self.roles = {
+            node: role
+            for role in ("trainer", "rollout")
+            for node in environment[f"PREFIXRL_{role.upper()}_HOSTS"].split(",")
+            if node
+        }
+        self.nodes = list(self.roles)
+        self.node = environment["SLURMD_NODENAME"]
+        self.port = master_port(self.id)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this node decides."""
+        return self.node == self.nodes[0]
+
+
+def main() -> int:
+    """Check this node; on the first one decide for all."""
+    job, seconds = Job(Path(sys.argv[1]), os.environ), float(sys.argv[2])
+    if job.is_first:
+        return _decide_for_all(job, seconds)
+    return _tell(job, time.monotonic() + seconds)
+
+
+def _tell(job: Job, deadline: float) -> int:
+    """Check this node and tell the first; what it cannot be told is said in the log."""
+    try:
+        offset, expected = clock_offset(job.nodes[0], job.port, job.token, deadline=deadline)
+        role = job.roles[job.node]
+        own = expected["roles"][role]
+        facts, faults = check_node(
+            job.findings,
+            limits=expected["limits"],
+            canary=expected["canary"],
+            num_gpus=own["gpus"],
+            ports=[server_port(job.id, index) for index in range(own["num_server_ports"])],
+        )
+        finding = Finding(
+            node=job.node,
+            role=role,
+            clock_offset_seconds=offset,
+            facts=facts,
+            faults=faults,
+        )
+        try:
+            write_json_atomic(job.findings / f"{job.node}.json", asdict(finding))
+        except OSError as error:
+            finding.faults.append(f"job_folder cannot be written: {error.strerror}")
+        ask(
+            *(job.nodes[0], job.port, job.token),
+            {"what": "finding", "finding": asdict(finding)},
+            deadline=deadline,
+        )
+    except RuntimeError as error:
+        sys.stdout.write(f"{job.node}: {error}\n")
+        return 0
+    sys.stdout.write(f"{job.node}: {'; '.join(faults) or 'good'}\n")
+    return 0
+
+
+def _decide_for_all(job: Job, seconds: float) -> int:
+    """Listen, check the own node, wait for the others, decide, and say so; return the exit code."""
+    try:
+        expected = json.loads(job.folder.file.read_text())["submission"]["precheck"]
+    except OSError as error:
+        fault = f"job_folder is not shared: {job.folder.file}: {error.strerror}"
+        return _say(job, Verdict(outcome="exclude", bad={job.node: [fault]}, why="it is bad"), {})
+    canary = os.urandom(16).hex()
+    write_text_atomic(job.findings / "canary", canary)
+    findings: dict[str, Finding] = {}
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if request["what"] == "finding":
+            finding = Finding(**request["finding"])
+            findings[finding.node] = finding
+        return {"unix_seconds": time.time(), "canary": canary, **expected}
+
+    deadline = time.monotonic() + seconds
+    try:
+        listener = Listener(job.port, job.token, answer)
+    except OSError as error:
+        fault = f"port {job.port}, which the job needs, cannot be used: {error.strerror}"
+        return _say(job, Verdict(outcome="exclude", bad={job.node: [fault]}, why="it is bad"), {})
+    is_ending = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        is_ending.set()
+
+    signal.signal(signal.SIGTERM, end)  # srun gives up when a node cannot start its task
+    with listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        threading.Thread(target=_tell, args=(job, deadline), daemon=True).start()
+        while len(findings) < len(job.nodes) and time.monotonic() < deadline:
+            if is_ending.wait(_POLL_SECONDS):
+                break
+        listener.shutdown()
+    said = dict(findings)
+    _check_written(job, said)
+    verdict = decide(
+        job.nodes,
+        said,
+        max_clock_skew_seconds=expected["limits"]["max_clock_skew_seconds"],
+        num_excluded_before=_num_excluded_before(job),
+        max_excluded=expected["limits"]["max_excluded_nodes"],
+        timeout_seconds=seconds,
+    )
+    return _say(job, verdict, said)
+
+
+def _check_written(job: Job, findings: dict[str, Finding]) -> None:
+    """Add a fault to nodes whose file is not seen here: what they write, others do not see."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    unseen = {name for name, finding in findings.items() if not finding.faults}
+    while unseen and time.monotonic() < deadline:
+        unseen = {name for name in unseen if not (job.findings / f"{name}.json").exists()}
+        if unseen:
+            time.sleep(_POLL_SECONDS)
+    for name in unseen:
+        findings[name].faults.append(
+            f"job_folder is not shared: {job.nodes[0]} does not see what is written here to "
+            f"{job.findings}"
+        )
+
+
+def _num_excluded_before(job: Job) -> int:
+    """Return how many nodes the earlier starts excluded."""
+    files = [start / "precheck.json" for start in job.folder.starts() if start != job.logs]
+    told = [json.loads(file.read_text()) for file in files if file.exists()]
+    return sum(len(verdict["bad"]) for verdict in told if verdict["outcome"] == "exclude")
+
+
+def _say(job: Job, verdict: Verdict, findings: Mapping[str, Finding]) -> int:
+    """Write the verdict where the batch script and people find it; return the exit code."""
+    exit_code = _EXIT_CODES[verdict.outcome]
+    report = {
+        **asdict(verdict),
+        "findings": {name: asdict(finding) for name, finding in findings.items()},
+    }
+    write_json_atomic(job.logs / "precheck.json", report)
+    sys.stdout.write(f"pre-check: {verdict.why}\n")
+    for name, faults in verdict.bad.items():
+        sys.stdout.write(f"bad node {name}: {'; '.join(faults)}\n")
+    sys.stdout.flush()
+    if exit_code:
+        write_text_atomic(job.logs / "precheck.bad", ",".join(verdict.bad) + "\n")
+        end = TaskEnd(
+            task="precheck",
+            node=next(iter(verdict.bad)),
+            exit_code=exit_code,
+            unix_seconds=time.time(),
+        )
+        job.folder.write_end(job.start, end)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Nodes that fail the pre-check, on real Slurm: named, left out, and the job ends on others."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.launch.slurm.states import job_state
+from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.support.launched_jobs import colocated, end_of, submit_program
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(not LAUNCH_PYTHON.exists(), reason="NeMo-Run: run make setup-launch"),
+]
+
+
+@contextmanager
+def _another_folder(cluster: Path, node: str, folder: Path, other: Path) -> Iterator[None]:
+    """Let ``folder`` be ``other`` for all that Slurm starts on a node."""
+    daemons = json.loads((cluster / "pids.json").read_text())
+    pid = next(daemon["pid"] for daemon in daemons if daemon["name"] == f"slurmd-{node}")
+    inside = ["nsenter", f"--mount=/proc/{pid}/ns/mnt"]
+    folder.mkdir(exist_ok=True)
+    other.mkdir()
+    subprocess.run([*inside, "mount", "--bind", str(other), str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*inside, "umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_node_whose_folder_is_not_shared_is_left_out_and_the_job_ends_on_others(
+    slurm: Path, jobs: Path, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    command = ["bash", "-c", f"hostname >>{ran}"]
+    with _another_folder(slurm, "n2", jobs, tmp_path / "other"):
+        job, job_id = submit_program(colocated(2, 1), command)
+        result, said = end_of(job)
+    assert result == 0, said
+    assert "bad node n2: job_folder is not shared" in said
+    assert "back into the queue, without n2" in said
+    others = sorted(ran.read_text().split())
+    assert len(others) == 2
+    assert set(others) <= {"n1", "n3", "n4"}
+    assert job_state(job_id).num_restarts == 1
+    first, second = (json.loads((s / "precheck.json").read_text()) for s in job.starts())
+    assert (first["outcome"], list(first["bad"])) == ("exclude", ["n2"])
+    assert (second["outcome"], sorted(second["findings"])) == ("go", others)
+    asked = ["scontrol", "--oneliner", "show", "job", job_id]
+    told = subprocess.run(asked, capture_output=True, text=True, check=True, env={**os.environ})
+    assert "ExcNodeList=n2" in told.stdout

@@ -1,0 +1,53 @@
+"""Jobs of any program, submitted to the local cluster as ``prefixrl launch`` submits a run."""
+
+import io
+
+from prefixrl_mcore.config.site import SiteConfig
+from prefixrl_mcore.launch.slurm.follow import follow
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
+from prefixrl_mcore.launch.slurm.layout import JobLayout
+from prefixrl_mcore.launch.slurm.sites import load_site
+from prefixrl_mcore.launch.slurm.submission import describe, submit
+from tests.support.tiny_run import ROOT
+
+
+def colocated(nodes: int, ranks_per_node: int) -> JobLayout:
+    """Return the layout of a job whose nodes are all alike."""
+    return JobLayout(
+        shape="colocated",
+        trainer_nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        rollout_nodes=0,
+        servers_per_node=0,
+        rollout_gpus_per_node=0,
+    )
+
+
+def submit_program(
+    layout: JobLayout, *commands: list[str], name: str = "program", site: SiteConfig | None = None
+) -> tuple[JobFolder, str]:
+    """Submit other programs than the trainer's in a layout; return folder and number."""
+    site = site or load_site("ci-local")
+    job = JobFolder.make(site.job_folder, name)
+    task = TaskFile(
+        config="",
+        run_folder="",
+        working_directory=str(ROOT),
+        is_resumed=False,
+        num_servers=0,
+        gpus_per_server=0,
+    )
+    submission = describe(name, site, layout, job, dry_run=False)
+    for step, command in zip(submission["tasks"], commands, strict=True):
+        step["command"] = command
+    job.write(task, submission)
+    job_id = submit(site, job)
+    assert job_id is not None
+    return job, job_id
+
+
+def end_of(job: JobFolder) -> tuple[int, str]:
+    """Wait for a job's end; return the exit code of ``launch`` and what was shown."""
+    assert job.job_id is not None
+    said = io.StringIO()
+    return follow(job, job.job_id, out=said), said.getvalue()

@@ -81,9 +81,7 @@ def convert_to_hf(
     refuse_unless_sealing(out)
     path = resolve_checkpoint(checkpoint)
     weights = CheckpointWeights(path)
-    sizes = (
-        torch.Size(i.shape).numel() * (dtype or i.dtype).itemsize for i in weights.infos.values()
-    )
+    sizes = (info.as_type(dtype).num_bytes for info in weights.infos.values())
     write_hf_folder(
         weights,
         path / HF_FOLDER,
@@ -114,15 +112,16 @@ def convert_from_hf(
     Args:
         source: folder with ``config.json``, safetensors weights and tokenizer files.
         out: checkpoint folder to make; must not exist, or be empty.
-        dtype: type of the stored weights; None keeps each as it is.
+        dtype: type of the stored weights; None keeps each as it is, and refuses several types in
+            what is one weight in Megatron.
         max_file_bytes: size of weights above which a new file is begun.
         on_start: for progress.
 
     Raises:
         ConfigError: if ``config.json`` is of an unsupported model or has a field that is not
             understood.
-        CheckpointError: naming a damaged file, or a weight that is missing, unexpected or of the
-            wrong shape; or if ``out`` holds something.
+        CheckpointError: naming a damaged file, or a weight that is missing, unexpected, of the
+            wrong shape or of another type; or if ``out`` holds something.
         SaveError: if the storage refuses.
     """
     refuse_unless_sealing(out)
@@ -168,6 +167,8 @@ class _FromHf:
         self._dtype = dtype
         self._dims = ModelDims.from_hf_config(hf_config)
         self._all = list(find_table(hf_config).weights(self._dims))
+        if dtype is None:
+            self._refuse_mixed_types()
 
     def write(self, folder: ResumableFolder, max_file_bytes: int, on_start: OnStart | None) -> None:
         """Write all data files but those that are finished, and their index."""
@@ -204,9 +205,26 @@ class _FromHf:
 
     def _num_bytes(self, rule: Rule, place: Place) -> int:
         infos = [self._weights.infos[hf_name(weight, place)] for weight in rule.hf]
-        return sum(
-            torch.Size(info.shape).numel() * (self._dtype or info.dtype).itemsize for info in infos
-        )
+        return sum(info.as_type(self._dtype).num_bytes for info in infos)
+
+    def _refuse_mixed_types(self) -> None:
+        """Refuse weights of several types where Megatron stores one, with all layers and experts.
+
+        Raises:
+            CheckpointError: naming two weights with their types.
+        """
+        first: dict[str, tuple[str, torch.dtype]] = {}
+        for rule, place in self._all:
+            stored = rule.stacked_checkpoint_names()[0]
+            for name in (hf_name(weight, place) for weight in rule.hf):
+                dtype = self._weights.infos[name].dtype
+                other, expected = first.setdefault(stored, (name, dtype))
+                if dtype != expected:
+                    raise CheckpointError(
+                        f"{self._weights.folder}: {other} is {expected} and {name} is {dtype}, "
+                        f"expected one type, because both are parts of Megatron's {stored}; "
+                        "choose one with --dtype"
+                    )
 
     def _pieces(self, group: list[tuple[Rule, Place]]) -> Iterator[Piece]:
         """Yield Megatron weights; layers as pieces of a stack, as Megatron stores them."""

@@ -78,10 +78,7 @@ def write_hf_folder(
     refuse_unless_sealing(out)
     hf_config = read_hf_config(assets)
     expected = find_table(hf_config).hf_shapes(ModelDims.from_hf_config(hf_config))
-    infos = {
-        name: TensorInfo(shape=info.shape, dtype=dtype or info.dtype)
-        for name, info in source.infos.items()
-    }
+    infos = {name: info.as_type(dtype) for name, info in source.infos.items()}
     check_hf_shapes({n: info.shape for n, info in infos.items()}, expected, where=str(out))
     files = plan_files(infos, max_file_bytes)
     settings = {"files": {n: list(names) for n, names in files.items()}, "dtype": str(dtype)}

@@ -21,6 +21,7 @@ from prefixrl_mcore.checkpoint.convert.checkpoint_weights import (
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
     CONFIG_NAME,
     HfWeights,
+    asset_files,
     copy_assets,
     read_hf_config,
 )
@@ -126,6 +127,7 @@ def convert_from_hf(
     """
     refuse_unless_sealing(out)
     hf_config = read_hf_config(source)
+    asset_files(source)  # refuses what cannot be copied, before hours of writing weights
     read_model_shape(hf_config)  # refuses what training would refuse, above all unknown fields
     with HfWeights(source) as weights:
         weights.check(hf_config)

@@ -242,6 +242,20 @@ def test_a_kill_after_the_last_rename_is_made_good(
     assert not journal.exists()
 
 
+def test_what_a_killed_conversion_did_not_live_to_say_is_said(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        convert_to_hf(checkpoint, tmp_path / "out", torch.bfloat16)
+    caplog.clear()
+    convert_to_hf(checkpoint, tmp_path / "out", torch.bfloat16)
+    assert "weights are bfloat16 but config.json, copied unchanged, says float32" in caplog.text
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"task": 1}', '{"task": 1, "files": []}'])
 def test_a_journal_that_is_none_begins_anew(checkpoint: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / ".out.converting.json").write_text(content)
@@ -273,6 +287,32 @@ def test_bad_input_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"__0_1\.distcp: content is damaged, got CRC-32"):
         convert_to_hf(checkpoint, tmp_path / "out", max_file_bytes=MAX_FILE_BYTES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "source"]
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+def test_a_file_that_cannot_be_copied_is_told_before_any_weight_is_written(
+    checkpoint: Path, tmp_path: Path, direction: str
+) -> None:
+    convert, source, assets = {
+        "to-hf": (convert_to_hf, checkpoint, checkpoint / "hf"),
+        "from-hf": (convert_from_hf, tmp_path / "source", tmp_path / "source"),
+    }[direction]
+    with pytest.raises(StoppedError):
+        convert(
+            source, tmp_path / "out", max_file_bytes=MAX_FILE_BYTES, on_start=stop_after(100_000)
+        )
+    before = sorted(tmp_path.rglob("*"))
+    link = assets / "added.json"
+    link.symlink_to("blobs/gone")
+    with pytest.raises(CheckpointError, match=r"added\.json: is a link to blobs/gone, which does"):
+        convert(
+            source,
+            tmp_path / "out",
+            max_file_bytes=MAX_FILE_BYTES,
+            on_start=lambda _total: pytest.fail,
+        )
+    link.unlink()
+    assert sorted(tmp_path.rglob("*")) == before  # above all the finished files
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """What is kept of a killed conversion, and what is not."""
 
+import fcntl
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError, StorageReadError
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.resumable import ResumableFolder
 from tests.support.policies import max_difference
@@ -277,6 +279,82 @@ def test_two_processes_do_not_write_one_folder(checkpoint: Path, tmp_path: Path)
         with pytest.raises(CheckpointError, match="out: is being written by another process"):
             convert_to_hf(checkpoint, tmp_path / "out")
         assert folder.path.is_dir()
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True], ids=["removed", "made anew"])
+def test_a_folder_that_another_process_removed_before_the_lock_is_locked_where_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_made_anew: bool
+) -> None:
+    folder = ResumableFolder(tmp_path / "out", {})
+    locks: list[int] = []
+
+    def remove_and_lock(descriptor: int, operation: int) -> None:
+        locks.append(descriptor)
+        if len(locks) == 1:
+            shutil.rmtree(folder.path)
+            if is_made_anew:
+                folder.path.mkdir()
+        flock(descriptor, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with folder:
+        assert len(locks) == 2
+        with pytest.raises(CheckpointError, match="is being written by another process"):
+            ResumableFolder(tmp_path / "out", {}).__enter__()
+
+
+def test_what_the_storage_did_not_give_back_does_not_cost_the_finished_files(
+    tmp_path: Path,
+) -> None:
+    def convert(error: Exception) -> None:
+        with ResumableFolder(tmp_path / "out", {}) as folder:
+            (folder.path / "one").write_text("1")
+            folder.finish("one", size_bytes=1, sha256=SHA_OF_1)
+            raise error
+
+    with pytest.raises(StorageReadError):
+        convert(StorageReadError("did not answer"))
+    assert (tmp_path / ".out.converting" / "one").read_text() == "1"
+    with pytest.raises(CheckpointError):
+        convert(CheckpointError("is damaged"))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", [240, 300])
+def test_a_name_that_is_too_long_is_bad_input(tmp_path: Path, length: int) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be written, got .*File name too long"):
+        convert_to_hf(tmp_path, tmp_path / ("n" * length))
+
+
+IN_A_CLOSED_FOLDER = """
+import pathlib, sys
+from prefixrl_mcore.checkpoint.resumable import refuse_existing
+refuse_existing(pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_folder_that_may_be_entered_but_not_read_has_room_for_a_target(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    (closed / "out").mkdir(parents=True)
+    closed.chmod(0o311)
+    command = [sys.executable, "-c", IN_A_CLOSED_FOLDER, str(closed / "out")]
+    if os.geteuid() == 0:  # root may read everything, unless it gives that up
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (closed / "out").chmod(0o311)
+    refused = subprocess.run(command, capture_output=True, text=True)
+    closed.chmod(0o711)
+    assert done.returncode == 0, done.stderr
+    assert "CheckpointError" in refused.stderr
+    assert "out: cannot be written, got [Errno 13] Permission denied" in refused.stderr
+
+
+def test_leftovers_of_a_journal_are_removed_whatever_the_name(tmp_path: Path) -> None:
+    leftover = tmp_path / "..a[1].converting.json.tmp-7"
+    leftover.write_text("{")
+    with ResumableFolder(tmp_path / "a[1]", {}):
+        assert not leftover.exists()
 
 
 def test_bad_input_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ from prefixrl_mcore.config.model_shape import read_model_shape
 logger = logging.getLogger(__name__)
 
 OnStart = Callable[[int], Callable[[int], object]]
-"""Called with the bytes of weights that will be written; what it returns, with those of each
-block that was written or found written."""
+"""Called with the bytes of weights of the whole; what it returns, with those of each block that
+was written."""
 
 
 def convert_to_hf(
@@ -60,6 +60,7 @@ def convert_to_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     more_files: Mapping[str, str] | None = None,
     on_start: OnStart | None = None,
+    on_kept: Callable[[int], object] | None = None,
 ) -> Path:
     """Write the weights of a checkpoint as a Hugging Face folder; return the checkpoint's path.
 
@@ -73,6 +74,7 @@ def convert_to_hf(
         max_file_bytes: size of weights above which a new file is begun.
         more_files: text of further files, by name.
         on_start: for progress.
+        on_kept: called with the bytes of each file that a killed conversion had finished.
 
     Raises:
         CheckpointError: if the checkpoint is missing, incomplete or damaged, a weight is
@@ -92,6 +94,7 @@ def convert_to_hf(
         task=checkpoint_facts(path),
         more_files=more_files,
         on_bytes=None if on_start is None else on_start(sum(sizes)),
+        on_kept=on_kept,
     )
     logger.info("wrote %s from step %d of %s", out, read_trainer_state(path).step, path)
     return path
@@ -104,6 +107,7 @@ def convert_from_hf(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     on_start: OnStart | None = None,
+    on_kept: Callable[[int], object] | None = None,
 ) -> None:
     """Write the weights of a Hugging Face folder as a checkpoint of step 0, without optimizer.
 
@@ -117,6 +121,7 @@ def convert_from_hf(
             what is one weight in Megatron.
         max_file_bytes: size of weights above which a new file is begun.
         on_start: for progress.
+        on_kept: called with the bytes of each file that a killed conversion had finished.
 
     Raises:
         ConfigError: if ``config.json`` is of an unsupported model or has a field that is not
@@ -138,7 +143,7 @@ def convert_from_hf(
             "dtype": str(dtype),
             "max_file_bytes": max_file_bytes,
         }
-        resumable = ResumableFolder(out, task)
+        resumable = ResumableFolder(out, task, on_kept)
         if resumable.is_sealed():
             return
         with resumable as folder:
@@ -184,8 +189,6 @@ class _FromHf:
             if path in folder.finished:
                 done = folder.finished[path]
                 writer.adopt(name, [StoredPiece(**piece) for piece in done.notes])
-                if on_bytes is not None:
-                    on_bytes(done.size_bytes)
                 continue
             file = writer.write_file(name, self._pieces(group), on_bytes)
             notes = [asdict(piece) for piece in file.pieces]

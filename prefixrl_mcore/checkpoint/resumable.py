@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,12 +90,18 @@ def _mount_id(folder: Path) -> str | None:
 class ResumableFolder:
     """The folder while it is written; use as a context manager, and ``seal`` it at the end."""
 
-    def __init__(self, final: Path, task: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        final: Path,
+        task: Mapping[str, Any],
+        on_kept: Callable[[int], object] | None = None,
+    ) -> None:
         """Name the folder; nothing is touched before the block begins.
 
         Args:
             final: its final name.
             task: what decides its content, JSON: the files of another task are not kept.
+            on_kept: called with the size of each file that a killed writer had finished.
         """
         final = final.resolve()  # links are followed, and "." gets a name
         self.path = final.with_name(f".{final.name}.converting")
@@ -105,6 +111,7 @@ class ResumableFolder:
         """By path relative to the folder, with forward slashes."""
         self._final = final
         self._task = hashlib.sha256(json.dumps(dict(task), sort_keys=True).encode()).hexdigest()
+        self._on_kept = on_kept
         self._lock: int | None = None
 
     def __enter__(self) -> "ResumableFolder":
@@ -158,6 +165,7 @@ class ResumableFolder:
         ):
             return False
         self._journal.unlink()
+        self._report_kept(files)
         logger.info("%s: was finished by a killed conversion, checksums right", self._final)
         return True
 
@@ -252,6 +260,7 @@ class ResumableFolder:
             )
         self._remove_unfinished()
         self._write_journal()
+        self._report_kept(self.finished)
         if self.finished:
             logger.info(
                 "%s: kept %d finished files of a killed conversion, %d bytes, checksums right",
@@ -259,6 +268,11 @@ class ResumableFolder:
                 len(self.finished),
                 sum(file.size_bytes for file in self.finished.values()),
             )
+
+    def _report_kept(self, files: Mapping[str, FinishedFile]) -> None:
+        if self._on_kept is not None:
+            for file in files.values():
+                self._on_kept(file.size_bytes)
 
     def _keep(self, name: str, file: FinishedFile) -> None:
         if _is_right(self.path / name, file):

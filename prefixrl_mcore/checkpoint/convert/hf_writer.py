@@ -55,6 +55,7 @@ def write_hf_folder(
     task: Mapping[str, Any] | None = None,
     more_files: Mapping[str, str] | None = None,
     on_bytes: Callable[[int], object] | None = None,
+    on_kept: Callable[[int], object] | None = None,
 ) -> None:
     """Write a complete Hugging Face folder: weights, and the other files of ``assets``.
 
@@ -69,7 +70,8 @@ def write_hf_folder(
         max_file_bytes: size of weights above which a new file is begun.
         task: what decides the content of ``source``, JSON; see ``ResumableFolder``.
         more_files: text of further files, by name.
-        on_bytes: called with the size of each block that was written or found written.
+        on_bytes: called with the size of each block that was written.
+        on_kept: called with the size of each file that a killed call had finished.
 
     Raises:
         CheckpointError: if ``out`` holds something, or the weights are not those of the config;
@@ -84,12 +86,12 @@ def write_hf_folder(
     check_hf_shapes({n: info.shape for n, info in infos.items()}, expected, where=str(out))
     files = plan_files(infos, max_file_bytes)
     settings = {"files": {n: list(names) for n, names in files.items()}, "dtype": str(dtype)}
-    resumable = ResumableFolder(out, {**settings, "of": task, "more": dict(more_files or {})})
+    everything = {**settings, "of": task, "more": dict(more_files or {})}
+    resumable = ResumableFolder(out, everything, on_kept)
     if not resumable.is_sealed():
         with resumable as folder:
             for name, names in files.items():
                 if name in folder.finished:
-                    _report(on_bytes, folder.finished[name].size_bytes)
                     continue
                 size_bytes, sha256 = write_safetensors(
                     folder.path / name,
@@ -136,11 +138,6 @@ def _reader_ahead(source: HfSource, names: list[str]) -> Callable[[str], Tensor]
         return source.read(name)
 
     return read
-
-
-def _report(on_bytes: Callable[[int], object] | None, number: int) -> None:
-    if on_bytes is not None:
-        on_bytes(number)
 
 
 def _write_rest(

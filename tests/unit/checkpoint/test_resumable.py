@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError, StorageReadError
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.resumable import ResumableFolder
+from prefixrl_mcore.trainer.convert_commands import _Work
 from tests.support.policies import max_difference
 from tests.support.tiny_models import write_tiny_qwen3
 from tests.support.weights import weights_in
@@ -54,6 +56,39 @@ def stopped(checkpoint: Path, out: Path) -> Path:
     assert not out.exists()
     assert len(list(folder.glob("*.safetensors"))) == 3
     return folder
+
+
+def test_what_is_kept_of_a_killed_conversion_does_not_count_as_written(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = stopped(checkpoint, tmp_path / "out")
+    kept = sum(path.stat().st_size for path in sorted(folder.glob("*.safetensors"))[:2])
+    written: list[int] = []
+    found: list[int] = []
+    convert_to_hf(
+        checkpoint,
+        tmp_path / "out",
+        max_file_bytes=MAX_FILE_BYTES,
+        on_start=lambda _total: written.append,
+        on_kept=found.append,
+    )
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert (len(found), sum(found)) == (2, kept)
+    assert sum(written) == sum(sizes) - kept
+
+
+def test_a_conversion_says_its_speed_of_what_it_wrote() -> None:
+    progress = Progress(disable=True)
+    work = _Work(progress=progress, task=progress.add_task("", total=None))
+    work.on_kept(7 * 10**9)
+    assert work.told(3.0) == (
+        "0.00 GB of weights written in 3.0 s, 7.00 GB kept of a killed conversion"
+    )
+    work.on_start(8 * 10**9)(10**9)
+    assert (progress.tasks[0].completed, progress.tasks[0].total) == (10**9, 10**9)
+    assert work.told(4.0) == (
+        "1.00 GB of weights written in 4.0 s (0.25 GB/s), 7.00 GB kept of a killed conversion"
+    )
 
 
 def test_other_settings_begin_anew_and_say_so(

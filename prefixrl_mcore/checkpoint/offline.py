@@ -21,6 +21,7 @@ from prefixrl_mcore.checkpoint.convert.checkpoint_weights import (
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
     CONFIG_NAME,
     HfWeights,
+    asset_files,
     copy_assets,
     read_hf_config,
 )
@@ -47,8 +48,8 @@ from prefixrl_mcore.config.model_shape import read_model_shape
 logger = logging.getLogger(__name__)
 
 OnStart = Callable[[int], Callable[[int], object]]
-"""Called with the bytes of weights that will be written; what it returns, with those of each
-block that was written or found written."""
+"""Called with the bytes of weights of the whole; what it returns, with those of each block that
+was written."""
 
 
 def convert_to_hf(
@@ -59,6 +60,7 @@ def convert_to_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     more_files: Mapping[str, str] | None = None,
     on_start: OnStart | None = None,
+    on_kept: Callable[[int], object] | None = None,
 ) -> Path:
     """Write the weights of a checkpoint as a Hugging Face folder; return the checkpoint's path.
 
@@ -72,6 +74,7 @@ def convert_to_hf(
         max_file_bytes: size of weights above which a new file is begun.
         more_files: text of further files, by name.
         on_start: for progress.
+        on_kept: called with the bytes of each file that a killed conversion had finished.
 
     Raises:
         CheckpointError: if the checkpoint is missing, incomplete or damaged, a weight is
@@ -81,9 +84,7 @@ def convert_to_hf(
     refuse_unless_sealing(out)
     path = resolve_checkpoint(checkpoint)
     weights = CheckpointWeights(path)
-    sizes = (
-        torch.Size(i.shape).numel() * (dtype or i.dtype).itemsize for i in weights.infos.values()
-    )
+    sizes = (info.as_type(dtype).num_bytes for info in weights.infos.values())
     write_hf_folder(
         weights,
         path / HF_FOLDER,
@@ -93,6 +94,7 @@ def convert_to_hf(
         task=checkpoint_facts(path),
         more_files=more_files,
         on_bytes=None if on_start is None else on_start(sum(sizes)),
+        on_kept=on_kept,
     )
     logger.info("wrote %s from step %d of %s", out, read_trainer_state(path).step, path)
     return path
@@ -105,6 +107,7 @@ def convert_from_hf(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     on_start: OnStart | None = None,
+    on_kept: Callable[[int], object] | None = None,
 ) -> None:
     """Write the weights of a Hugging Face folder as a checkpoint of step 0, without optimizer.
 
@@ -114,19 +117,22 @@ def convert_from_hf(
     Args:
         source: folder with ``config.json``, safetensors weights and tokenizer files.
         out: checkpoint folder to make; must not exist, or be empty.
-        dtype: type of the stored weights; None keeps each as it is.
+        dtype: type of the stored weights; None keeps each as it is, and refuses several types in
+            what is one weight in Megatron.
         max_file_bytes: size of weights above which a new file is begun.
         on_start: for progress.
+        on_kept: called with the bytes of each file that a killed conversion had finished.
 
     Raises:
         ConfigError: if ``config.json`` is of an unsupported model or has a field that is not
             understood.
-        CheckpointError: naming a damaged file, or a weight that is missing, unexpected or of the
-            wrong shape; or if ``out`` holds something.
+        CheckpointError: naming a damaged file, or a weight that is missing, unexpected, of the
+            wrong shape or of another type; or if ``out`` holds something.
         SaveError: if the storage refuses.
     """
     refuse_unless_sealing(out)
     hf_config = read_hf_config(source)
+    asset_files(source)  # refuses what cannot be copied, before hours of writing weights
     read_model_shape(hf_config)  # refuses what training would refuse, above all unknown fields
     with HfWeights(source) as weights:
         weights.check(hf_config)
@@ -137,7 +143,7 @@ def convert_from_hf(
             "dtype": str(dtype),
             "max_file_bytes": max_file_bytes,
         }
-        resumable = ResumableFolder(out, task)
+        resumable = ResumableFolder(out, task, on_kept)
         if resumable.is_sealed():
             return
         with resumable as folder:
@@ -168,6 +174,8 @@ class _FromHf:
         self._dtype = dtype
         self._dims = ModelDims.from_hf_config(hf_config)
         self._all = list(find_table(hf_config).weights(self._dims))
+        if dtype is None:
+            self._refuse_mixed_types()
 
     def write(self, folder: ResumableFolder, max_file_bytes: int, on_start: OnStart | None) -> None:
         """Write all data files but those that are finished, and their index."""
@@ -181,8 +189,6 @@ class _FromHf:
             if path in folder.finished:
                 done = folder.finished[path]
                 writer.adopt(name, [StoredPiece(**piece) for piece in done.notes])
-                if on_bytes is not None:
-                    on_bytes(done.size_bytes)
                 continue
             file = writer.write_file(name, self._pieces(group), on_bytes)
             notes = [asdict(piece) for piece in file.pieces]
@@ -204,9 +210,26 @@ class _FromHf:
 
     def _num_bytes(self, rule: Rule, place: Place) -> int:
         infos = [self._weights.infos[hf_name(weight, place)] for weight in rule.hf]
-        return sum(
-            torch.Size(info.shape).numel() * (self._dtype or info.dtype).itemsize for info in infos
-        )
+        return sum(info.as_type(self._dtype).num_bytes for info in infos)
+
+    def _refuse_mixed_types(self) -> None:
+        """Refuse weights of several types where Megatron stores one, with all layers and experts.
+
+        Raises:
+            CheckpointError: naming two weights with their types.
+        """
+        first: dict[str, tuple[str, torch.dtype]] = {}
+        for rule, place in self._all:
+            stored = rule.stacked_checkpoint_names()[0]
+            for name in (hf_name(weight, place) for weight in rule.hf):
+                dtype = self._weights.infos[name].dtype
+                other, expected = first.setdefault(stored, (name, dtype))
+                if dtype != expected:
+                    raise CheckpointError(
+                        f"{self._weights.folder}: {other} is {expected} and {name} is {dtype}, "
+                        f"expected one type, because both are parts of Megatron's {stored}; "
+                        "choose one with --dtype"
+                    )
 
     def _pieces(self, group: list[tuple[Rule, Place]]) -> Iterator[Piece]:
         """Yield Megatron weights; layers as pieces of a stack, as Megatron stores them."""

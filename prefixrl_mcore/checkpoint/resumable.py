@@ -7,12 +7,13 @@ when it is complete, so that an unfinished one is never taken for a result.
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +21,13 @@ from types import TracebackType
 from typing import Any
 
 from prefixrl_mcore.checkpoint import manifest
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError, StorageReadError
 from prefixrl_mcore.observability.atomic import write_json_atomic
 
 logger = logging.getLogger(__name__)
+
+_MAX_LOCKS = 10
+"""Tries to lock a folder that others remove in between."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,16 +45,27 @@ class FinishedFile:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise CheckpointError if ``out`` is a file, a mount point, or holds something."""
-    if _is_mount_point(out):
+    """Raise CheckpointError if ``out`` is a file, a mount point, holds something or is no name."""
+    try:
+        is_mount_point = _is_mount_point(out)
+        is_taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    except OSError as error:
+        raise _unusable(out, error) from None
+    if is_mount_point:
         raise CheckpointError(
             f"{out}: is a mount point, which no finished folder can be renamed to; name a folder "
             "below it"
         )
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if is_taken:
         raise CheckpointError(
             f"{out}: exists, expected a new or empty folder; remove it or name another one"
         )
+
+
+def _unusable(out: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{out}: cannot be written, got {error}; name a folder that can be created"
+    )
 
 
 def _is_mount_point(folder: Path) -> bool:
@@ -62,7 +77,7 @@ def _is_mount_point(folder: Path) -> bool:
 
 def _mount_id(folder: Path) -> str | None:
     """Return which mount a folder is in; None where the system does not tell (Linux does)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_PATH)  # works on a folder that may be entered but not read
     try:
         facts = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -75,12 +90,18 @@ def _mount_id(folder: Path) -> str | None:
 class ResumableFolder:
     """The folder while it is written; use as a context manager, and ``seal`` it at the end."""
 
-    def __init__(self, final: Path, task: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        final: Path,
+        task: Mapping[str, Any],
+        on_kept: Callable[[int], object] | None = None,
+    ) -> None:
         """Name the folder; nothing is touched before the block begins.
 
         Args:
             final: its final name.
             task: what decides its content, JSON: the files of another task are not kept.
+            on_kept: called with the size of each file that a killed writer had finished.
         """
         final = final.resolve()  # links are followed, and "." gets a name
         self.path = final.with_name(f".{final.name}.converting")
@@ -90,6 +111,7 @@ class ResumableFolder:
         """By path relative to the folder, with forward slashes."""
         self._final = final
         self._task = hashlib.sha256(json.dumps(dict(task), sort_keys=True).encode()).hexdigest()
+        self._on_kept = on_kept
         self._lock: int | None = None
 
     def __enter__(self) -> "ResumableFolder":
@@ -100,14 +122,7 @@ class ResumableFolder:
                 holds something.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._final}: cannot be written, got {error}; name a folder that can be created"
-            ) from None
-        try:
-            self._take_lock(self._lock)
+            self._make_and_lock()
             self._refuse_result()
             self._take_up()
         except BaseException:
@@ -122,7 +137,10 @@ class ResumableFolder:
         traceback: TracebackType | None,
     ) -> None:
         """Keep finished files for the next try, unless the input is what is wrong."""
-        if isinstance(error, CheckpointError) or not self.finished:
+        is_input_wrong = isinstance(error, CheckpointError) and not isinstance(
+            error, StorageReadError
+        )
+        if is_input_wrong or not self.finished:
             shutil.rmtree(self.path, ignore_errors=True)
             self._journal.unlink(missing_ok=True)
         elif error is not None:
@@ -147,6 +165,7 @@ class ResumableFolder:
         ):
             return False
         self._journal.unlink()
+        self._report_kept(files)
         logger.info("%s: was finished by a killed conversion, checksums right", self._final)
         return True
 
@@ -184,6 +203,27 @@ class ResumableFolder:
         except OSError as error:
             raise SaveError(f"{self._final}: the storage refused: {error}") from error
 
+    def _make_and_lock(self) -> None:
+        """Make the folder and lock it.
+
+        Another process may finish or remove it between opening and locking; a lock of what has
+        lost the name would keep nobody out.
+        """
+        for _ in range(_MAX_LOCKS):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = os.open(self.path, os.O_RDONLY)
+            except OSError as error:
+                raise _unusable(self._final, error) from None
+            self._take_lock(self._lock)
+            if _is_at(self._lock, self.path):
+                return
+            self._unlock()
+        raise CheckpointError(
+            f"{self._final}: other processes removed {self.path} {_MAX_LOCKS} times while it was "
+            "locked; let only one process write"
+        )
+
     def _take_lock(self, descriptor: int) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -207,7 +247,7 @@ class ResumableFolder:
 
     def _take_up(self) -> None:
         """Keep the finished files of the same task; remove everything else."""
-        for path in self._journal.parent.glob(f".{self._journal.name}.tmp-*"):
+        for path in self._journal.parent.glob(f".{glob.escape(self._journal.name)}.tmp-*"):
             path.unlink()
         journal = self._read_journal()
         if journal is not None and journal["task"] == self._task:
@@ -220,6 +260,7 @@ class ResumableFolder:
             )
         self._remove_unfinished()
         self._write_journal()
+        self._report_kept(self.finished)
         if self.finished:
             logger.info(
                 "%s: kept %d finished files of a killed conversion, %d bytes, checksums right",
@@ -227,6 +268,11 @@ class ResumableFolder:
                 len(self.finished),
                 sum(file.size_bytes for file in self.finished.values()),
             )
+
+    def _report_kept(self, files: Mapping[str, FinishedFile]) -> None:
+        if self._on_kept is not None:
+            for file in files.values():
+                self._on_kept(file.size_bytes)
 
     def _keep(self, name: str, file: FinishedFile) -> None:
         if _is_right(self.path / name, file):
@@ -266,6 +312,14 @@ class ResumableFolder:
             self._lock = None
 
 
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether what is open under ``descriptor`` still has the name ``path``."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _is_right(path: Path, file: FinishedFile) -> bool:
     """Return whether a file is what the journal says of it."""
     return (
@@ -278,7 +332,11 @@ def _is_right(path: Path, file: FinishedFile) -> bool:
 def refuse_unless_sealing(out: Path) -> None:
     """As ``refuse_existing``, but leave a result to ``is_sealed`` whose journal is still there."""
     final = out.resolve()
-    if not final.with_name(_journal_name(final)).is_file():
+    try:
+        has_journal = final.with_name(_journal_name(final)).is_file()
+    except OSError as error:  # the name is too long, or a folder on the way may not be entered
+        raise _unusable(final, error) from None
+    if not has_journal:
         refuse_existing(final)
 
 

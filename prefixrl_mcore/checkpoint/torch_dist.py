@@ -91,12 +91,14 @@ class TorchDistReader:
         self._chunks: dict[
             tuple[str, int], dict[tuple[int, ...], list[dcp.ChunkStorageMetadata]]
         ] = {}
+        self._whole_pieces: tuple[str, dict[tuple[int, ...], Tensor]] = ("", {})
 
     def read(self, name: str, *indices: int) -> Tensor:
         """Return a whole tensor, or the entry ``indices`` along its first dimensions.
 
         Where one stored piece is all of it, the result is a view of the mapped file and must not
-        be written to.
+        be written to. A piece that holds several entries (the experts of a layer) is checked once
+        if they are read one after the other.
 
         Raises:
             CheckpointError: if a piece is missing or its file is damaged.
@@ -104,7 +106,7 @@ class TorchDistReader:
         entry = self._entry(name)
         shape = tuple(entry.size)[len(indices) :]
         pieces = [
-            (chunk, self._read_chunk(name, chunk, is_mapped=True)[_inside(chunk, indices)])
+            (chunk, self._map_chunk(name, chunk)[_inside(chunk, indices)])
             for chunk in self._chunks_at(name, indices)
         ]
         num_filled = sum(piece.numel() for _, piece in pieces)
@@ -152,6 +154,8 @@ class TorchDistReader:
     def prefetch(self, name: str, *indices: int) -> None:
         """Let the operating system read ahead what ``read`` of the same arguments will want."""
         for chunk in self._chunks_at(name, indices):
+            if self._whole_pieces[0] == name and tuple(chunk.offsets) in self._whole_pieces[1]:
+                continue
             place = self._place(name, chunk)
             advise_of_read(self._mapping(self._path(place)), place.offset, place.length)
 
@@ -176,6 +180,19 @@ class TorchDistReader:
                     by_place.setdefault(place, []).append(chunk)
             self._chunks[key] = by_place
         return self._chunks[key].get(indices, [])
+
+    def _map_chunk(self, name: str, chunk: dcp.ChunkStorageMetadata) -> Tensor:
+        """Return a stored piece as a view of its file.
+
+        Those of the last tensor are kept: checking all experts' piece for each of them would take
+        quadratic time. They hold no memory but the mapping, which stays anyway.
+        """
+        if self._whole_pieces[0] != name:
+            self._whole_pieces = (name, {})
+        pieces, offsets = self._whole_pieces[1], tuple(chunk.offsets)
+        if offsets not in pieces:
+            pieces[offsets] = self._read_chunk(name, chunk, is_mapped=True)
+        return pieces[offsets]
 
     def _read_chunk(self, name: str, chunk: dcp.ChunkStorageMetadata, *, is_mapped: bool) -> Tensor:
         """Return a stored piece; an error of the storage kills a process that has it mapped."""

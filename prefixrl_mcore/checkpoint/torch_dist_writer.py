@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from prefixrl_mcore.checkpoint.hashed_file import HashedFile
+from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.torch_dist import METADATA_NAME, SHARDING_METADATA
 
 _COMMON_NAME = "__0_0.distcp"
@@ -111,6 +112,7 @@ class TorchDistWriter:
 
         Raises:
             SaveError: if the storage refuses.
+            CheckpointError: as ``adopt``.
         """
         written: list[StoredPiece] = []
         with HashedFile(self._folder / name, on_bytes) as file:
@@ -135,7 +137,11 @@ class TorchDistWriter:
         return DataFile(size_bytes=size_bytes, sha256=sha256, pieces=written)
 
     def adopt(self, name: str, pieces: Iterable[StoredPiece]) -> None:
-        """Take a data file that was written before into the index."""
+        """Take a data file that was written before into the index.
+
+        Raises:
+            CheckpointError: if a piece is of another type than the tensor's other pieces.
+        """
         for piece in pieces:
             entry = self._tensors.setdefault(
                 piece.name,
@@ -145,6 +151,12 @@ class TorchDistWriter:
                     chunks=[],
                 ),
             )
+            expected = str(entry.properties.dtype).removeprefix("torch.")
+            if piece.dtype != expected:
+                raise CheckpointError(
+                    f"{self._folder / name}: the piece of {piece.name} at {tuple(piece.offsets)} "
+                    f"is {piece.dtype}, expected {expected} as its other pieces; write one type"
+                )
             offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
             index = dcp.MetadataIndex(piece.name, offsets, len(entry.chunks))
             entry.chunks.append(dcp.ChunkStorageMetadata(offsets=offsets, sizes=sizes))

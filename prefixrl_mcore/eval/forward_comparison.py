@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +71,8 @@ def compare_forward(
 ) -> ForwardComparison:
     """Run both models on the prompts, one model in memory at a time, each in its stored type.
 
+    A model of several types runs in the smallest that holds the numbers of all.
+
     Args:
         first: a model; its tokenizer makes the tokens.
         second: another of the same vocabulary.
@@ -120,7 +123,7 @@ def _predict(model: OpenModel, token_ids: Sequence[Tensor]) -> list[_Predictions
         None,
         config=config,
         state_dict={name: model.weights.read(name) for name in model.weights.infos},
-        dtype=max(dtypes, key=lambda dtype: dtype.itemsize),
+        dtype=reduce(torch.promote_types, dtypes),  # holds every number of float16 and bfloat16
     ).eval()
     found: list[_Predictions] = []
     for ids_S in token_ids:

@@ -19,7 +19,7 @@ _MAX_ROWS = 20
 
 
 def run_verify(first: Path, second: Path, *, with_forward: bool, prompts: Path | None) -> bool:
-    """Compare two models, print how they differ, and return whether they are the same.
+    """Compare two models, print how they differ, and return whether they are the same and whole.
 
     Args:
         first: a Hugging Face folder or a checkpoint.
@@ -40,12 +40,12 @@ def run_verify(first: Path, second: Path, *, with_forward: bool, prompts: Path |
         task = progress.add_task("verify", total=total)
         found = compare_models(one, other, lambda number: progress.advance(task, number))
         forward = None
-        if with_forward and not _differ_in_form(found):
+        if with_forward and not (found.faults or _differ_in_form(found)):
             forward = compare_forward(one, other, texts)
     _show_comparison(first, second, found, forward)
     if with_forward and forward is None:
-        Console().print("forward passes not compared: the models differ in form")
-    return not found.differences and (forward is None or _is_equal(forward))
+        Console().print("forward passes not compared: the models differ in form, or are not whole")
+    return not (found.differences or found.faults) and (forward is None or _is_equal(forward))
 
 
 def _differ_in_form(found: Comparison) -> bool:
@@ -72,11 +72,14 @@ def _show_comparison(
         console.print(table)
         if len(found.differences) > _MAX_ROWS:
             console.print(f"and {len(found.differences) - _MAX_ROWS} more")
-    verdict = (
-        Text("different", style="bold red")
-        if found.differences
-        else Text("equal, bit for bit", style="bold green")
-    )
+    for fault in found.faults:
+        console.print(Text(fault, style="bold red"), soft_wrap=True)
+    if found.differences:
+        verdict = Text("different", style="bold red")
+    elif found.faults:
+        verdict = Text("equal as far as they go, but not whole", style="bold red")
+    else:
+        verdict = Text("equal, bit for bit", style="bold green")
     console.print(
         Text.assemble(
             verdict, f": {found.num_weights} weights, {found.num_bytes} bytes of {first} compared"

@@ -14,7 +14,9 @@ from torch import Tensor
 from prefixrl_mcore.checkpoint.convert.checkpoint_weights import CheckpointWeights
 from prefixrl_mcore.checkpoint.convert.hf_folder import CONFIG_NAME, HfWeights, read_hf_config
 from prefixrl_mcore.checkpoint.convert.hf_writer import HfSource
+from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.convert.safetensors_file import BLOCK_BYTES
+from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, resolve_checkpoint
 from prefixrl_mcore.config.model_shape import read_model_shape
 
@@ -73,6 +75,9 @@ class Comparison:
 
     differences: tuple[Difference, ...]
     """Empty if the models are the same, bit for bit."""
+
+    faults: tuple[str, ...]
+    """How a model's weights do not fit its own ``config.json``; two may lack the same."""
 
 
 @contextmanager
@@ -137,6 +142,7 @@ def compare_models(
         num_bytes=sum(info.num_bytes for info in ours.values()),
         sha256=digest.hexdigest(),
         differences=tuple(found),
+        faults=tuple(_faults(first) + _faults(second)),
     )
 
 
@@ -152,6 +158,17 @@ def _compare_configs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
         for field in fields(first)
         if getattr(first, field.name) != getattr(second, field.name)
     ]
+
+
+def _faults(model: OpenModel) -> list[str]:
+    """Return how the weights are not exactly those of the model's ``config.json``."""
+    dims = ModelDims.from_hf_config(model.hf_config)
+    found = {name: info.shape for name, info in model.weights.infos.items()}
+    try:
+        check_hf_shapes(found, find_table(model.hf_config).hf_shapes(dims), where=str(model.path))
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def _missing(name: str, *, first: str, second: str) -> Difference:

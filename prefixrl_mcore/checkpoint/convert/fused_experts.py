@@ -10,8 +10,11 @@ transformers 4 does and SGLang reads, unless it is told not to
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
+
+from prefixrl_mcore.checkpoint.manifest import CheckpointError
 
 _FUSED_NAME = re.compile(r"(?P<layer>.*\.experts\.)(?P<kind>gate_up_proj|down_proj)")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -50,18 +53,27 @@ class FusedPart:
         return stored[self.expert : self.expert + 1, rows][0]
 
 
-def fused_parts(stored_name: str, shape: tuple[int, ...]) -> Iterator[FusedPart]:
+def fused_parts(stored_name: str, shape: tuple[int, ...], *, where: Path) -> Iterator[FusedPart]:
     """Yield the weights in a tensor if it is a fused one, otherwise nothing.
 
     Args:
         stored_name: name in the safetensors file.
         shape: its shape.
+        where: the file, for errors.
+
+    Raises:
+        CheckpointError: if its rows cannot be half gate and half up.
     """
     match = _FUSED_NAME.fullmatch(stored_name)
     if match is None or len(shape) != _NUM_DIMS:
         return
     parts = _PARTS[match["kind"]]
-    num_rows = shape[1] // len(parts)
+    num_rows, rest = divmod(shape[1], len(parts))
+    if rest:
+        raise CheckpointError(
+            f"{where}: {stored_name} has shape {list(shape)}, expected an even second dimension, "
+            "gate rows over up rows; download the model folder again"
+        )
     for expert in range(shape[0]):
         for index, part in enumerate(parts):
             yield FusedPart(

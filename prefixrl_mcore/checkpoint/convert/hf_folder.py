@@ -251,8 +251,8 @@ class HfWeights:
     def _split_fused(self) -> None:
         """Let fused experts appear as single ones."""
         for stored_name, info in list(self.infos.items()):
-            parts = list(fused_parts(stored_name, info.shape))
             path, begin, _ = self._places[stored_name]
+            parts = list(fused_parts(stored_name, info.shape, where=path))
             for part in parts:
                 if part.name in self.infos:
                     raise CheckpointError(

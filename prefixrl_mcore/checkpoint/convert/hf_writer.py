@@ -13,6 +13,7 @@ from torch import Tensor
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
     INDEX_NAME,
     SINGLE_FILE,
+    asset_files,
     copy_assets,
     read_hf_config,
 )
@@ -54,6 +55,7 @@ def write_hf_folder(
     task: Mapping[str, Any] | None = None,
     more_files: Mapping[str, str] | None = None,
     on_bytes: Callable[[int], object] | None = None,
+    on_kept: Callable[[int], object] | None = None,
 ) -> None:
     """Write a complete Hugging Face folder: weights, and the other files of ``assets``.
 
@@ -68,7 +70,8 @@ def write_hf_folder(
         max_file_bytes: size of weights above which a new file is begun.
         task: what decides the content of ``source``, JSON; see ``ResumableFolder``.
         more_files: text of further files, by name.
-        on_bytes: called with the size of each block that was written or found written.
+        on_bytes: called with the size of each block that was written.
+        on_kept: called with the size of each file that a killed call had finished.
 
     Raises:
         CheckpointError: if ``out`` holds something, or the weights are not those of the config;
@@ -77,31 +80,28 @@ def write_hf_folder(
     """
     refuse_unless_sealing(out)
     hf_config = read_hf_config(assets)
+    asset_files(assets)  # refuses what cannot be copied, before hours of writing weights
     expected = find_table(hf_config).hf_shapes(ModelDims.from_hf_config(hf_config))
-    infos = {
-        name: TensorInfo(shape=info.shape, dtype=dtype or info.dtype)
-        for name, info in source.infos.items()
-    }
+    infos = {name: info.as_type(dtype) for name, info in source.infos.items()}
     check_hf_shapes({n: info.shape for n, info in infos.items()}, expected, where=str(out))
     files = plan_files(infos, max_file_bytes)
     settings = {"files": {n: list(names) for n, names in files.items()}, "dtype": str(dtype)}
-    resumable = ResumableFolder(out, {**settings, "of": task, "more": dict(more_files or {})})
-    if resumable.is_sealed():
-        return
-    with resumable as folder:
-        for name, names in files.items():
-            if name in folder.finished:
-                _report(on_bytes, folder.finished[name].size_bytes)
-                continue
-            size_bytes, sha256 = write_safetensors(
-                folder.path / name,
-                {one: infos[one] for one in names},
-                _reader_ahead(source, names),
-                on_bytes,
-            )
-            folder.finish(name, size_bytes=size_bytes, sha256=sha256)
-        _write_rest(folder.path, files, infos, assets, more_files or {})
-        folder.seal(with_manifest=False)
+    everything = {**settings, "of": task, "more": dict(more_files or {})}
+    resumable = ResumableFolder(out, everything, on_kept)
+    if not resumable.is_sealed():
+        with resumable as folder:
+            for name, names in files.items():
+                if name in folder.finished:
+                    continue
+                size_bytes, sha256 = write_safetensors(
+                    folder.path / name,
+                    {one: infos[one] for one in names},
+                    _reader_ahead(source, names),
+                    on_bytes,
+                )
+                folder.finish(name, size_bytes=size_bytes, sha256=sha256)
+            _write_rest(folder.path, files, infos, assets, more_files or {})
+            folder.seal(with_manifest=False)
     _warn_of_other_dtype(hf_config, {info.dtype for info in infos.values()}, out)
 
 
@@ -138,11 +138,6 @@ def _reader_ahead(source: HfSource, names: list[str]) -> Callable[[str], Tensor]
         return source.read(name)
 
     return read
-
-
-def _report(on_bytes: Callable[[int], object] | None, number: int) -> None:
-    if on_bytes is not None:
-        on_bytes(number)
 
 
 def _write_rest(

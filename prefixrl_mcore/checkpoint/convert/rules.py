@@ -1,7 +1,8 @@
 """What a family table says, and how it is looked up.
 
 A table lists, for one Hugging Face ``model_type``, which Hugging Face weights make up which
-Megatron weight. Adding a family is adding ``tables/<model_type>.py`` with a ``TABLE``.
+Megatron weight. A family's is ``TABLE`` in ``tables/<model_type>.py``; docs/convert.md says what
+else a new one needs.
 """
 
 import importlib

@@ -42,6 +42,10 @@ class TensorInfo:
     dtype: torch.dtype
     """Its type."""
 
+    def as_type(self, dtype: torch.dtype | None) -> "TensorInfo":
+        """Return the same tensor in another type; None keeps it."""
+        return TensorInfo(shape=self.shape, dtype=dtype or self.dtype)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of its numbers."""

@@ -91,6 +91,18 @@ def test_missing_extra_and_misshapen_weights_are_told(model: Path, tmp_path: Pat
     }
 
 
+def test_two_folders_that_lack_the_same_weight_are_not_whole(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lacking = changed(model, tmp_path / "b", **{NORM: None})
+    assert main(["convert", "verify", str(lacking), str(lacking), "--forward"]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("weights do not fit its config.json: 1 missing: model.norm.weight") == 2
+    assert "equal as far as they go, but not whole: 23 weights" in told
+    assert "forward passes not compared" in told
+    assert compare(model, model).faults == ()
+
+
 def test_a_config_that_computes_something_else_is_told(model: Path, tmp_path: Path) -> None:
     other = changed(model, tmp_path / "b")
     config = json.loads((other / "config.json").read_text())

@@ -69,6 +69,15 @@ def test_fused_experts_of_another_shape_are_named(fused: Path) -> None:
     assert "2 missing: model.layers.1.mlp.experts.3.gate_proj.weight" in str(error.value)
 
 
+def test_fused_experts_with_an_odd_number_of_rows_are_refused(fused: Path, tmp_path: Path) -> None:
+    rewrite(fused, **{FUSED: torch.zeros(4, 97, 64)})
+    message = rf"model\.safetensors: {FUSED} has shape \[4, 97, 64\], expected an even second"
+    with pytest.raises(CheckpointError, match=message):
+        convert_from_hf(fused, tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=message):
+        build_policy(fused)
+
+
 def test_a_weight_in_both_forms_is_refused(fused: Path) -> None:
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     rewrite(fused, **{name: torch.zeros(48, 64)})

@@ -1,7 +1,9 @@
 """What is kept of a killed conversion, and what is not."""
 
+import fcntl
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 
-from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError
+from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError, StorageReadError
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.resumable import ResumableFolder
+from prefixrl_mcore.trainer.convert_commands import _Work
 from tests.support.policies import max_difference
 from tests.support.tiny_models import write_tiny_qwen3
 from tests.support.weights import weights_in
@@ -52,6 +56,39 @@ def stopped(checkpoint: Path, out: Path) -> Path:
     assert not out.exists()
     assert len(list(folder.glob("*.safetensors"))) == 3
     return folder
+
+
+def test_what_is_kept_of_a_killed_conversion_does_not_count_as_written(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = stopped(checkpoint, tmp_path / "out")
+    kept = sum(path.stat().st_size for path in sorted(folder.glob("*.safetensors"))[:2])
+    written: list[int] = []
+    found: list[int] = []
+    convert_to_hf(
+        checkpoint,
+        tmp_path / "out",
+        max_file_bytes=MAX_FILE_BYTES,
+        on_start=lambda _total: written.append,
+        on_kept=found.append,
+    )
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert (len(found), sum(found)) == (2, kept)
+    assert sum(written) == sum(sizes) - kept
+
+
+def test_a_conversion_says_its_speed_of_what_it_wrote() -> None:
+    progress = Progress(disable=True)
+    work = _Work(progress=progress, task=progress.add_task("", total=None))
+    work.on_kept(7 * 10**9)
+    assert work.told(3.0) == (
+        "0.00 GB of weights written in 3.0 s, 7.00 GB kept of a killed conversion"
+    )
+    work.on_start(8 * 10**9)(10**9)
+    assert (progress.tasks[0].completed, progress.tasks[0].total) == (10**9, 10**9)
+    assert work.told(4.0) == (
+        "1.00 GB of weights written in 4.0 s (0.25 GB/s), 7.00 GB kept of a killed conversion"
+    )
 
 
 def test_other_settings_begin_anew_and_say_so(
@@ -242,6 +279,20 @@ def test_a_kill_after_the_last_rename_is_made_good(
     assert not journal.exists()
 
 
+def test_what_a_killed_conversion_did_not_live_to_say_is_said(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        convert_to_hf(checkpoint, tmp_path / "out", torch.bfloat16)
+    caplog.clear()
+    convert_to_hf(checkpoint, tmp_path / "out", torch.bfloat16)
+    assert "weights are bfloat16 but config.json, copied unchanged, says float32" in caplog.text
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"task": 1}', '{"task": 1, "files": []}'])
 def test_a_journal_that_is_none_begins_anew(checkpoint: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / ".out.converting.json").write_text(content)
@@ -265,6 +316,82 @@ def test_two_processes_do_not_write_one_folder(checkpoint: Path, tmp_path: Path)
         assert folder.path.is_dir()
 
 
+@pytest.mark.parametrize("is_made_anew", [False, True], ids=["removed", "made anew"])
+def test_a_folder_that_another_process_removed_before_the_lock_is_locked_where_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_made_anew: bool
+) -> None:
+    folder = ResumableFolder(tmp_path / "out", {})
+    locks: list[int] = []
+
+    def remove_and_lock(descriptor: int, operation: int) -> None:
+        locks.append(descriptor)
+        if len(locks) == 1:
+            shutil.rmtree(folder.path)
+            if is_made_anew:
+                folder.path.mkdir()
+        flock(descriptor, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with folder:
+        assert len(locks) == 2
+        with pytest.raises(CheckpointError, match="is being written by another process"):
+            ResumableFolder(tmp_path / "out", {}).__enter__()
+
+
+def test_what_the_storage_did_not_give_back_does_not_cost_the_finished_files(
+    tmp_path: Path,
+) -> None:
+    def convert(error: Exception) -> None:
+        with ResumableFolder(tmp_path / "out", {}) as folder:
+            (folder.path / "one").write_text("1")
+            folder.finish("one", size_bytes=1, sha256=SHA_OF_1)
+            raise error
+
+    with pytest.raises(StorageReadError):
+        convert(StorageReadError("did not answer"))
+    assert (tmp_path / ".out.converting" / "one").read_text() == "1"
+    with pytest.raises(CheckpointError):
+        convert(CheckpointError("is damaged"))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", [240, 300])
+def test_a_name_that_is_too_long_is_bad_input(tmp_path: Path, length: int) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be written, got .*File name too long"):
+        convert_to_hf(tmp_path, tmp_path / ("n" * length))
+
+
+IN_A_CLOSED_FOLDER = """
+import pathlib, sys
+from prefixrl_mcore.checkpoint.resumable import refuse_existing
+refuse_existing(pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_folder_that_may_be_entered_but_not_read_has_room_for_a_target(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    (closed / "out").mkdir(parents=True)
+    closed.chmod(0o311)
+    command = [sys.executable, "-c", IN_A_CLOSED_FOLDER, str(closed / "out")]
+    if os.geteuid() == 0:  # root may read everything, unless it gives that up
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (closed / "out").chmod(0o311)
+    refused = subprocess.run(command, capture_output=True, text=True)
+    closed.chmod(0o711)
+    assert done.returncode == 0, done.stderr
+    assert "CheckpointError" in refused.stderr
+    assert "out: cannot be written, got [Errno 13] Permission denied" in refused.stderr
+
+
+def test_leftovers_of_a_journal_are_removed_whatever_the_name(tmp_path: Path) -> None:
+    leftover = tmp_path / "..a[1].converting.json.tmp-7"
+    leftover.write_text("{")
+    with ResumableFolder(tmp_path / "a[1]", {}):
+        assert not leftover.exists()
+
+
 def test_bad_input_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     data = checkpoint / "megatron" / "__0_1.distcp"
     content = bytearray(data.read_bytes())
@@ -273,6 +400,32 @@ def test_bad_input_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"__0_1\.distcp: content is damaged, got CRC-32"):
         convert_to_hf(checkpoint, tmp_path / "out", max_file_bytes=MAX_FILE_BYTES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "source"]
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+def test_a_file_that_cannot_be_copied_is_told_before_any_weight_is_written(
+    checkpoint: Path, tmp_path: Path, direction: str
+) -> None:
+    convert, source, assets = {
+        "to-hf": (convert_to_hf, checkpoint, checkpoint / "hf"),
+        "from-hf": (convert_from_hf, tmp_path / "source", tmp_path / "source"),
+    }[direction]
+    with pytest.raises(StoppedError):
+        convert(
+            source, tmp_path / "out", max_file_bytes=MAX_FILE_BYTES, on_start=stop_after(100_000)
+        )
+    before = sorted(tmp_path.rglob("*"))
+    link = assets / "added.json"
+    link.symlink_to("blobs/gone")
+    with pytest.raises(CheckpointError, match=r"added\.json: is a link to blobs/gone, which does"):
+        convert(
+            source,
+            tmp_path / "out",
+            max_file_bytes=MAX_FILE_BYTES,
+            on_start=lambda _total: pytest.fail,
+        )
+    link.unlink()
+    assert sorted(tmp_path.rglob("*")) == before  # above all the finished files
 
 
 @pytest.fixture

@@ -433,6 +433,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from prefixrl_mcore.accounting.hardware import memory_bandwidth
     from prefixrl_mcore.accounting.step_time import Assumptions
     from prefixrl_mcore.launch.check import gpu_flops, print_check
     from prefixrl_mcore.launch.machine import Machine
@@ -451,8 +452,9 @@ def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
             peak_flops=gpu_flops(config, arguments.gpu),
             update_efficiency=arguments.update_efficiency,
             rollout_efficiency=arguments.rollout_efficiency,
-            rollout_gpus=arguments.rollout_gpus,
         ),
+        rollout_gpus=arguments.rollout_gpus,
+        memory_bytes_per_second=memory_bandwidth(arguments.gpu),
     )
     print_check(config, machine, suggest=arguments.suggest)
     return 0

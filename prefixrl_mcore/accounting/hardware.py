@@ -52,6 +52,34 @@ _PEAKS: Mapping[tuple[str, ...], _Peak] = {
 }
 """Words of a device's name, upper case, the special before the general → its peaks."""
 
+_BANDWIDTHS: Mapping[tuple[str, ...], float] = {
+    ("B200",): 8.0,
+    ("H200",): 4.8,
+    ("H100", "NVL"): 3.9,
+    ("H100", "PCIE"): 2.0,
+    ("H100",): 3.35,
+    ("H800",): 3.35,
+    ("H20",): 4.0,
+    ("A100",): 2.04,
+    ("A800",): 2.04,
+    ("A30",): 0.933,
+    ("L40S",): 0.864,
+}
+"""As ``_PEAKS``, 1e12 bytes per second; the largest of variants (the A100 of 40 GB has 1.56)."""
+
+
+def memory_bandwidth(device_name: str) -> float | None:
+    """Return the bytes per second that one GPU reads at most; None where nothing is known.
+
+    Args:
+        device_name: as for ``peak_flops``.
+    """
+    words = set(device_name.upper().replace("-", " ").split())
+    for needed, tera in _BANDWIDTHS.items():
+        if words.issuperset(needed):
+            return tera * _TERA
+    return None
+
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Return the dense peak of one GPU in FLOPs per second; None where nothing is known.

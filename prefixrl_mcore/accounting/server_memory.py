@@ -1,4 +1,4 @@
-"""GPU memory of a SGLang server, predicted: how much room its KV cache leaves for sequences.
+"""GPU memory of a SGLang server, predicted: its room for sequences, and how fast it reads them.
 
 Symbols are those of ``parameters.py``; ``w`` is bytes of an element, ``tp`` the server's own GPUs.
 Nothing here is measured. CUDA graphs and the activations of a batch live in what
@@ -8,9 +8,13 @@ Nothing here is measured. CUDA graphs and the activations of a batch live in wha
 from dataclasses import dataclass
 
 from prefixrl_mcore.accounting.parameters import model_size
+from prefixrl_mcore.accounting.step_time import StepWork
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.rollout import SGLangConfig
+
+MEMORY_EFFICIENCY = 0.6
+"""Share of the GPU's bandwidth that decoding is assumed to reach."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +25,7 @@ class ServerMemory:
     """``w P / tp``: every matrix is cut, vocabulary and experts too."""
 
     static: float
-    """``memory_fraction`` of the GPU: weights and KV cache."""
+    """``memory_fraction`` of what is free when the server starts: weights and KV cache."""
 
     kv_bytes_per_token: float
     """``2 w L K max(1, G / tp)``: a key-value head is copied where there are more GPUs."""
@@ -35,6 +39,25 @@ class ServerMemory:
         room = max(0, int((self.static - self.weights) // self.kv_bytes_per_token))
         return room if self.max_kv_tokens is None else min(room, self.max_kv_tokens)
 
+    def decode_seconds(self, work: StepWork, *, num_servers: int, bytes_per_second: float) -> float:
+        """Return the least time of sampling a step's rollouts on equal servers.
+
+        Each token of the sequences that run together takes one reading of the weights and of the
+        caches; as many run as the cache holds at their mean length, and half of a completion is
+        cached on the mean while it grows.
+
+        Args:
+            work: the step's rollouts.
+            num_servers: servers that share them.
+            bytes_per_second: bandwidth of one GPU, of which ``MEMORY_EFFICIENCY`` is reached.
+        """
+        running = min(work.num_rollouts / num_servers, self.kv_tokens / work.mean_tokens)
+        running = max(1.0, running)
+        cached = work.mean_tokens - work.mean_completion_tokens / 2
+        read = self.weights + running * cached * self.kv_bytes_per_token
+        rounds = work.num_rollouts * work.mean_completion_tokens / num_servers / running
+        return rounds * read / (bytes_per_second * MEMORY_EFFICIENCY)
+
 
 def estimate_server(
     shape: ModelShape, sglang: SGLangConfig, *, gpu_memory_bytes: float
@@ -44,7 +67,7 @@ def estimate_server(
     Args:
         shape: the model.
         sglang: dtype, GPUs of a server, memory fraction, bound of the KV cache.
-        gpu_memory_bytes: memory of one GPU.
+        gpu_memory_bytes: memory of one GPU that is free when the server starts.
 
     Raises:
         ConfigError: if the model's heads do not divide over the server's GPUs.

@@ -33,7 +33,11 @@ class Assumptions:
     """Share of the peak that sampling reaches; decoding waits for memory most of the time."""
 
     rollout_gpus: int | None = None
-    """GPUs that only sample; None samples on the trainer's own."""
+    """GPUs that sample; None is as many as the trainer has."""
+
+    decode_seconds: float = 0.0
+    """Least time of sampling one step's rollouts: reading weights and caches
+    (``server_memory.py``)."""
 
     gpus_per_node: int = 8
     """Consecutive ranks that are joined by the fast network."""
@@ -105,8 +109,8 @@ class StepTime:
     """Seconds of one step."""
 
     rollout: float
-    """Sampling on ``rollout_gpus``, or all of the trainer's: one forward pass over every token,
-    nothing taken from a cache."""
+    """Sampling: one forward pass over every token on ``rollout_gpus``, nothing taken from a cache;
+    at least ``decode_seconds``."""
 
     compute: float
     """``M`` microbatches through the slowest pipeline stage."""
@@ -152,8 +156,11 @@ def estimate_step_time(
         flops = max(_forward_flops(shape, policy, work, stage, tokens) for stage in stages)
         reference = (num_microbatches + idle) * (flops / rate + forward)
     return StepTime(
-        rollout=_sampling_flops(shape, work)
-        / (sampling_gpus * assumptions.peak_flops * assumptions.rollout_efficiency),
+        rollout=max(
+            _sampling_flops(shape, work)
+            / (sampling_gpus * assumptions.peak_flops * assumptions.rollout_efficiency),
+            assumptions.decode_seconds,
+        ),
         compute=num_microbatches * slowest / rate,
         bubble=idle * slowest / rate,
         communication=(num_microbatches + idle) * communication

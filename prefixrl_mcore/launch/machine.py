@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.rollout import SGLangConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,12 @@ class Machine:
     assumptions: Assumptions
     """Speeds."""
 
+    rollout_gpus: int | None = None
+    """GPUs of rollout nodes; None starts the servers on the trainer's."""
+
+    memory_bytes_per_second: float | None = None
+    """Bandwidth of one GPU; None leaves out what reading costs in sampling."""
+
     mean_tokens: float | None
     """Mean length of a sequence; None takes ``rollout.max_total_tokens``, which is the most."""
 
@@ -37,8 +44,8 @@ class Machine:
             ("--gpus", self.num_gpus, self.num_gpus is None or self.num_gpus >= 1, "at least 1"),
             (
                 "--rollout-gpus",
-                speeds.rollout_gpus,
-                speeds.rollout_gpus is None or speeds.rollout_gpus >= 1,
+                self.rollout_gpus,
+                self.rollout_gpus is None or self.rollout_gpus >= 1,
                 "at least 1",
             ),
             ("--gpu-memory", self.memory_gib, 0 < self.memory_gib < math.inf, "GiB above 0"),
@@ -69,16 +76,18 @@ class Machine:
         """What weights, state and step may take."""
         return self.memory_bytes * (1 - self.reserved_fraction)
 
-    def check_rollout_gpus(self, server_gpus: int) -> None:
-        """Refuse GPUs of rollout nodes that servers of so many GPUs would leave over.
+    def own_gpus(self, sglang: SGLangConfig) -> int | None:
+        """Return the GPUs that servers have to themselves; None if they share the trainer's.
 
         Raises:
-            ConfigError: naming the flag.
+            ConfigError: if servers would leave some of ``--rollout-gpus`` over.
         """
-        gpus = self.assumptions.rollout_gpus
-        if gpus is not None and gpus % server_gpus:
+        gpus, size = self.rollout_gpus, sglang.tensor_parallel_size
+        if gpus is not None and gpus % size:
             raise ConfigError(
                 f"--rollout-gpus {gpus} are not whole servers of "
-                f"rollout.sglang.tensor_parallel_size = {server_gpus} GPUs; give a multiple of "
-                f"{server_gpus}"
+                f"rollout.sglang.tensor_parallel_size = {size} GPUs; give a multiple of {size}"
             )
+        if gpus is None and sglang.urls:
+            return len(sglang.urls) * size
+        return gpus

@@ -1,5 +1,6 @@
 """Predicted memory and time as tables and lines of ``prefixrl check``."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table
@@ -70,45 +71,47 @@ def server_lines(
     server: ServerMemory,
     rollout: RolloutConfig,
     *,
-    rollout_gpus: int | None,
+    own_gpus: int | None,
     trainer_bytes: float,
     usable_bytes: float,
-    memory_bytes: float,
 ) -> Iterator[str]:
     """Yield what a rollout server holds, and whether it fits beside the trainer.
 
     Args:
         server: its prediction.
-        rollout: size of a server, longest sequence.
-        rollout_gpus: GPUs of the servers' own; None shares the trainer's.
+        rollout: servers, longest sequence.
+        own_gpus: GPUs of the servers' own; None shares the trainer's.
         trainer_bytes: the trainer's peak.
         usable_bytes: what trainer and server together may take of a GPU.
-        memory_bytes: of a GPU.
     """
-    size = rollout.sglang.tensor_parallel_size
+    size, fraction = rollout.sglang.tensor_parallel_size, rollout.sglang.memory_fraction
     longest = server.kv_tokens // rollout.max_total_tokens
     yield (
         f"SGLang server on {size} GPU(s): weights {_gib(server.weights)} GiB of each GPU's "
-        f"{_gib(server.static)} (rollout.sglang.memory_fraction {rollout.sglang.memory_fraction:g}"
-        f"), a KV cache of {server.kv_tokens} tokens: {longest} of the longest sequences at a time"
+        f"{_gib(server.static)} (rollout.sglang.memory_fraction {fraction:g}), a KV cache of "
+        f"{server.kv_tokens} tokens: {longest} of the longest sequences at a time"
     )
     if longest == 0:
         yield (
             "  not even one: raise rollout.sglang.tensor_parallel_size, memory_fraction or "
             "max_kv_tokens, or lower rollout.max_total_tokens"
         )
-    if rollout_gpus is not None:
-        yield f"  {rollout_gpus // size} server(s) on {rollout_gpus} GPUs of their own"
+    if own_gpus is not None:
+        yield f"  {own_gpus // size} server(s) on {own_gpus} GPUs of their own"
         return
     together = trainer_bytes + server.static
     verdict = "fits" if together <= usable_bytes else "too large"
     yield (
-        f"  on GPUs of the trainer, which it shares in every phase: {_gib(together)} GiB of "
-        f"{_gib(usable_bytes)}, {verdict} (servers on GPUs of their own: --rollout-gpus N)"
+        f"  {rollout.sglang.num_members} server(s) on GPUs of the trainer, sharing them in every "
+        f"phase: {_gib(together)} GiB of {_gib(usable_bytes)}, {verdict} (servers on GPUs of their "
+        "own: --rollout-gpus N)"
     )
-    fraction = int(100 * (usable_bytes - trainer_bytes) / memory_bytes) / 100
-    if together > usable_bytes and fraction > 0:
-        yield f"  rollout.sglang.memory_fraction = {fraction:g} would leave the trainer its room"
+    possible = (usable_bytes - trainer_bytes) / (server.static / fraction) if server.static else 0
+    if together > usable_bytes and possible >= 0.01:
+        yield (
+            f"  rollout.sglang.memory_fraction = {math.floor(100 * possible) / 100:g} would leave "
+            "the trainer its room"
+        )
 
 
 def time_lines(time: StepTime, assumptions: Assumptions) -> Iterator[str]:
@@ -120,7 +123,8 @@ def time_lines(time: StepTime, assumptions: Assumptions) -> Iterator[str]:
         f"{time.bubble:.3g}, communication {time.communication:.3g})"
     )
     if assumptions.rollout_gpus is not None:
-        yield f"  sampling on {assumptions.rollout_gpus} GPUs that the trainer does not use"
+        bound = " (bound by reading memory)" if time.rollout == assumptions.decode_seconds else ""
+        yield f"  sampling on {assumptions.rollout_gpus} GPU(s){bound}"
     yield (
         f"  assumed: {assumptions.peak_flops / 1e12:.4g} TFLOP/s a GPU, of it "
         f"{assumptions.update_efficiency:.0%} in the update and "

@@ -15,16 +15,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from prefixrl_mcore.accounting.hardware import memory_bandwidth
 from prefixrl_mcore.accounting.host_memory import estimate_host
 from prefixrl_mcore.accounting.layouts import Plan, make_plan
 from prefixrl_mcore.accounting.parameters import model_size
-from prefixrl_mcore.accounting.server_memory import ServerMemory, estimate_server
+from prefixrl_mcore.accounting.server_memory import ServerMemory
 from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import ParallelConfig
 from prefixrl_mcore.config.run import RunConfig
-from prefixrl_mcore.launch.check import check_layout, gpu_flops, read_shape, step_work
+from prefixrl_mcore.launch.check import (
+    check_layout,
+    gpu_flops,
+    predict_server,
+    read_shape,
+    step_work,
+    with_sampling,
+)
+from prefixrl_mcore.launch.machine import Machine
 from prefixrl_mcore.launch.plan_report import layout_name
 from tests.support.released_configs import RELEASED
 
@@ -44,6 +53,14 @@ MARGIN_GIB = 0.9 * USABLE_GIB
 HOST_GIB = 900.0
 """What a recipe may need of a node's host memory in a save: nodes have 1 TiB, or more."""
 
+CONTEXT_GAIN = 0.1
+"""Share of the GPU-hours that context parallelism has to save: its attention runs sequence by
+sequence, which the estimate takes to be as fast as flash attention over the whole stream."""
+
+SERVER_GAIN = 0.05
+"""Share that larger servers have to save: the estimate leaves out that their GPUs wait for each
+other in every layer of every token."""
+
 _GIB = 1024**3
 
 
@@ -58,7 +75,8 @@ class Recipe:
     """Key of ``RELEASED``: the model's shape."""
 
     rollout_nodes: int
-    """``--rollout-nodes`` of the launch command in the file."""
+    """``--rollout-nodes`` of the launch command in the file; 0 starts the servers on the trainer's
+    own node."""
 
     neighbours: tuple[str, ...]
     """Layouts that were not chosen, in the words of ``change``."""
@@ -68,31 +86,34 @@ RECIPES = (
     Recipe(
         name="qwen3_4b",
         release="Qwen3-4B-Instruct-2507",
-        rollout_nodes=1,
+        rollout_nodes=0,
         neighbours=(
-            "tp2 cp4 selective",
-            "tp4 cp2 none",
-            "cp8 none",
-            "tp2 cp2 dp2 none",
-            "tp4 dp2 none",
-            "tp4 dp2 selective",
-            "tp2 dp4 full",
-            "tp2 cp4 dp2 none",
-            "nodes2",
+            "server1 f65",
+            "server4 f65",
+            "tp4 dp2 selective f40",
+            "tp4 dp2 none f20",
+            "tp2 dp4 full f60",
+            "tp8 selective f55",
+            "tp2 cp4 selective f45",
+            "cp8 full f55",
+            "nodes1 server1 f85 tp4 dp2 selective",
+            "nodes1 server1 f85 tp2 cp4 none",
         ),
     ),
     Recipe(
         name="llama3_1_8b",
         release="Llama-3.1-8B",
-        rollout_nodes=1,
+        rollout_nodes=0,
         neighbours=(
-            "tp4 cp2 selective",
-            "tp2 cp4 none",
-            "tp4 dp2 none",
-            "tp4 dp2 selective",
-            "tp8 none",
-            "tp4 cp2 dp2 none",
-            "nodes2",
+            "server2 f50",
+            "server8 f50",
+            "tp4 dp2 selective f25",
+            "tp2 dp4 full f30",
+            "tp8 selective f45",
+            "tp8 full f55",
+            "tp4 cp2 selective f45",
+            "nodes1 server2 f85 tp4 dp2 selective",
+            "nodes1 server2 f85 tp4 cp2 none",
         ),
     ),
     Recipe(
@@ -100,18 +121,20 @@ RECIPES = (
         release="Qwen3-32B",
         rollout_nodes=4,
         neighbours=(
-            "tp4 pp4 cp2 none",
-            "tp4 pp4 cp2 full",
-            "tp4 pp4 dp2 selective",
-            "tp8 cp4 none",
-            "tp8 cp2 dp2 selective",
+            "tp8 pp2 dp2 none",
             "tp8 pp2 dp2 selective",
-            "tp2 pp8 cp2 full",
+            "tp8 pp2 dp2 full",
+            "tp4 pp4 dp2 selective",
+            "tp4 pp4 dp2 full",
             "tp4 dp8 full",
+            "tp8 dp4 full",
+            "tp4 pp4 cp2 selective",
+            "tp8 cp4 none",
             "tp4 pp4 full",
             "nodes2",
             "nodes6",
             "server2",
+            "server8",
         ),
     ),
     Recipe(
@@ -119,14 +142,14 @@ RECIPES = (
         release="Llama-3.3-70B-Instruct",
         rollout_nodes=6,
         neighbours=(
-            "tp8 pp4 cp2 none",
-            "tp8 pp4 cp2 full",
             "tp8 pp4 dp2 selective",
-            "tp4 pp4 cp4 selective",
-            "tp4 pp8 cp2 full",
-            "tp8 pp2 cp4 selective",
+            "tp8 pp4 dp2 full",
+            "tp4 pp8 dp2 selective",
             "tp8 dp8 full",
-            "tp8 pp4 full",
+            "tp4 pp4 dp4 full",
+            "tp8 pp4 cp2 selective",
+            "tp4 pp4 cp4 selective",
+            "tp4 pp8 full",
             "nodes4",
             "nodes8",
             "server4",
@@ -158,9 +181,15 @@ class Prediction:
     """Of one trainer node, in a save."""
 
     @property
+    def is_colocated(self) -> bool:
+        """Servers stand on the trainer's GPUs."""
+        return self.rollout_nodes == 0
+
+    @property
     def gpu_gib(self) -> float:
-        """The trainer's peak."""
-        return self.plan.peak_bytes / _GIB
+        """The trainer's peak, with a server's share of the GPU beside it."""
+        server = self.server.static if self.is_colocated else 0.0
+        return (self.plan.peak_bytes + server) / _GIB
 
     @property
     def trainer_nodes(self) -> int:
@@ -169,9 +198,15 @@ class Prediction:
 
     @property
     def num_servers(self) -> int:
-        """SGLang servers on the rollout nodes."""
-        size = self.config.rollout.sglang.tensor_parallel_size
-        return self.rollout_nodes * GPUS_PER_NODE // size
+        """SGLang servers."""
+        if self.is_colocated:
+            return self.config.rollout.sglang.num_members
+        return self.rollout_nodes * GPUS_PER_NODE // self.server_gpus
+
+    @property
+    def server_gpus(self) -> int:
+        """GPUs of a server."""
+        return self.config.rollout.sglang.tensor_parallel_size
 
     @property
     def num_longest(self) -> int:
@@ -192,7 +227,7 @@ class Prediction:
             f"{self.trainer_nodes} + {self.rollout_nodes} | "
             f"{layout_name(self.config.policy.parallel)} | {self.config.policy.recompute} | "
             f"{self.gpu_gib:.1f} | {self.host_gib:.0f} | {self.num_servers} x "
-            f"{self.config.rollout.sglang.tensor_parallel_size} GPU | {self.num_longest} | "
+            f"{self.server_gpus} GPU | {self.num_longest} | "
             f"{time.rollout:.0f} + {time.update:.0f} | {self.gpu_hours:.0f}"
         )
 
@@ -220,9 +255,8 @@ def predict(recipe: Recipe, neighbour: str = "") -> Prediction:
         model = config.model.model_copy(update={"path": Path(folder)})
         shape = read_shape(config.model_copy(update={"model": model}))
     check_layout(config, shape)
-    assumptions = Assumptions(
-        peak_flops=gpu_flops(config, "H100"), rollout_gpus=rollout_nodes * GPUS_PER_NODE
-    )
+    work = step_work(config, MEAN_TOKENS)
+    machine = with_sampling(config, shape, work, _machine(config, rollout_nodes))
     host = estimate_host(shape, config.policy, has_reference=False)
     return Prediction(
         config=config,
@@ -231,12 +265,25 @@ def predict(recipe: Recipe, neighbour: str = "") -> Prediction:
         plan=make_plan(
             shape,
             config.policy,
-            step_work(config, MEAN_TOKENS),
-            assumptions,
+            work,
+            machine.assumptions,
             logits_dtype=config.model.logits_dtype,
         ),
-        server=estimate_server(shape, config.rollout.sglang, gpu_memory_bytes=80 * _GIB),
+        server=predict_server(config, shape, machine),
         host_gib=host.total * GPUS_PER_NODE / _GIB,
+    )
+
+
+def _machine(config: RunConfig, rollout_nodes: int) -> Machine:
+    """Return what ``prefixrl check`` assumes with the options in the recipe's file."""
+    return Machine(
+        num_gpus=None,
+        memory_gib=80.0,
+        reserved_fraction=0.1,
+        assumptions=Assumptions(peak_flops=gpu_flops(config, "H100")),
+        mean_tokens=MEAN_TOKENS,
+        rollout_gpus=rollout_nodes * GPUS_PER_NODE or None,
+        memory_bytes_per_second=memory_bandwidth("H100"),
     )
 
 
@@ -246,25 +293,36 @@ def changed(config: RunConfig, rollout_nodes: int, change: str) -> tuple[RunConf
     Args:
         config: the recipe.
         rollout_nodes: of the recipe.
-        change: sizes that are not 1 and the recomputation (``tp2 cp4 none``), ``nodesN`` for other
-            rollout nodes, ``serverN`` for servers of another size, or nothing.
+        change: words; sizes that are not 1 (``tp2 cp4``, in place of the whole layout), the
+            recomputation, ``nodesN`` rollout nodes, ``serverN`` GPUs of a server, ``fN`` its
+            ``memory_fraction`` in percent.
     """
-    if change.startswith("nodes"):
-        return config, int(change.removeprefix("nodes"))
-    if change.startswith("server"):
-        size = int(change.removeprefix("server"))
-        sglang = config.rollout.sglang.model_copy(update={"tensor_parallel_size": size})
-        rollout = config.rollout.model_copy(update={"sglang": sglang})
-        return config.model_copy(update={"rollout": rollout}), rollout_nodes
-    if not change:
-        return config, rollout_nodes
     names = {"tp": "tensor_model", "pp": "pipeline_model", "cp": "context", "dp": "data"}
-    *words, recompute = change.split()
-    sizes: dict[str, Any] = {f"{names[word[:2]]}_parallel_size": int(word[2:]) for word in words}
-    sizes["sequence_parallel"] = "tensor_model_parallel_size" in sizes
-    update = {"parallel": ParallelConfig(**sizes), "recompute": recompute}
-    policy = config.policy.model_copy(update=update)
-    return config.model_copy(update={"policy": policy}), rollout_nodes
+    sizes: dict[str, Any] = {}
+    policy: dict[str, Any] = {}
+    sglang: dict[str, Any] = {}
+    for word in change.split():
+        if word[:2] in names:
+            sizes[f"{names[word[:2]]}_parallel_size"] = int(word[2:])
+        elif word.startswith("nodes"):
+            rollout_nodes = int(word.removeprefix("nodes"))
+        elif word.startswith("server"):
+            sglang["tensor_parallel_size"] = int(word.removeprefix("server"))
+        elif word in ("none", "selective", "full"):
+            policy["recompute"] = word
+        else:
+            sglang["memory_fraction"] = int(word.removeprefix("f")) / 100
+    if sizes:
+        sizes["sequence_parallel"] = "tensor_model_parallel_size" in sizes
+        policy["parallel"] = ParallelConfig(**sizes)
+    size = sglang.get("tensor_parallel_size", config.rollout.sglang.tensor_parallel_size)
+    sglang["num_servers"] = 1 if rollout_nodes else GPUS_PER_NODE // size
+    servers = config.rollout.sglang.model_copy(update=sglang)
+    update = {
+        "policy": config.policy.model_copy(update=policy),
+        "rollout": config.rollout.model_copy(update={"sglang": servers}),
+    }
+    return config.model_copy(update=update), rollout_nodes
 
 
 def objections(other: Prediction, chosen: Prediction) -> list[str]:
@@ -276,10 +334,17 @@ def objections(other: Prediction, chosen: Prediction) -> list[str]:
         found.append("fits without margin")
     if other.host_gib > HOST_GIB:
         found.append(f"above {HOST_GIB:.0f} GiB of host")
-    if other.num_longest < 0.9 * chosen.num_longest and other.rollout_nodes == chosen.rollout_nodes:
-        found.append("room for fewer sequences")
-    if other.gpu_hours > chosen.gpu_hours:
-        found.append(f"{other.gpu_hours / chosen.gpu_hours - 1:+.1%} GPU-hours")
+    if other.num_longest < other.num_servers:
+        found.append("no room for the longest sequence")
+    excess = other.gpu_hours / chosen.gpu_hours - 1
+    if excess > 0:
+        found.append(f"{excess:+.1%} GPU-hours")
+    elif other.config.policy.parallel.context_parallel_size > 1 and -excess < CONTEXT_GAIN:
+        found.append(f"context parallelism for {excess:+.1%}")
+    elif other.server_gpus > chosen.server_gpus and -excess < SERVER_GAIN:
+        found.append(f"larger servers for {excess:+.1%}")
+    elif other.num_longest < 0.9 * chosen.num_longest:
+        found.append(f"room for {other.num_longest} instead of {chosen.num_longest} sequences")
     return found
 
 

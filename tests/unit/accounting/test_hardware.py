@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefixrl_mcore.accounting.hardware import peak_flops
+from prefixrl_mcore.accounting.hardware import memory_bandwidth, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,11 @@ def test_an_unknown_device_has_no_peak(device_name: str, dtype: str) -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype must be one of .*bfloat16.*got 'bf16'"):
         peak_flops("NVIDIA H200", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("device_name", "expected"),
+    [("NVIDIA H100 80GB HBM3", 3.35e12), ("H100 PCIe", 2e12), ("H200 NVL", 4.8e12), ("cpu", None)],
+)
+def test_the_bandwidth_is_that_of_the_data_sheet(device_name: str, expected: float | None) -> None:
+    assert memory_bandwidth(device_name) == expected

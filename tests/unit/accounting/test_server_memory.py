@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefixrl_mcore.accounting.server_memory import ServerMemory, estimate_server
+from prefixrl_mcore.accounting.server_memory import MEMORY_EFFICIENCY, ServerMemory, estimate_server
+from prefixrl_mcore.accounting.step_time import StepWork
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.rollout import SGLangConfig
 from tests.support.shapes import QWEN3_4B
@@ -51,3 +52,23 @@ def test_the_cache_is_bounded_by_its_setting_and_never_negative() -> None:
 def test_heads_that_do_not_divide_are_refused(size: int) -> None:
     with pytest.raises(ConfigError, match=f"{size} does not divide 32 attention heads and 8 key"):
         _server(tensor_parallel_size=size)
+
+
+HELD = ServerMemory(weights=8e9, static=18e9, kv_bytes_per_token=1e5, max_kv_tokens=None)
+WORK = StepWork(
+    num_rollouts=64, mean_tokens=10_000, mean_completion_tokens=4_000, stream_tokens=10_000
+)
+
+
+def test_decoding_reads_weights_and_caches_once_a_token() -> None:
+    # Ten sequences of 10 000 tokens fit; 8 000 tokens of each are cached on the mean.
+    read = 8e9 + 10 * 8_000 * 1e5
+    steps = 64 * 4_000 / 2 / 10
+    seconds = HELD.decode_seconds(WORK, num_servers=2, bytes_per_second=1e12)
+    assert seconds == pytest.approx(steps * read / (1e12 * MEMORY_EFFICIENCY))
+
+
+def test_no_more_sequences_are_decoded_together_than_there_are() -> None:
+    read = 8e9 + 4 * 8_000 * 1e5
+    seconds = HELD.decode_seconds(WORK, num_servers=16, bytes_per_second=1e12)
+    assert seconds == pytest.approx(4_000 * read / (1e12 * MEMORY_EFFICIENCY))

@@ -114,6 +114,8 @@ def test_gpus_of_rollout_nodes_sample_instead_of_the_trainers() -> None:
     apart = estimate_step_time(SMALL, config, WORK, replace(ASSUMED, rollout_gpus=8))
     assert apart.rollout == pytest.approx(_time({DP: 2}).rollout / 4)
     assert apart.update == _time({DP: 2}).update
+    slow = estimate_step_time(SMALL, config, WORK, replace(ASSUMED, decode_seconds=1e6))
+    assert slow.rollout == 1e6
 
 
 def test_microbatches_hold_whole_sequences() -> None:

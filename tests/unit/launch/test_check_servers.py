@@ -23,15 +23,14 @@ ROLLOUT = RolloutConfig(
 
 
 def _lines(
-    server: ServerMemory = SERVER, *, rollout_gpus: int | None, trainer_gib: float = 20
+    server: ServerMemory = SERVER, *, own_gpus: int | None, trainer_gib: float = 20
 ) -> list[str]:
     lines = server_lines(
         server,
         ROLLOUT,
-        rollout_gpus=rollout_gpus,
+        own_gpus=own_gpus,
         trainer_bytes=trainer_gib * GIB,
         usable_bytes=72 * GIB,
-        memory_bytes=80 * GIB,
     )
     return list(lines)
 
@@ -41,40 +40,44 @@ def _machine(rollout_gpus: int | None) -> Machine:
         num_gpus=None,
         memory_gib=80.0,
         reserved_fraction=0.1,
-        assumptions=Assumptions(peak_flops=1e12, rollout_gpus=rollout_gpus),
+        assumptions=Assumptions(peak_flops=1e12),
         mean_tokens=None,
+        rollout_gpus=rollout_gpus,
     )
 
 
 def test_a_server_of_its_own_says_how_many_sequences_it_runs() -> None:
-    first, second = _lines(rollout_gpus=8)
+    first, second = _lines(own_gpus=8)
     assert "weights 10.00 GiB of each GPU's 60.00" in first
     assert "a KV cache of 51200 tokens: 4 of the longest sequences at a time" in first
     assert second == "  4 server(s) on 8 GPUs of their own"
 
 
 def test_beside_the_trainer_both_are_added_and_the_fraction_that_fits_is_named() -> None:
-    _, together, remedy = _lines(rollout_gpus=None)
+    _, together, remedy = _lines(own_gpus=None)
     assert "80.00 GiB of 72.00, too large" in together
     assert "memory_fraction = 0.65 would leave" in remedy  # (72 - 20) / 80
-    assert "72.00 GiB of 72.00, fits" in _lines(rollout_gpus=None, trainer_gib=12)[1]
-    assert len(_lines(rollout_gpus=None, trainer_gib=12)) == 2
+    assert "72.00 GiB of 72.00, fits" in _lines(own_gpus=None, trainer_gib=12)[1]
+    assert len(_lines(own_gpus=None, trainer_gib=12)) == 2
 
 
 def test_no_fraction_is_named_where_the_trainer_alone_is_too_large() -> None:
-    assert len(_lines(rollout_gpus=None, trainer_gib=72)) == 2
+    assert len(_lines(own_gpus=None, trainer_gib=72)) == 2
 
 
 def test_a_server_without_room_for_the_longest_sequence_is_told() -> None:
-    lines = _lines(replace(SERVER, max_kv_tokens=11_999), rollout_gpus=2)
+    lines = _lines(replace(SERVER, max_kv_tokens=11_999), own_gpus=2)
     assert "0 of the longest sequences" in lines[0]
     assert "not even one" in lines[1]
 
 
-def test_rollout_gpus_are_whole_servers() -> None:
-    _machine(8).check_rollout_gpus(4)
-    _machine(None).check_rollout_gpus(4)
+def test_servers_have_whole_gpus_of_rollout_nodes_or_of_their_urls() -> None:
+    servers = SGLangConfig(tensor_parallel_size=4)
+    assert _machine(8).own_gpus(servers) == 8
+    assert _machine(None).own_gpus(servers) is None
+    elsewhere = SGLangConfig(tensor_parallel_size=4, urls=("http://a:1", "http://b:1"))
+    assert _machine(None).own_gpus(elsewhere) == 8
     with pytest.raises(ConfigError, match=r"--rollout-gpus 6 .* give a multiple of 4"):
-        _machine(6).check_rollout_gpus(4)
+        _machine(6).own_gpus(servers)
     with pytest.raises(ConfigError, match="--rollout-gpus must be at least 1, got 0"):
         _machine(0)

@@ -8,8 +8,11 @@ from prefixrl_mcore.accounting.server_memory import ServerMemory
 from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig
+from prefixrl_mcore.launch.check import predict_server, step_work, with_sampling
 from prefixrl_mcore.launch.machine import Machine
 from prefixrl_mcore.launch.plan_report import server_lines
+from tests.support.recipe_table import RECIPES, load_recipe
+from tests.support.shapes import QWEN3_4B
 
 GIB = 1024**3
 SERVER = ServerMemory(
@@ -81,3 +84,29 @@ def test_servers_have_whole_gpus_of_rollout_nodes_or_of_their_urls() -> None:
         _machine(6).own_gpus(servers)
     with pytest.raises(ConfigError, match="--rollout-gpus must be at least 1, got 0"):
         _machine(0)
+
+
+def test_those_gpus_sample_that_have_a_server() -> None:
+    config = load_recipe(RECIPES[0])  # four servers of two GPUs, on the trainer's
+    work = step_work(config, 10_000)
+
+    def sampling(machine: Machine, **rollout: object) -> Assumptions:
+        changed = config.rollout.model_copy(update=rollout)
+        run = config.model_copy(update={"rollout": changed})
+        return with_sampling(run, QWEN3_4B, work, machine).assumptions
+
+    assert sampling(_machine(None)).rollout_gpus == 8
+    assert sampling(_machine(32)).rollout_gpus == 32
+    one = config.rollout.sglang.model_copy(update={"num_servers": 1})
+    assert sampling(_machine(None), sglang=one).rollout_gpus == 2
+    assert sampling(_machine(None), engine="transformers").rollout_gpus == 1
+    assert sampling(_machine(None)).decode_seconds == 0.0  # of a GPU without known bandwidth
+    assert sampling(replace(_machine(None), memory_bytes_per_second=1e12)).decode_seconds > 0
+
+
+def test_a_server_beside_the_trainer_has_what_weights_and_gradients_leave() -> None:
+    config = load_recipe(RECIPES[0])  # TP 4; each rank has all norms
+    apart = predict_server(config, QWEN3_4B, _machine(8)).static
+    beside = predict_server(config, QWEN3_4B, _machine(None)).static
+    assert apart == 0.65 * 80 * GIB
+    assert apart - beside == pytest.approx(0.65 * 6 * 4_022_468_096 / 4, rel=1e-3)

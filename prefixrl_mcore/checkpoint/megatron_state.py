@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from string import digits
 from typing import Any, cast
 
 import torch
@@ -29,7 +28,7 @@ from prefixrl_mcore.checkpoint.fused_state import complete_fused_state
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
 from prefixrl_mcore.checkpoint.staged import StagedState, stage
-from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistReader
+from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistReader, is_extra_state
 from prefixrl_mcore.policy.cpu_runtime import megatron_on_cpu
 
 _RNG_KEY = "rng_state"
@@ -38,7 +37,6 @@ _SLOTS_KEY = "optimizer_slots"
 _MAIN_WEIGHTS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """Before the names of the float32 weights of a distributed and of a plain optimizer."""
 _COMMON_KEY = "common_state"  # Megatron's name of what is not a tensor
-_EXTRA_STATE = "_extra_state"
 _MAX_KEYS_IN_ERROR = 5
 
 
@@ -142,7 +140,7 @@ def _sharded_state(policy: Trainable, *, is_loading: bool, has_optimizer: bool) 
 def _apply_weights(loaded: dict[str, Any], policy: Trainable) -> None:
     for index, chunk in enumerate(policy.model_chunks):
         result = unwrap(chunk).load_state_dict(loaded[_model_key(index)], strict=False)
-        absent = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
+        absent = [key for key in result.missing_keys if not is_extra_state(key)]
         if absent or result.unexpected_keys:
             raise RuntimeError(
                 f"model chunk {index}: loaded state lacks {absent} and has unknown "
@@ -335,13 +333,8 @@ def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
 
 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Drop Transformer Engine's private state, which is empty in bfloat16 and version-bound.
-
-    Grouped experts number theirs: ``_extra_state``, ``_extra_state1`` and so on.
-    """
-    return {
-        key: value for key, value in state.items() if not key.rstrip(digits).endswith(_EXTRA_STATE)
-    }
+    """Drop Transformer Engine's private state, which is empty in bfloat16 and version-bound."""
+    return {key: value for key, value in state.items() if not is_extra_state(key)}
 
 
 def _model_key(index: int) -> str:

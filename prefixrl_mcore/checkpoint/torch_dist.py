@@ -11,6 +11,7 @@ import mmap
 import pathlib
 import pickle
 from pathlib import Path
+from string import digits
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ SHARDING_METADATA = {
 """How Megatron names and cuts the tensors: the variant that any other layout can load."""
 
 METADATA_NAME = ".metadata"
+_EXTRA_STATE = "_extra_state"
 
 _SAFE_CLASSES = frozenset(
     {
@@ -239,6 +241,14 @@ class TorchDistReader:
                     f"{path}: cannot be read ({error}); use another checkpoint"
                 ) from None
         return self._mappings[path]
+
+
+def is_extra_state(name: str) -> bool:
+    """Return whether a name is of Transformer Engine's private state, which is no weight.
+
+    Grouped experts number theirs: ``_extra_state``, ``_extra_state1`` and so on.
+    """
+    return name.rstrip(digits).endswith(_EXTRA_STATE)
 
 
 def _inside(chunk: dcp.ChunkStorageMetadata, indices: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from tests.support.layouts import parallel_config
 from tests.support.policies import build_policy, weights_of
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny_models import build_tiny_families, randomize, write_model_folder
-from tests.support.weights import weights_in
+from tests.support.weights import assert_same_bits, weights_in
 
 TP2 = parallel_config(tp=2)
 PP2 = parallel_config(pp=2)
@@ -34,13 +34,6 @@ def through(
     load_checkpoint(checkpoint, policy)
     save_checkpoint(out, 1, policy, {})
     return weights_of(policy)
-
-
-def assert_same_bits(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    assert ours.keys() == truth.keys()
-    for name, tensor in truth.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.checkpoint_weights import CheckpointWeights
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
@@ -18,7 +17,7 @@ from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
 from tests.support import te_spec
 from tests.support.te_spec import CASES, Case
 from tests.support.tiny_models import build_tiny_families, randomize, write_model_folder
-from tests.support.weights import weights_in
+from tests.support.weights import assert_same_bits, weights_in
 
 ATTENTION = "self_attention.linear_qkv"
 LAYER_NAMES = {
@@ -43,13 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         convert_from_hf(here / "source", here / "checkpoint")
     te_spec.start(folder)
     return folder
-
-
-def assert_same_bits(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    assert ours.keys() == truth.keys()
-    for name, tensor in truth.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def stored_weights(checkpoint: Path) -> dict[str, tuple[int, ...]]:

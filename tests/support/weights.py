@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.hf_folder import HfWeights
@@ -32,3 +33,11 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     """Return the weights of a Hugging Face folder."""
     with HfWeights(folder) as weights:
         return {name: weights.read(name) for name in weights.infos}
+
+
+def assert_same_bits(ours: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
+    """Fail unless names, types, shapes and all bits are the same."""
+    assert ours.keys() == truth.keys(), sorted(ours.keys() ^ truth.keys())
+    for name, tensor in truth.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name

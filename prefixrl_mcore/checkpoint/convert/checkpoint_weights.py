@@ -13,11 +13,10 @@ from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find
 from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, MEGATRON_FOLDER
-from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
+from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader, is_extra_state
 
 _DATA_SUFFIX = ".distcp"
 _NO_WEIGHT_PREFIXES = ("optimizer.", "chained_")  # Megatron's, of the optimizer's state
-_NO_WEIGHT_SUFFIX = "_extra_state"  # Transformer Engine's own
 
 
 class CheckpointWeights:
@@ -113,7 +112,7 @@ class CheckpointWeights:
         unused = sorted(
             name
             for name in self._reader.shapes.keys() - used
-            if not name.startswith(_NO_WEIGHT_PREFIXES) and not name.endswith(_NO_WEIGHT_SUFFIX)
+            if not name.startswith(_NO_WEIGHT_PREFIXES) and not is_extra_state(name)
         )
         if unused:
             raise CheckpointError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from prefixrl_mcore.checkpoint.convert import layout
@@ -47,7 +48,9 @@ def load_hf_weights(
 
 
 def _warn_of_rounding(found: Sequence[LiveWeight], weights: HfWeights) -> None:
-    """Say that the model's type cannot hold every number of the files."""
+    """Say, once for all ranks, that the model's type cannot hold every number of the files."""
+    if dist.get_rank() != 0:
+        return
     ours = {live.parameter.dtype for live in found}
     theirs = {info.dtype for info in weights.infos.values()}
     lossy = {str(t) for t in theirs for o in ours if torch.promote_types(t, o) != o}

@@ -13,7 +13,7 @@ from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, read_manifest, seal_folder, verify
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
-from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
+from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader, is_extra_state
 from prefixrl_mcore.checkpoint.torch_dist_writer import Piece, TorchDistWriter, data_file_name
 from tests.support.policies import build_policy, make_batch, max_difference, weights_of
 from tests.support.tiny_models import write_tiny_qwen3
@@ -201,6 +201,12 @@ def test_weights_that_the_config_says_nothing_of_are_refused(tmp_path: Path) -> 
     seal_folder(tmp_path / "checkpoint", tmp_path / "sealed")
     with pytest.raises(CheckpointError, match=r"holds 1 weights .*: output_layer\.weight"):
         convert_to_hf(tmp_path / "sealed", tmp_path / "out")
+
+
+def test_transformer_engines_private_state_is_told_from_weights() -> None:
+    for name in ("self_attention.linear_qkv._extra_state", "mlp.experts.linear_fc1._extra_state12"):
+        assert is_extra_state(f"decoder.layers.{name}")
+    assert not is_extra_state("decoder.layers.mlp.experts.linear_fc1.weight1")
 
 
 class Malicious:

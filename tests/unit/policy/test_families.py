@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from prefixrl_mcore.checkpoint.convert import from_hf
 from tests.support.policies import (
     build_policy,
     by_expert,
@@ -88,10 +90,14 @@ def test_every_gradient_equals_transformers(
 
 
 def test_weights_that_are_rounded_into_the_model_are_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_model_folder(build_tiny_qwen3().half(), tmp_path / "half")
     build_policy(folder, dtype="float32")
     assert "rounded" not in caplog.text
     build_policy(folder, dtype="bfloat16")
     assert "weights of type torch.float16 are rounded to the model's torch.bfloat16" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(from_hf, "dist", SimpleNamespace(get_rank=lambda: 1))
+    build_policy(folder, dtype="bfloat16")
+    assert "rounded" not in caplog.text

@@ -56,9 +56,10 @@ def test_transformer_engines_layers_keep_every_bit_in_and_out(folder: Path, case
     ranks = torch.load(here / "seen.pt")
     names = {name.split(".", maxsplit=5)[-1] for seen in ranks for name in seen["names"]}
     assert names >= LAYER_NAMES[case.experts], sorted(names)
-    for seen in ranks:
-        assert_same_bits(seen["from_folder"], truth)
-        assert_same_bits(seen["from_checkpoint"], truth)
+    for rank, seen in enumerate(ranks):
+        streamed = truth if rank == 0 else {}  # rank 0 serves the engines
+        assert_same_bits(seen["from_folder"], streamed)
+        assert_same_bits(seen["from_checkpoint"], streamed)
 
     run = latest_checkpoint(here / "run")
     assert run is not None

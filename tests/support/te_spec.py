@@ -86,10 +86,10 @@ class Seen:
     """Of its parameters."""
 
     from_folder: dict[str, Tensor]
-    """Streamed after the folder was loaded."""
+    """Streamed after the folder was loaded; empty but on rank 0."""
 
     from_checkpoint: dict[str, Tensor]
-    """Streamed after the converted checkpoint was loaded over other weights."""
+    """Streamed after the converted checkpoint was loaded over other weights; likewise."""
 
 
 def start(folder: Path) -> None:

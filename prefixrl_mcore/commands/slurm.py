@@ -37,6 +37,17 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     launch.add_argument(
         "--dry-run", action="store_true", help="print the batch script, submit nothing"
     )
+    launch.add_argument(
+        "--recipe",
+        action="store_true",
+        help="all stages, each a job after the one before: collect, prefixes, train, eval, report",
+    )
+    launch.add_argument(
+        "--sweep",
+        action="append",
+        metavar="KEY=V,V",
+        help="one run per value, with a run folder of its own; several --sweep are combined",
+    )
     launch.add_argument("--detach", action="store_true", help="do not wait for the job")
     launch.set_defaults(run=_launch)
 
@@ -67,6 +78,7 @@ def add_jobs_commands(jobs: argparse.ArgumentParser) -> None:
 
 def _launch(arguments: argparse.Namespace, rest: list[str]) -> int:
     from prefixrl_mcore.launch.slurm.launch import LaunchOptions, launch
+    from prefixrl_mcore.launch.slurm.recipe import launch_recipe, launch_sweep
 
     how = LaunchOptions(
         shape=arguments.shape,
@@ -77,7 +89,14 @@ def _launch(arguments: argparse.Namespace, rest: list[str]) -> int:
         dry_run=arguments.dry_run,
         detach=arguments.detach,
     )
-    return launch(arguments.config, rest, arguments.site, how)
+    what = (arguments.config, rest, arguments.site, how)
+    if arguments.recipe and arguments.sweep:
+        raise ValueError(
+            "--recipe and --sweep: sweep over the training of collected data; give one"
+        )
+    if arguments.recipe:
+        return launch_recipe(*what)
+    return launch_sweep(*what, arguments.sweep) if arguments.sweep else launch(*what)
 
 
 def _list(arguments: argparse.Namespace, _rest: list[str]) -> int:

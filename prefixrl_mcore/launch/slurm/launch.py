@@ -9,12 +9,13 @@ from pathlib import Path
 from prefixrl_mcore.config.base import ConfigError, validate
 from prefixrl_mcore.config.load import dump_json, read_config_file, with_settings
 from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.check import check_layout, read_shape
 from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
-from prefixrl_mcore.launch.slurm.layout import JobLayout, Shape, explain, lay_out
+from prefixrl_mcore.launch.slurm.layout import ONE_TASK, JobLayout, Shape, explain, lay_out
 from prefixrl_mcore.launch.slurm.sites import load_site
-from prefixrl_mcore.launch.slurm.submission import describe, submit
+from prefixrl_mcore.launch.slurm.submission import TRAINER, describe, submit
 from prefixrl_mcore.observability.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -59,16 +60,70 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
         ConfigError: if config, site, or both together have a fault; nothing is submitted then.
         SlurmError: if the submission fails.
     """
+    site, config = read_run(config_file, settings, site_name)
+    folder, job_id = submit_run(config, site, how)
+    if job_id is None:
+        logger.info("dry run: nothing is submitted; sbatch --requeue %s would", folder.script)
+        sys.stdout.write(folder.script.read_text())
+        return 0
+    if how.detach:
+        return 0
+    try:
+        return follow(folder, job_id)
+    except KeyboardInterrupt:
+        logger.warning(
+            "job %s goes on; prefixrl jobs logs %s --follow shows it again, prefixrl jobs cancel "
+            "%s ends it",
+            *(job_id, job_id, job_id),
+        )
+        return 130
+
+
+def read_run(
+    config_file: Path, settings: Sequence[str], site_name: str
+) -> tuple[SiteConfig, RunConfig]:
+    """Return a site, and a config with settings on top.
+
+    Raises:
+        ConfigError: if one has a fault.
+    """
     site = load_site(site_name)
     values = with_settings(read_config_file(config_file), settings)
-    config = validate(RunConfig, values, where=str(config_file))
-    layout = lay_out(
-        config, site, shape=how.shape, nodes=how.nodes, rollout_nodes=how.rollout_nodes
-    )
-    _check_servers(config, layout)
-    _check_model(config, dry_run=how.dry_run)
-    _check_run_folder(config, resume=how.resume)
+    return site, validate(RunConfig, values, where=str(config_file))
+
+
+def submit_run(
+    config: RunConfig,
+    site: SiteConfig,
+    how: LaunchOptions,
+    *,
+    stage: str = TRAINER,
+    after: str | None = None,
+) -> tuple[JobFolder, str | None]:
+    """Check and submit one job; return its folder, and its number unless this is a dry run.
+
+    Args:
+        config: the run.
+        site: where.
+        how: everything else.
+        stage: of the recipe; all but training take one task on one node.
+        after: number of the job that must have completed before.
+
+    Raises:
+        ConfigError: if config and site do not fit.
+        SlurmError: if the submission fails.
+    """
     name = how.name or config.run_folder.name
+    if stage == TRAINER:
+        layout = lay_out(
+            config, site, shape=how.shape, nodes=how.nodes, rollout_nodes=how.rollout_nodes
+        )
+        _check_servers(config, layout)
+        _check_model(config, dry_run=how.dry_run)
+        _check_run_folder(config, resume=how.resume)
+        logger.info("%s: %s", name, explain(config, site, layout))
+    else:
+        layout = ONE_TASK
     folder = JobFolder.make(site.job_folder, name)
     folder.config.write_text(dump_json(config), encoding="utf-8")
     task = TaskFile(
@@ -81,25 +136,12 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
             config.rollout.sglang.tensor_parallel_size if layout.rollout_gpus_per_node else 0
         ),
     )
-    folder.write(task, describe(name, site, layout, folder, dry_run=how.dry_run))
-    logger.info("%s: %s", name, explain(config, site, layout))
+    submission = describe(name, site, layout, folder, dry_run=how.dry_run, role=stage, after=after)
+    folder.write(task, submission)
     job_id = submit(site, folder)
-    if job_id is None:
-        logger.info("dry run: nothing is submitted; sbatch --requeue %s would", folder.script)
-        sys.stdout.write(folder.script.read_text())
-        return 0
-    logger.info("job %s is submitted; its folder is %s", job_id, folder.path)
-    if how.detach:
-        return 0
-    try:
-        return follow(folder, job_id)
-    except KeyboardInterrupt:
-        logger.warning(
-            "job %s goes on; prefixrl jobs logs %s --follow shows it again, prefixrl jobs cancel "
-            "%s ends it",
-            *(job_id, job_id, job_id),
-        )
-        return 130
+    if job_id is not None:
+        logger.info("job %s (%s) is submitted; its folder is %s", job_id, name, folder.path)
+    return folder, job_id
 
 
 def _check_servers(config: RunConfig, layout: JobLayout) -> None:

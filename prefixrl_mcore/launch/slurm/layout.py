@@ -39,6 +39,17 @@ class JobLayout:
         return self.trainer_nodes + self.rollout_nodes
 
 
+ONE_TASK = JobLayout(
+    shape="colocated",
+    trainer_nodes=1,
+    ranks_per_node=1,
+    rollout_nodes=0,
+    servers_per_node=0,
+    rollout_gpus_per_node=0,
+)
+"""A stage of the recipe that is one process, which starts its own servers."""
+
+
 def lay_out(
     config: RunConfig,
     site: SiteConfig,

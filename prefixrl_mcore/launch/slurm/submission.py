@@ -26,18 +26,39 @@ ranks that have saved together do not end at the same moment (rank 0 may upload 
 killed one would change the job's exit code. Rollout servers that are left serve on."""
 
 
+TRAINER = "trainer"
+"""Role of the tasks that train."""
+
+
 def describe(
-    name: str, site: SiteConfig, layout: JobLayout, folder: JobFolder, *, dry_run: bool
+    name: str,
+    site: SiteConfig,
+    layout: JobLayout,
+    folder: JobFolder,
+    *,
+    dry_run: bool,
+    role: str = TRAINER,
+    after: str | None = None,
 ) -> dict[str, Any]:
-    """Return what ``nemo/submit.py`` is asked to submit."""
+    """Return what ``nemo/submit.py`` is asked to submit.
+
+    Args:
+        name: of the job.
+        site: where.
+        layout: its nodes and tasks.
+        folder: its folder.
+        dry_run: write the batch script alone.
+        role: of the first step's tasks.
+        after: number of the job that must have completed before.
+    """
     return {
         "title": name,
         "home": str(folder.home),
         "logs": str(folder.logs),
         "dry_run": dry_run,
         "is_heterogeneous": layout.shape == "heterogeneous",
-        "executor": _executor(site),
-        "tasks": _tasks(site, layout, folder),
+        "executor": _executor(site, after),
+        "tasks": _tasks(site, layout, folder, role),
         "precheck": expectations(site, layout),
         "template": {
             "logs": str(folder.logs),
@@ -101,7 +122,7 @@ def _cause(said: str) -> str:
     return "; ".join(told) or (lines[-1] if lines else "nothing was said")
 
 
-def _executor(site: SiteConfig) -> dict[str, Any]:
+def _executor(site: SiteConfig, after: str | None) -> dict[str, Any]:
     """Return what all tasks of a job share, in the names of NeMo-Run's SlurmExecutor."""
     seconds = site.requeue.signal_seconds
     container = site.container
@@ -117,7 +138,11 @@ def _executor(site: SiteConfig) -> dict[str, Any]:
         "signal": None if seconds is None else f"USR1@{seconds}",
         "setup_lines": "\n".join(site.setup_lines) or None,
         # A child of a failed job would wait for ever.
-        "additional_parameters": {"kill_on_invalid_dep": "yes", **site.sbatch},
+        "additional_parameters": {
+            "kill_on_invalid_dep": "yes",
+            **({"dependency": f"afterok:{after}"} if after else {}),
+            **site.sbatch,
+        },
         "job_name_prefix": "prefixrl.",  # else it is made of the account, which may be None
         "container_image": shlex.quote(container.image) if container else None,
         "container_mounts": [shlex.quote(m) for m in container.mounts] if container else [],
@@ -125,14 +150,16 @@ def _executor(site: SiteConfig) -> dict[str, Any]:
     }
 
 
-def _tasks(site: SiteConfig, layout: JobLayout, folder: JobFolder) -> list[dict[str, Any]]:
-    """Return the steps of a job, the trainer's first."""
+def _tasks(
+    site: SiteConfig, layout: JobLayout, folder: JobFolder, first_role: str
+) -> list[dict[str, Any]]:
+    """Return the steps of a job, the trainer's or the stage's first."""
     is_heterogeneous = layout.shape == "heterogeneous"
     is_split = layout.shape == "split"
     trainer = _task(
         site,
         folder,
-        role="trainer",
+        role=first_role,
         nodes=layout.trainer_nodes,
         per_node=layout.ranks_per_node,
         first_node=0 if is_split else None,

@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from prefixrl_mcore.config.base import ConfigError
@@ -59,7 +60,19 @@ def _serve(folder: JobFolder, task: TaskFile) -> int:
     return serve(folder, task, os.environ)
 
 
-_ROLES = {"trainer": _train, "rollout": _serve}
+def _stage(name: str, folder: JobFolder, task: TaskFile) -> int:
+    """Run another stage of the recipe, in one process."""
+    # Here: it imports what only a stage needs.
+    from prefixrl_mcore.cli import main as prefixrl
+
+    return prefixrl([name, task.run_folder if name == "report" else task.config])
+
+
+_ROLES = {
+    "trainer": _train,
+    "rollout": _serve,
+    **{name: partial(_stage, name) for name in ("collect", "prefixes", "eval", "report")},
+}
 
 
 def server_flags(

@@ -1,0 +1,193 @@
+"""``prefixrl launch --recipe`` and ``--sweep``: several jobs, followed together to one summary."""
+
+import itertools
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.launch.slurm.follow import report_end
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.launch import LaunchOptions, read_run, submit_run
+from prefixrl_mcore.launch.slurm.states import JobState, cancel_job, job_state
+from prefixrl_mcore.launch.slurm.submission import TRAINER
+
+logger = logging.getLogger(__name__)
+
+RECIPE = {"collect": True, "prefixes": False, TRAINER: True, "eval": True, "report": False}
+"""The stages of a run, in order, and whether they need GPUs."""
+
+_POLL_SECONDS = 3.0
+
+Job = tuple[str, JobFolder]
+"""What it is called in the summary, and its folder."""
+
+
+def launch_recipe(
+    config_file: Path, settings: Sequence[str], site_name: str, how: LaunchOptions
+) -> int:
+    """Submit all stages of a run, each after the one before has completed; return as ``launch``.
+
+    A stage that fails cancels those behind it.
+
+    Raises:
+        ConfigError: as ``launch``.
+        SlurmError: if a submission fails; what was submitted before it is cancelled.
+    """
+    site, config = read_run(config_file, settings, site_name)
+    name = how.name or config.run_folder.name
+    jobs: list[Job] = []
+    after: str | None = None
+    with _all_or_none(jobs):
+        for stage, needs_gpus in RECIPE.items():
+            own_site = site if needs_gpus else site.model_copy(update={"gpus_per_node": 0})
+            own = replace(how, name=f"{name}.{'train' if stage == TRAINER else stage}")
+            folder, after_this = submit_run(config, own_site, own, stage=stage, after=after)
+            jobs.append((stage, folder))
+            # A dry run has no numbers.
+            after = after_this or f"JOB_OF_{stage.upper()}"
+    return _end(jobs, how)
+
+
+def launch_sweep(
+    config_file: Path,
+    settings: Sequence[str],
+    site_name: str,
+    how: LaunchOptions,
+    sweep: Sequence[str],
+) -> int:
+    """Submit one run for each combination of values; return as ``launch``.
+
+    Each has a run folder of its own, named after its values.
+
+    Args:
+        config_file: the config that they share.
+        settings: on top of it, for all.
+        site_name: name or path of a site profile.
+        how: everything else.
+        sweep: ``key=value,value,...`` each.
+
+    Raises:
+        ConfigError: as ``launch``, before anything is submitted.
+        SlurmError: if a submission fails; what was submitted before it is cancelled.
+    """
+    site, base = read_run(config_file, settings, site_name)
+    runs = []
+    for point in sweep_points(sweep):
+        label = " ".join(point)
+        suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(s.rpartition(".")[2] for s in point))
+        run_folder = base.run_folder.with_name(f"{base.run_folder.name}-{suffix}")
+        own_settings = [*settings, *point, f"run_folder={run_folder}"]
+        _, config = read_run(config_file, own_settings, site_name)
+        runs.append((label, config))
+    folders = [config.run_folder for _, config in runs]
+    if len(set(folders)) < len(folders):
+        raise ConfigError(f"--sweep: two runs would have one folder: {sorted(map(str, folders))}")
+    jobs: list[Job] = []
+    with _all_or_none(jobs):
+        for label, config in runs:
+            own = replace(how, name=config.run_folder.name)
+            jobs.append((label, submit_run(config, site, own)[0]))
+    return _end(jobs, how)
+
+
+def sweep_points(sweep: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the settings of each run: all combinations of ``key=value,value,...``.
+
+    Raises:
+        ConfigError: if one has no key, or fewer than two values.
+    """
+    axes = []
+    for text in sweep:
+        key, _, values = text.partition("=")
+        given = [value for value in values.split(",") if value]
+        if not key or len(given) < 2:
+            raise ConfigError(
+                f"--sweep {text}: expected key=value,value,... with two or more values"
+            )
+        axes.append([f"{key}={value}" for value in given])
+    return list(itertools.product(*axes))
+
+
+def follow_all(
+    jobs: Sequence[Job],
+    *,
+    ask: Callable[[str], JobState] = job_state,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """Log the states of jobs until all have ended, then print a summary.
+
+    Returns:
+        0 if all completed, else the exit code of the first in order that failed by itself.
+    """
+    shown: dict[str, str] = {}
+    ended: dict[str, JobState] = {}
+    was_ended: set[str] = set()
+    while len(ended) < len(jobs):
+        for label, folder in jobs:
+            if label in ended:
+                continue
+            state = ask(str(folder.job_id))
+            if state.is_known and str(state) != shown.get(label):
+                shown[label] = str(state)
+                logger.info("%s: job %s: %s", label, folder.job_id, state)
+            if state.has_ended and label in was_ended:  # twice: a requeue passes through such
+                ended[label] = state
+                report_end(folder, str(folder.job_id), state)
+            was_ended = was_ended | {label} if state.has_ended else was_ended - {label}
+        sleep(_POLL_SECONDS)
+    _print_summary(jobs, ended)
+    results = [ended[label] for label, _ in jobs]
+    failed = [s.result for s in results if s.result and s.state != "CANCELLED"]
+    return next(iter([*failed, *(s.result for s in results if s.result)]), 0)
+
+
+@contextmanager
+def _all_or_none(jobs: Sequence[Job]) -> Iterator[None]:
+    """Cancel what was submitted if a later submission fails."""
+    try:
+        yield
+    except BaseException:
+        for label, folder in jobs:
+            if folder.job_id is not None:
+                logger.error("%s: job %s is cancelled again", label, folder.job_id)
+                cancel_job(folder.job_id)
+        raise
+
+
+def _end(jobs: Sequence[Job], how: LaunchOptions) -> int:
+    """Show scripts, leave the jobs alone, or follow them, as was asked."""
+    if how.dry_run:
+        logger.info("dry run: nothing is submitted")
+        for label, folder in jobs:
+            sys.stdout.write(f"# {label}: {folder.script}\n{folder.script.read_text()}\n")
+        return 0
+    if how.detach:
+        return 0
+    try:
+        return follow_all(jobs)
+    except KeyboardInterrupt:
+        numbers = ", ".join(str(folder.job_id) for _, folder in jobs)
+        logger.warning("jobs %s go on; prefixrl jobs list shows them", numbers)
+        return 130
+
+
+def _print_summary(jobs: Sequence[Job], ended: dict[str, JobState]) -> None:
+    """Print one line per job."""
+    table = Table(title="summary")
+    for column in ("what", "job", "state", "restarts", "nodes", "folder"):
+        table.add_column(column, overflow="fold")
+    for label, folder in jobs:
+        state = ended[label]
+        told = state.state + (f" ({state.exit_code})" if state.exit_code else "")
+        restarts = str(state.num_restarts)
+        table.add_row(label, folder.job_id, told, restarts, state.nodes, folder.path.name)
+    Console().print(table, highlight=False, markup=False)

@@ -1,0 +1,90 @@
+"""Several jobs at once on real Slurm: the stages of a run in their order, and sweeps."""
+
+import logging
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.cli import main
+from prefixrl_mcore.launch.slurm.job_folder import find_job, find_jobs
+from prefixrl_mcore.launch.slurm.states import job_state
+from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.support.tiny_run import CONFIG, TinyTask, metrics_of
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(not LAUNCH_PYTHON.exists(), reason="NeMo-Run: run make setup-launch"),
+]
+
+STAGES = ["collect", "prefixes", "train", "eval", "report"]
+
+
+def _settings(tiny: TinyTask, run_folder: Path, data: Path) -> list[str]:
+    """Return the settings of a run of one rank and one step, with traces of its own."""
+    return [
+        f"run_folder={run_folder}",
+        f"model.path={tiny.folder / 'base'}",
+        f"data.problems={tiny.folder / 'train.jsonl'}",
+        f"data.held_out.held-out={tiny.folder / 'held_out.jsonl'}",
+        *(f"data.traces={data / 'traces'}", f"data.prefixes={data / 'prefixes'}"),
+        "rollout.engine=transformers",
+        *("batch.prompts_per_step=4", "batch.group_size=4", "batch.stream_tokens=256"),
+        *("rollout.max_total_tokens=64", "rollout.max_completion_tokens=32"),
+        *("trainer.num_steps=1", "checkpoint.every_steps=1", "evaluation.every_steps=1"),
+        *("evaluation.num_samples=2", "evaluation.training_num_samples=2"),
+        "evaluation.unlock_num_samples=2",
+    ]
+
+
+def _launch(*arguments: str) -> int:
+    return main(["launch", str(CONFIG), "--site", "ci-local", *arguments])
+
+
+def test_the_stages_of_a_run_follow_each_other_to_a_report(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "whole"
+    assert _launch("--recipe", *_settings(tiny_task, run, tmp_path / "data")) == 0
+    assert (run / "report.html").exists()
+    assert list((run / "eval").glob("*.json"))
+    assert len(metrics_of(run, "train")) == 1
+    summary = capsys.readouterr().out
+    assert summary.count("COMPLETED") == 5
+    folders = [find_job(jobs, f"whole.{stage}-") for stage in STAGES]
+    dependencies = [
+        line for folder in folders for line in folder.script.read_text().splitlines()
+        if "--dependency=" in line
+    ]  # fmt: skip
+    assert dependencies == [f"#SBATCH --dependency=afterok:{f.job_id}" for f in folders[:-1]]
+    assert main(["jobs", "list", "--jobs", str(jobs)]) == 0
+    assert capsys.readouterr().out.count("COMPLETED") == 5
+
+
+def test_a_stage_that_fails_leaves_none_waiting(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = _settings(tiny_task, tmp_path / "failing", tmp_path / "data")
+    missing = f"data.problems={tmp_path / 'nothing.jsonl'}"
+    with caplog.at_level(logging.INFO, logger="prefixrl_mcore"):
+        assert _launch("--recipe", *settings, missing) == 2
+    assert "collect-0 on n1 failed first, exit code 2" in caplog.text
+    assert "nothing.jsonl" in caplog.text
+    states = [job_state(job.job_id or "").state for job in find_jobs(jobs)]
+    assert sorted(states) == ["CANCELLED"] * 4 + ["FAILED"]
+    waiting = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True)
+    assert waiting.stdout == ""
+
+
+def test_a_sweep_is_a_run_for_each_value(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = _settings(tiny_task, tmp_path / "swept", tiny_task.folder)
+    assert _launch("--sweep", "policy.optimizer.lr=1e-4,1e-5", *settings) == 0
+    assert capsys.readouterr().out.count("COMPLETED") == 2
+    for value in ("1e-4", "1e-5"):
+        run = tmp_path / f"swept-lr-{value}"
+        (line,) = metrics_of(run, "train")
+        assert line["step"] == 0
+        assert f'"lr": {float(value)}' in (run / "config.json").read_text()

@@ -1,0 +1,66 @@
+"""Several jobs at once: the points of a sweep, and one end for all jobs."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.recipe import follow_all, sweep_points
+from prefixrl_mcore.launch.slurm.states import JobState
+
+
+def test_values_are_combined() -> None:
+    assert sweep_points(["a.b=1,2", "c=x,y"]) == [
+        ("a.b=1", "c=x"),
+        ("a.b=1", "c=y"),
+        ("a.b=2", "c=x"),
+        ("a.b=2", "c=y"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["a", "a=", "a=1", "a=1,", "=1,2"])
+def test_a_sweep_of_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected key=value,value"):
+        sweep_points([text])
+
+
+def _follow(folder: Path, states: dict[str, list[JobState]]) -> int:
+    """Follow jobs of which each poll sees the next state, and the last for ever."""
+    jobs = []
+    for job_id in states:
+        job = JobFolder(folder / job_id)
+        job.logs.mkdir(parents=True)
+        job.write_submitted(job_id)
+        jobs.append((f"job{job_id}", job))
+
+    def ask(job_id: str) -> JobState:
+        left = states[job_id]
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return follow_all(jobs, ask=ask, sleep=lambda _: None)
+
+
+def test_the_failure_counts_and_not_the_cancelled_ones_behind_or_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="prefixrl_mcore"):
+        result = _follow(
+            tmp_path,
+            {
+                "1": [JobState(state="COMPLETED")],
+                "2": [JobState(state="CANCELLED")],
+                "3": [JobState(state="RUNNING"), JobState(state="FAILED", exit_code=7)],
+            },
+        )
+    assert result == 7
+    summary = capsys.readouterr().out
+    assert [summary.count(s) for s in ("COMPLETED", "CANCELLED", "FAILED (7)")] == [1, 1, 1]
+    assert "job3: job 3: RUNNING" in caplog.text
+
+
+def test_cancelled_jobs_alone_are_a_failure_and_a_requeue_is_no_end(tmp_path: Path) -> None:
+    assert _follow(tmp_path / "a", {"1": [JobState(state="CANCELLED")]}) == 1
+    passing = [JobState(state="FAILED", exit_code=75), JobState(state="PENDING")]
+    assert _follow(tmp_path / "b", {"1": [*passing, JobState(state="COMPLETED")]}) == 0

@@ -17,9 +17,10 @@ from prefixrl_mcore.cli import main
 from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import find_job, find_jobs
 from prefixrl_mcore.launch.slurm.states import job_state
-from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.slurm.conftest import LAUNCH_PYTHON, run_cluster
 from tests.support.launched_jobs import colocated, submit_program
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of, without_clock
+from tests.support.wandb_records import offline_runs
 
 pytestmark = [
     pytest.mark.slurm,
@@ -87,7 +88,8 @@ def test_a_preempted_run_goes_back_into_the_queue_and_ends_as_an_undisturbed_one
 ) -> None:
     undisturbed, preempted = tmp_path / "undisturbed", tmp_path / "preempted"
     for run in (undisturbed, preempted):
-        assert _launch("--detach", *_settings(tiny_task, run)) == 0
+        more = ["metrics.wandb.mode=offline"] if run == preempted else []
+        assert _launch("--detach", *_settings(tiny_task, run), *more) == 0
     job = find_job(jobs, "preempted")
     assert job.job_id is not None
     _wait_for_steps(preempted, 1)
@@ -104,6 +106,40 @@ def test_a_preempted_run_goes_back_into_the_queue_and_ends_as_an_undisturbed_one
         ours = without_clock(metrics_of(preempted, kind))
         assert ours == without_clock(metrics_of(undisturbed, kind))
     assert [line["step"] for line in metrics_of(preempted, "train")] == list(range(8))
+    starts = offline_runs(preempted)
+    assert len(starts) == 2
+    assert starts[0][0] == starts[1][0]  # one run of W&B
+    rows = [row for _, rows in starts for row in rows]
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    assert [row["step"] for row in rows if "rollout/all_negative_fraction" in row] == list(range(8))
+
+
+def test_a_run_goes_on_without_a_node_that_fails(
+    slurm: Path, jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    site, run = tmp_path / "ci-local.toml", tmp_path / "lost"
+    site.write_text(site.read_text().replace("ranks_per_node = 2", "ranks_per_node = 1"))
+    steps = ["trainer.num_steps=12", "checkpoint.every_steps=3", "evaluation.every_steps=12"]
+    assert _launch("--detach", *_settings(tiny_task, run), *steps) == 0
+    job = find_job(jobs, "lost")
+    assert job.job_id is not None
+    _wait_for_steps(run, 5)
+    assert job_state(job.job_id).nodes == "n[1-2]"
+    assert run_cluster("fail", slurm, "--node", "n2").returncode == 0
+    before = without_clock(metrics_of(run, "train"))
+    said = io.StringIO()
+    try:
+        assert follow(job, job.job_id, out=said) == 0, said.getvalue()
+    finally:
+        assert run_cluster("mend", slurm, "--node", "n2").returncode == 0
+    state = job_state(job.job_id)
+    assert (state.num_restarts, state.nodes.count("2")) == (1, 0)
+    assert "resumed from" in (job.starts()[1] / "trainer-0.log").read_text()
+    after = without_clock(metrics_of(run, "train"))
+    assert [line["step"] for line in after] == list(range(12))
+    assert len(before) >= 5
+    assert after[: len(before)] == before  # those that were taken again, too
+    assert not (run / "lease.json").exists()
 
 
 def test_a_failing_run_makes_launch_fail_and_the_cause_is_shown(

@@ -219,18 +219,42 @@ def _command_line(process: Path) -> str:
         return ""
 
 
+def _server_settings(tiny: TinyTask, run: Path) -> list[str]:
+    """Return the settings of a short run whose rollouts come from a server on CPUs."""
+    settings = [s for s in _settings(tiny, run) if not s.startswith("rollout.engine")]
+    server = [f"rollout.sglang.python={ROOT / '.venv-sglang' / 'bin' / 'python'}"]
+    server += ["rollout.sglang.dtype=float32", "rollout.sglang.max_kv_tokens=4096"]
+    return settings + server
+
+
+def test_a_heterogeneous_job_samples_on_nodes_of_another_partition(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run, site = tmp_path / "two-kinds", tmp_path / "ci-local.toml"
+    site.write_text(site.read_text() + '\n[rollout_nodes]\npartition = "preemptible"\n')
+    steps = ["trainer.num_steps=2", "evaluation.every_steps=2", "checkpoint.every_steps=2"]
+    how = ["--shape", "heterogeneous", "--rollout-nodes", "1"]
+    assert _launch(*how, *_server_settings(tiny_task, run), *steps) == 0
+    job = find_job(jobs, "two-kinds")
+    script = job.script.read_text()
+    assert "#SBATCH --partition=preemptible" in script.partition("#SBATCH hetjob")[2]
+    url = json.loads(job.server_file(0, 0).read_text())["url"]
+    ends = [json.loads(file.read_text()) for file in job.starts()[0].glob("trainer-*.end.json")]
+    assert [(end["node"], end["exit_code"]) for end in ends] == [("n1", 0)] * 2
+    assert url.startswith("http://n2:")
+    assert url in (job.starts()[0] / "trainer-0.log").read_text().replace("\n", "")
+    assert [line["step"] for line in metrics_of(run, "train")] == [0, 1]
+
+
 def test_a_trainer_samples_from_a_server_on_another_node_and_outlives_it(
     jobs: Path, tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = "k3y-0f-th3-s3rv3rs"
     monkeypatch.setenv("PREFIXRL_SGLANG_API_KEY", key)
     run = tmp_path / "split"
-    settings = [s for s in _settings(tiny_task, run) if not s.startswith("rollout.engine")]
-    server = [f"rollout.sglang.python={ROOT / '.venv-sglang' / 'bin' / 'python'}"]
-    server += ["rollout.sglang.dtype=float32", "rollout.sglang.max_kv_tokens=4096"]
     steps = ["trainer.num_steps=10", "evaluation.every_steps=10", "checkpoint.every_steps=2"]
     how = ["--shape", "split", "--nodes", "2", "--detach"]
-    assert _launch(*how, *settings, *server, *steps) == 0
+    assert _launch(*how, *_server_settings(tiny_task, run), *steps) == 0
     job = find_job(jobs, "split")
     assert job.job_id is not None
     _wait_for_steps(run, 3)

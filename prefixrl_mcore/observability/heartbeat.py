@@ -58,6 +58,25 @@ def last_request(folder: Path) -> int:
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
+def read_beats(folder: Path) -> list[Beat]:
+    """Return the last heartbeat of each rank in a folder, those of earlier starts included."""
+    beats = (_read_beat(file) for file in sorted(folder.glob("rank-*.json")))
+    return [beat for beat in beats if beat is not None]
+
+
+def stall_reports(folder: Path) -> list[Path]:
+    """Return the reports of stalls in a folder, the oldest first, earlier starts included."""
+    return sorted(folder.glob("stall-*.txt"))
+
+
+def _read_beat(file: Path) -> Beat | None:
+    """Return a heartbeat; None when there is none that can be read."""
+    try:
+        return Beat(**json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):  # the last two: of another version
+        return None
+
+
 class Heartbeat:
     """Publishes this rank's phase and takes part in finding stalls; a context manager."""
 
@@ -252,10 +271,7 @@ class Heartbeat:
 
     def _read_beat(self, rank: int) -> Beat | None:
         """Return a rank's last heartbeat; None when there is none that can be read."""
-        try:
-            return Beat(**json.loads(self._file("json", rank).read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError, TypeError):  # the last two: of another version
-            return None
+        return _read_beat(self._file("json", rank))
 
     def _write(self, state: PhaseState) -> None:
         """Publish this rank's heartbeat."""

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +125,8 @@ def _shown_name(kind: Kind, name: str) -> str:
 class _WandbSink:
     """Weights & Biases; one W&B run per run folder, continued on resume.
 
-    Steps that a resumed run takes again stand there twice: only W&B's service could drop them.
+    Rows are numbered over all starts (``_step``); curves are drawn over ``step``. Steps that a
+    resumed run takes again stand there twice: only W&B's service could drop them.
     """
 
     def __init__(self, folder: RunFolder, config: MetricsConfig) -> None:
@@ -133,28 +135,29 @@ class _WandbSink:
 
         self._wandb = wandb
         self._every_steps = config.wandb.every_steps_rollouts
-        id_file = folder.path / "wandb.json"
-        run_id = json.loads(id_file.read_text())["id"] if id_file.exists() else None
+        self._file = folder.path / "wandb.json"
+        known = json.loads(self._file.read_text()) if self._file.exists() else {}
+        own_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex
+        self.run_id: str = known.get("id", own_id)
+        """Id under which the service knows this run."""
+        self._num_rows: int = known.get("num_rows", 0)
+        self._keep()  # before W&B knows the id: whenever the run is killed, it stays one run
         self._run = wandb.init(
             project=config.wandb.project,
             mode=config.wandb.mode,
             dir=str(folder.path),
-            id=run_id,
+            id=self.run_id,
             resume="allow",
             name=folder.path.name,
             config=json.loads(folder.config_file.read_text()),
         )
-        self.run_id: str = self._run.id
-        """Id under which the service knows this run."""
-        write_json_atomic(id_file, {"id": self.run_id})
+        self._num_rows = max(self._num_rows, self._run.step)  # the service may know of more
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
-        """Log with an explicit step, so that a resumed run continues the same curves."""
-        self._run.log(
-            {_shown_name(kind, name): value for name, value in values.items()} | {"step": step}
-        )
+        """Log one row, with the step that all curves are drawn over."""
+        self._log({_shown_name(kind, name): value for name, value in values.items()}, step)
 
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Upload a table of rollouts every so many steps."""
@@ -162,10 +165,20 @@ class _WandbSink:
             return
         columns: list[int | str] = list(rows[0])
         table = self._wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
-        self._run.log({"rollouts": table, "step": step})
+        self._log({"rollouts": table}, step)
 
     def close(self) -> None:
         self._run.finish()
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        """Log a row under the next number; offline W&B itself would count from 0 in each start."""
+        row, self._num_rows = self._num_rows, self._num_rows + 1
+        self._keep()  # before the row is logged: a kill may leave a number out, never use one twice
+        self._run.log({**values, "step": step}, step=row, commit=True)
+
+    def _keep(self) -> None:
+        """Write what the next start must know."""
+        write_json_atomic(self._file, {"id": self.run_id, "num_rows": self._num_rows})
 
 
 class _TensorboardSink:

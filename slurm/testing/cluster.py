@@ -2,6 +2,7 @@
 
     python3 slurm/testing/cluster.py up [--nodes 4 ...]    starts it and waits until it is idle
     eval "$(python3 slurm/testing/cluster.py env)"         lets srun, sbatch, ... of a shell find it
+    python3 slurm/testing/cluster.py fail --node n2        as if its power went; mend: it is back
     python3 slurm/testing/cluster.py status | down | wipe
 
 It needs root and what install.sh installs, and no more of Python than its standard library. All
@@ -19,7 +20,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from networks import inside, make_networks, remove_networks
+from networks import inside, kill_network, make_networks, remove_networks
 from processes import Daemons, say, wait_for
 from settings import Cluster, read_cluster, write_settings
 
@@ -47,6 +48,10 @@ def main() -> int:
             return 0
         if arguments.command == "status":
             return _status(cluster)
+        if arguments.command in ("fail", "mend"):
+            act = _fail if arguments.command == "fail" else _mend
+            act(cluster, _known_node(cluster, arguments.node))
+            return 0
         _down(cluster)
         if arguments.command == "wipe":
             shutil.rmtree(folder)
@@ -59,9 +64,11 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="A Slurm cluster on this machine.")
-    parser.add_argument("command", choices=("up", "env", "status", "down", "wipe"))
+    commands = ("up", "env", "status", "fail", "mend", "down", "wipe")
+    parser.add_argument("command", choices=commands)
     parser.add_argument("--dir", type=Path, default=Path("runs/slurm-cluster"), help="its folder")
     parser.add_argument("--nodes", type=int, default=4, help="nodes n1, n2, ... (4)")
+    parser.add_argument("--node", help="which one fails or is mended")
     parser.add_argument("--cpus", type=int, default=4, help="CPUs that a node claims (4)")
     parser.add_argument("--memory-mb", type=int, default=8000, help="memory that it claims (8000)")
     parser.add_argument("--gpus", type=int, default=0, help="pretended GPUs of a node (0)")
@@ -241,21 +248,59 @@ def _start_database(cluster: Cluster, daemons: Daemons) -> None:
 def _start_slurm(cluster: Cluster, daemons: Daemons) -> None:
     """Start the controller and the nodes, and wait until all are idle."""
     log = cluster.folder / "log" / "slurmctld.log"
-    environment = _environment(cluster)
-    daemons.start("slurmctld", ["slurmctld", "-D", "-i"], environment=environment)
+    daemons.start("slurmctld", ["slurmctld", "-D", "-i"], environment=_environment(cluster))
     wait_for(
         "slurmctld answers", lambda: _succeeds(["scontrol", "ping"], cluster), seconds=60, log=log
     )
     for node in cluster.node_names:
-        command = ["slurmd", "-D", "-N", node]
-        if cluster.has_networks:
-            command = inside(cluster, node, command)
-        daemons.start(f"slurmd-{node}", command, environment=environment)
+        _start_node(cluster, daemons, node)
     wait_for(
         f"{cluster.nodes} nodes are idle",
         lambda: _idle_nodes(cluster) == cluster.nodes,
         seconds=90,
         log=log,
+    )
+
+
+def _start_node(cluster: Cluster, daemons: Daemons, node: str) -> None:
+    """Start the daemon of a node."""
+    command = ["slurmd", "-D", "-N", node]
+    if cluster.has_networks:
+        command = inside(cluster, node, command)
+    daemons.start(f"slurmd-{node}", command, environment=_environment(cluster))
+
+
+def _known_node(cluster: Cluster, node: str | None) -> str:
+    """Return the node that was named.
+
+    Raises:
+        RuntimeError: if there is none of that name.
+    """
+    if node not in cluster.node_names:
+        raise RuntimeError(f"--node {node}: expected one of {', '.join(cluster.node_names)}")
+    return node
+
+
+def _fail(cluster: Cluster, node: str) -> None:
+    """Kill a node's slurmd and all that runs in its network, as if its power went.
+
+    Without networks of their own the nodes' jobs cannot be told apart: they go on as orphans.
+    """
+    Daemons(cluster.folder).kill(f"slurmd-{node}")
+    if cluster.has_networks:
+        kill_network(cluster, node)
+    say(f"{node} has failed; Slurm marks it DOWN when it has not answered for SlurmdTimeout")
+
+
+def _mend(cluster: Cluster, node: str) -> None:
+    """Start a failed node's slurmd again, and wait until Slurm uses the node."""
+    _start_node(cluster, Daemons(cluster.folder), node)
+    state = ["sinfo", "--noheader", "--partition=batch", f"--nodes={node}", "-o", "%t"]
+    wait_for(
+        f"{node} is back",
+        lambda: _output(state, cluster) in ("idle", "mix", "alloc"),
+        seconds=90,
+        log=cluster.folder / "log" / "slurmctld.log",
     )
 
 
@@ -277,8 +322,9 @@ def _down(cluster: Cluster) -> None:
         daemons.stop(prefix)
     if cluster.has_networks:
         remove_networks(cluster)
-    for node in cluster.node_names:
-        _remove_cgroups(node)
+    if cluster.has_cgroups:
+        for node in cluster.node_names:
+            _remove_cgroups(node)
     say(f"the cluster of {cluster.folder} is down")
 
 

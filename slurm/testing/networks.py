@@ -1,12 +1,16 @@
 """A network namespace for each node, connected by a bridge; nothing leaves the machine."""
 
+import os
+import signal
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from settings import Cluster
 
 _NAMESPACES = Path("/run/netns")
+_KILL_ATTEMPTS, _KILL_SECONDS = 100, 0.1
 
 
 def make_networks(cluster: Cluster) -> None:
@@ -34,6 +38,20 @@ def remove_networks(cluster: Cluster) -> None:
             _ip("link", "delete", f"{cluster.bridge}-{number}")
     if Path("/sys/class/net", cluster.bridge).exists():
         _ip("link", "delete", cluster.bridge)
+
+
+def kill_network(cluster: Cluster, node: str) -> None:
+    """Kill all processes of a node's network until there are none; some may be starting others."""
+    command = ["ip", "netns", "pids", cluster.network_of(node)]
+    for _ in range(_KILL_ATTEMPTS):
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        if not found:
+            return
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        time.sleep(_KILL_SECONDS)
+    raise RuntimeError(f"{node}: processes {', '.join(found)} do not die")
 
 
 def inside(cluster: Cluster, node: str, command: list[str]) -> list[str]:

@@ -51,6 +51,13 @@ class Daemons:
                 return int(str(daemon["pid"]))
         return None
 
+    def kill(self, name: str) -> None:
+        """End a daemon with SIGKILL and wait until it is gone; nothing if it does not run."""
+        pid = self.pid_of(name)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            _wait(lambda: self.pid_of(name) is None, 10.0)
+
     def stop(self, prefix: str, *, seconds: float = 10.0) -> None:
         """End the daemons whose name begins with ``prefix``: SIGTERM, and SIGKILL in the end."""
         chosen = [d for d in self._started if str(d["name"]).startswith(prefix)]

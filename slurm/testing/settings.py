@@ -26,7 +26,8 @@ SelectType=select/cons_tres
 # Nodes claim more than this machine has; without this they would be refused.
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=60
+# A node that does not answer for so long is DOWN and its jobs are requeued; by default 300.
+SlurmdTimeout=10
 KillWait=5
 MinJobAge=3600
 # Heterogeneous jobs are started by the backfill scheduler alone, by default every 30 s.

@@ -17,9 +17,10 @@ from prefixrl_mcore.cli import main
 from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import find_job, find_jobs
 from prefixrl_mcore.launch.slurm.states import job_state
-from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.slurm.conftest import LAUNCH_PYTHON, run_cluster
 from tests.support.launched_jobs import colocated, submit_program
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of, without_clock
+from tests.support.wandb_records import offline_runs
 
 pytestmark = [
     pytest.mark.slurm,
@@ -87,7 +88,8 @@ def test_a_preempted_run_goes_back_into_the_queue_and_ends_as_an_undisturbed_one
 ) -> None:
     undisturbed, preempted = tmp_path / "undisturbed", tmp_path / "preempted"
     for run in (undisturbed, preempted):
-        assert _launch("--detach", *_settings(tiny_task, run)) == 0
+        more = ["metrics.wandb.mode=offline"] if run == preempted else []
+        assert _launch("--detach", *_settings(tiny_task, run), *more) == 0
     job = find_job(jobs, "preempted")
     assert job.job_id is not None
     _wait_for_steps(preempted, 1)
@@ -104,6 +106,40 @@ def test_a_preempted_run_goes_back_into_the_queue_and_ends_as_an_undisturbed_one
         ours = without_clock(metrics_of(preempted, kind))
         assert ours == without_clock(metrics_of(undisturbed, kind))
     assert [line["step"] for line in metrics_of(preempted, "train")] == list(range(8))
+    starts = offline_runs(preempted)
+    assert len(starts) == 2
+    assert starts[0][0] == starts[1][0]  # one run of W&B
+    rows = [row for _, rows in starts for row in rows]
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    assert [row["step"] for row in rows if "rollout/all_negative_fraction" in row] == list(range(8))
+
+
+def test_a_run_goes_on_without_a_node_that_fails(
+    slurm: Path, jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    site, run = tmp_path / "ci-local.toml", tmp_path / "lost"
+    site.write_text(site.read_text().replace("ranks_per_node = 2", "ranks_per_node = 1"))
+    steps = ["trainer.num_steps=12", "checkpoint.every_steps=3", "evaluation.every_steps=12"]
+    assert _launch("--detach", *_settings(tiny_task, run), *steps) == 0
+    job = find_job(jobs, "lost")
+    assert job.job_id is not None
+    _wait_for_steps(run, 5)
+    assert job_state(job.job_id).nodes == "n[1-2]"
+    assert run_cluster("fail", slurm, "--node", "n2").returncode == 0
+    before = without_clock(metrics_of(run, "train"))
+    said = io.StringIO()
+    try:
+        assert follow(job, job.job_id, out=said) == 0, said.getvalue()
+    finally:
+        assert run_cluster("mend", slurm, "--node", "n2").returncode == 0
+    state = job_state(job.job_id)
+    assert (state.num_restarts, state.nodes.count("2")) == (1, 0)
+    assert "resumed from" in (job.starts()[1] / "trainer-0.log").read_text()
+    after = without_clock(metrics_of(run, "train"))
+    assert [line["step"] for line in after] == list(range(12))
+    assert len(before) >= 5
+    assert after[: len(before)] == before  # those that were taken again, too
+    assert not (run / "lease.json").exists()
 
 
 def test_a_failing_run_makes_launch_fail_and_the_cause_is_shown(
@@ -183,18 +219,42 @@ def _command_line(process: Path) -> str:
         return ""
 
 
+def _server_settings(tiny: TinyTask, run: Path) -> list[str]:
+    """Return the settings of a short run whose rollouts come from a server on CPUs."""
+    settings = [s for s in _settings(tiny, run) if not s.startswith("rollout.engine")]
+    server = [f"rollout.sglang.python={ROOT / '.venv-sglang' / 'bin' / 'python'}"]
+    server += ["rollout.sglang.dtype=float32", "rollout.sglang.max_kv_tokens=4096"]
+    return settings + server
+
+
+def test_a_heterogeneous_job_samples_on_nodes_of_another_partition(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run, site = tmp_path / "two-kinds", tmp_path / "ci-local.toml"
+    site.write_text(site.read_text() + '\n[rollout_nodes]\npartition = "preemptible"\n')
+    steps = ["trainer.num_steps=2", "evaluation.every_steps=2", "checkpoint.every_steps=2"]
+    how = ["--shape", "heterogeneous", "--rollout-nodes", "1"]
+    assert _launch(*how, *_server_settings(tiny_task, run), *steps) == 0
+    job = find_job(jobs, "two-kinds")
+    script = job.script.read_text()
+    assert "#SBATCH --partition=preemptible" in script.partition("#SBATCH hetjob")[2]
+    url = json.loads(job.server_file(0, 0).read_text())["url"]
+    ends = [json.loads(file.read_text()) for file in job.starts()[0].glob("trainer-*.end.json")]
+    assert [(end["node"], end["exit_code"]) for end in ends] == [("n1", 0)] * 2
+    assert url.startswith("http://n2:")
+    assert url in (job.starts()[0] / "trainer-0.log").read_text().replace("\n", "")
+    assert [line["step"] for line in metrics_of(run, "train")] == [0, 1]
+
+
 def test_a_trainer_samples_from_a_server_on_another_node_and_outlives_it(
     jobs: Path, tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = "k3y-0f-th3-s3rv3rs"
     monkeypatch.setenv("PREFIXRL_SGLANG_API_KEY", key)
     run = tmp_path / "split"
-    settings = [s for s in _settings(tiny_task, run) if not s.startswith("rollout.engine")]
-    server = [f"rollout.sglang.python={ROOT / '.venv-sglang' / 'bin' / 'python'}"]
-    server += ["rollout.sglang.dtype=float32", "rollout.sglang.max_kv_tokens=4096"]
     steps = ["trainer.num_steps=10", "evaluation.every_steps=10", "checkpoint.every_steps=2"]
     how = ["--shape", "split", "--nodes", "2", "--detach"]
-    assert _launch(*how, *settings, *server, *steps) == 0
+    assert _launch(*how, *_server_settings(tiny_task, run), *steps) == 0
     job = find_job(jobs, "split")
     assert job.job_id is not None
     _wait_for_steps(run, 3)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.last_signs import last_signs
 from prefixrl_mcore.launch.slurm.states import JobState, job_state
 
 logger = logging.getLogger(__name__)
@@ -96,22 +97,25 @@ def follow(
 
 
 def report_end(folder: JobFolder, job_id: str, state: JobState) -> None:
-    """Log how a job ended; of a failed one which task failed first, and its last lines."""
+    """Log how a job ended; of a failed one which task failed first, where, its last lines."""
     if state.result == 0:
         logger.info("job %s: completed; logs are in %s", job_id, folder.logs)
         return
     logger.error("job %s: %s; logs are in %s", job_id, state, folder.logs)
     batch = _lines(folder.batch_log)
-    failure = folder.first_failure()
+    signs, failure = last_signs(folder), folder.first_failure()
     if failure is None:
         what, lines = "no task says why: killed, or never started; the batch script said", batch
     else:
-        what = f"{failure.task} on {failure.node} failed first, exit code {failure.exit_code}"
+        where = f"{failure.task} on {failure.node}"
+        what = f"{where} failed first, exit code {failure.exit_code}{signs.place_of(failure.task)}"
         lines = _lines(folder.starts()[-1] / f"{failure.task}.log")
         # Of tasks that cannot say so themselves: killed, out of memory, a lost node.
         told = [line for line in batch if line.startswith(_SLURM_ERRORS)]
         logger.error("Slurm's own errors:\n%s", "\n".join(told[-_TAIL_LINES:]) or "(none)")
     logger.error("%s:\n%s", what, "\n".join(lines[-_TAIL_LINES:]) or "(nothing)")
+    for line in signs.lines():
+        logger.error("%s", line)
 
 
 def _lines(file: Path) -> list[str]:

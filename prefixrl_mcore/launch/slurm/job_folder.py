@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -136,6 +137,16 @@ class JobFolder:
     def server_file(self, start: int, index: int) -> Path:
         """Return where rollout server ``index`` of a start says its address once it is healthy."""
         return self.logs / f"start-{start}" / f"rollout-{index}.server.json"
+
+    def write_begin(self, start: int) -> None:
+        """Keep when the first task of a start began."""
+        file = self.logs / f"start-{start}" / "begin.json"
+        write_json_atomic(file, {"unix_seconds": time.time()})
+
+    def begin_of(self, start: Path) -> float | None:
+        """Return when a start's first task began; None if none did."""
+        file = start / "begin.json"
+        return json.loads(file.read_text())["unix_seconds"] if file.exists() else None
 
     def write_end(self, start: int, end: TaskEnd) -> None:
         """Keep how a task of a start ended."""

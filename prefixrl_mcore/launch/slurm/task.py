@@ -23,6 +23,8 @@ def main() -> int:
     if role not in _ROLES:
         raise ConfigError(f"role {role}: expected one of {', '.join(_ROLES)}")
     task, exit_code = folder.read_task(), 1
+    if (role, os.environ["SLURM_PROCID"]) == ("trainer", "0"):
+        folder.write_begin(start_number(os.environ))
     os.chdir(task.working_directory)
     try:
         exit_code = _ROLES[role](folder, task)

@@ -2,7 +2,10 @@
 
 import io
 import logging
+import os
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,13 @@ from prefixrl_mcore.launch.slurm.follow import LogReader, follow
 from prefixrl_mcore.launch.slurm.job_folder import (
     JobFolder,
     TaskEnd,
+    TaskFile,
     find_job,
     find_jobs,
 )
 from prefixrl_mcore.launch.slurm.states import JobState
+from prefixrl_mcore.observability.atomic import write_json_atomic
+from prefixrl_mcore.observability.stall_report import Beat
 
 
 def _job(tmp_path: Path) -> JobFolder:
@@ -75,6 +81,49 @@ def test_the_task_that_failed_first_is_shown_with_its_last_lines(
     assert "line 30" in caplog.text
     assert "line 10\n" not in caplog.text
     assert "errors:\nsrun: error: node-9: task 9: Out Of Memory\n" in caplog.text
+
+
+def _write_beat(folder: Path, rank: int, *, phase: str, seconds: float) -> None:
+    """Write a rank's heartbeat."""
+    beat = Beat(
+        rank=rank, host=f"node-{rank}", pid=1, stage=0, step="step 3", phase=phase, num_changes=1,
+        num_beats=0, seconds=0.0, time=seconds, answers=0,
+    )  # fmt: skip
+    write_json_atomic(folder / f"rank-{rank:05d}.json", asdict(beat))
+
+
+def test_a_failure_names_the_phase_the_ranks_without_a_word_and_the_watchdogs_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, beats = _job(tmp_path), tmp_path / "work" / "run" / "heartbeats"
+    task = TaskFile(
+        config="c",
+        run_folder="run",
+        working_directory=str(tmp_path / "work"),
+        is_resumed=False,
+        num_servers=0,
+        gpus_per_server=0,
+    )
+    job.write(task, {})
+    beats.mkdir(parents=True)
+    (beats / "stall-00001.txt").write_text("of an earlier start")
+    os.utime(beats / "stall-00001.txt", (1.0, 1.0))
+    now = time.time()
+    job.write_begin(0)
+    (beats / "stall-00002.txt").write_text("stall: rank 1 late")
+    for rank, age in ((0, -1.0), (1, -1.0), (2, 3600.0)):
+        _write_beat(beats, rank, phase=f"phase-{rank}", seconds=now - age)
+        (job.starts()[0] / f"trainer-{rank}.log").write_text(f"of {rank}")
+    end = TaskEnd(task="trainer-0", node="node-0", exit_code=1, unix_seconds=now)
+    job.write_end(0, end)
+    assert _follow(job, FAILED, FAILED)[0] == 3
+    said = caplog.text
+    seen = "last seen in phase phase-{} of step 3"
+    assert f"trainer-0 on node-0 failed first, exit code 1, {seen.format(0)}:\n" in said
+    assert f"trainer-1 on node-1 was killed, or its node is lost, {seen.format(1)}\n" in said
+    assert "trainer-2 was killed, or its node is lost\n" in said  # its heartbeat is an hour old
+    assert f"their stacks, and who was late: {beats / 'stall-00002.txt'}" in said
+    assert "stall-00001" not in said
 
 
 def test_a_killed_task_leaves_the_batch_scripts_words(

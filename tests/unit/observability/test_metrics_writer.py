@@ -8,6 +8,7 @@ import pytest
 from prefixrl_mcore.config.run import MetricsConfig, WandbConfig
 from prefixrl_mcore.observability.metrics import MetricsWriter, truncate_metrics
 from prefixrl_mcore.observability.run_folder import RunFolder
+from tests.support.wandb_records import offline_runs
 
 
 def _lines(path: Path) -> list[dict]:
@@ -97,19 +98,41 @@ def test_tensorboard_events_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wandb_offline_keeps_one_run_id_over_a_resume(
+def test_all_starts_of_a_run_are_one_wandb_run_with_rows_in_one_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = RunFolder(tmp_path)
     folder.config_file.write_text("{}")
     config = MetricsConfig(wandb=WandbConfig())
-    ids = []
-    for first in (0, 1):
-        writer = MetricsWriter(folder, config, num_steps_done=first)
-        writer.write("train", first, {"a": 1.0})
+    for steps in ((0, 1, 2), (2, 3)):  # the second begins at the checkpoint after step 1
+        writer = MetricsWriter(folder, config, num_steps_done=steps[0])
+        for step in steps:
+            writer.write("train", step, {"a": step / 2})
         writer.write_rollouts(10, [{"completion_text": "x", "reward": 1.0}])
         writer.close()
-        ids.append(json.loads((tmp_path / "wandb.json").read_text())["id"])
+    starts = offline_runs(tmp_path)
+    assert [run_id for run_id, _ in starts] == [writer.wandb_id] * 2
+    rows = [row for _, rows in starts for row in rows]
+    assert [row["_step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows] == [0, 1, 2, 10, 2, 3, 10]
+    assert [row["a"] for row in rows if "a" in row] == [0.0, 0.5, 1.0, 1.0, 1.5]
+
+
+def test_a_run_that_is_killed_while_wandb_starts_keeps_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    ids: list[str] = []
+
+    def killed(**options: object) -> None:
+        ids.append(str(options["id"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wandb, "init", killed)
+    folder = RunFolder(tmp_path)
+    folder.config_file.write_text("{}")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            MetricsWriter(folder, MetricsConfig(wandb=WandbConfig()), num_steps_done=0)
     assert ids[0] == ids[1]
-    assert list(tmp_path.glob("wandb/offline-run-*"))

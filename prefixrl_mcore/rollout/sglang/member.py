@@ -14,7 +14,7 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.client import ServerFault, SGLangClient
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer, gpu_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +133,11 @@ class Member:
         """Calls to the server, once it has come up for the first time."""
         assert self._client is not None, f"{self.name} has not come up"
         return self._client
+
+    @property
+    def gpus(self) -> tuple[int, ...] | None:
+        """The GPU of each of its ranks, as this process numbers them; None if not ours to give."""
+        return None if self._launch is None else gpu_numbers(self._launch.gpus)
 
     @property
     def is_up(self) -> bool:

@@ -324,6 +324,7 @@ class ServerPool:
                 client=member.client,
                 num_ranks=self._config.tensor_parallel_size,
                 name=member.name,
+                gpus=member.gpus,
             )
             for member in members
         ]

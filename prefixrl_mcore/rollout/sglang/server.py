@@ -75,6 +75,8 @@ _PRIVATE_VARIABLES = (
 )
 """The trainer's own: the server would join its process group, import its packages, show its key."""
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerLaunch:
@@ -103,6 +105,9 @@ class ServerLaunch:
 
     weight_version: str
     """Name of the weights in the folder, stamped on completions."""
+
+    releases_memory: bool = False
+    """Its GPU memory can be released and taken again."""
 
 
 class SGLangServer:
@@ -363,6 +368,8 @@ def _server_arguments(launch: ServerLaunch, port: int, *, has_key: bool) -> list
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
     flags += logits_flags(config, launch.logits_dtype, device=device)
     flags += deterministic_flags(config, device=device)
+    if launch.releases_memory and device != "cpu":
+        flags.append("--enable-memory-saver")
     pairs = [part for pair in arguments.items() for part in pair]
     return [*launcher, *pairs, *flags, *config.extra_args]
 
@@ -389,6 +396,10 @@ def _environment(launch: ServerLaunch) -> Mapping[str, str]:
     # /health answers from the HTTP process instead of sampling a token.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
+    if launch.releases_memory:
+        # The memory saver cannot release segments that expand.
+        for name in _ALLOCATOR_VARIABLES:
+            environment.pop(name, None)
     if launch.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment["PYTHONPATH"] = str(_STAND_INS)

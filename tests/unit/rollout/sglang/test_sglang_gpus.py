@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.sglang import server
 from prefixrl_mcore.rollout.sglang.member import Member, State
 from prefixrl_mcore.rollout.sglang.pool import ServerPool, Weights
 from prefixrl_mcore.rollout.sglang.server import ServerLaunch, gpu_numbers, gpus_of_servers
@@ -66,3 +67,26 @@ def test_weights_go_to_the_gpus_that_each_server_was_started_on(
 
 def test_server_without_gpus_has_no_numbers() -> None:
     assert gpu_numbers(()) is None
+
+
+@pytest.mark.parametrize("releases_memory", [True, False])
+def test_server_that_shares_gpus_is_started_so_that_its_memory_can_be_released(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, releases_memory: bool
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    launch = ServerLaunch(
+        name="server 0",
+        model_folder=tmp_path,
+        config=CONFIG,
+        logits_dtype="float32",
+        device="cuda",
+        gpus=("0", "1"),
+        max_total_tokens=10,
+        weight_version="first",
+        releases_memory=releases_memory,
+    )
+
+    arguments = server._server_arguments(launch, 30000, has_key=False)
+
+    assert ("--enable-memory-saver" in arguments) == releases_memory
+    assert ("PYTORCH_CUDA_ALLOC_CONF" in server._environment(launch)) != releases_memory

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "metrics.",
     "profile.",
     "rollout.engine",
+    "rollout.colocated",
     "rollout.max_logprob_gap",
     "rollout.on_logprob_gap",
     "rollout.sglang.python",

@@ -255,6 +255,11 @@ class RolloutConfig(Config):
     """Inference engine; None takes SGLang where it starts and says so when it falls back to
     transformers."""
 
+    colocated: bool = False
+    """The engine shares the trainer's GPUs: it gives their memory back for every update, and takes
+    it again, with the new weights, to sample. Not with ``schedule.overlap`` or servers that run
+    already (``sglang.urls``)."""
+
     temperature: float = Field(default=1.0, gt=0.0)
     """Sampling temperature in training; the loss uses logprobs at the same temperature."""
 
@@ -283,6 +288,21 @@ class RolloutConfig(Config):
 
     transformers: TransformersConfig = Field(default_factory=TransformersConfig)
     """Settings of the fallback engine."""
+
+    @model_validator(mode="after")
+    def _who_shares_gpus_takes_turns(self) -> "RolloutConfig":
+        if self.colocated and self.schedule.overlap:
+            raise ValueError(
+                "rollout.colocated puts the engine to sleep during the update, and "
+                "rollout.schedule.overlap samples during it; switch one of them off: overlap needs "
+                "servers on GPUs of their own"
+            )
+        if self.colocated and self.sglang.urls:
+            raise ValueError(
+                "rollout.colocated is for servers that the run starts on its own GPUs, got "
+                f"rollout.sglang.urls = {list(self.sglang.urls)}; leave one of them out"
+            )
+        return self
 
 
 class RewardConfig(Config):

@@ -99,6 +99,12 @@ def server_lines(
     if own_gpus is not None:
         yield f"  {own_gpus // size} server(s) on {own_gpus} GPUs of their own"
         return
+    if rollout.colocated:
+        yield (
+            "  on GPUs of the trainer, which it leaves for every update (rollout.colocated); while "
+            "it samples, the trainer's weights, gradients and optimizer are beside it"
+        )
+        return
     together = trainer_bytes + server.static
     verdict = "fits" if together <= usable_bytes else "too large"
     yield (

@@ -52,6 +52,7 @@ def build_engine(
                 max_total_tokens=config.max_total_tokens,
                 logs_folder=logs_folder,
                 device=device,
+                colocated=config.colocated,
             )
         except EngineError as error:
             if config.engine == "sglang":

@@ -41,6 +41,7 @@ def take_dry_run_step(session: Session) -> None:
         TrainerMemoryError: if memory runs out, with the settings to turn.
     """
     session.progress.update(waiting_for="dry-run step")
+    session.release_engine_memory()
     vocab_size = session.policy.shape.vocab_size
     _pass("longest sequences", session, longest_sequences(session.config, vocab_size=vocab_size))
     _pass("most trained tokens", session, most_rows(session.config, vocab_size=vocab_size))

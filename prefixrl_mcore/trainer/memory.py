@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from prefixrl_mcore.policy.topology import Topology, gather_floats
 
@@ -28,6 +29,16 @@ class MemoryPeaks:
     def device(self) -> int:
         """What fills up first: GPU memory held, or host memory on a CPU."""
         return self.reserved or self.rss
+
+
+def give_back_cached_memory() -> None:
+    """Give GPU memory that the allocator only keeps for later to an engine on the same GPUs.
+
+    All ranks call this, and it returns when all have done so.
+    """
+    torch.cuda.empty_cache()  # does nothing on a CPU
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def read_peaks(device: torch.device) -> MemoryPeaks:

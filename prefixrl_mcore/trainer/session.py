@@ -37,7 +37,7 @@ from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
 from prefixrl_mcore.trainer.generation import Generated, staleness_metrics
 from prefixrl_mcore.trainer.groups import training_sequences
-from prefixrl_mcore.trainer.memory import reset_peaks
+from prefixrl_mcore.trainer.memory import give_back_cached_memory, reset_peaks
 from prefixrl_mcore.trainer.out_of_memory import explained
 from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.rollout_log import rollout_rows, write_rollouts
@@ -140,6 +140,9 @@ class Session:
     owes_evaluation: bool = False
     """The run that saved was told to stop before it evaluated ``first_step``."""
 
+    engine_sleeps: bool = False
+    """The engine has given its device memory back, and its weights with it; equal on all ranks."""
+
     num_failed_saves: int = 0
     """Saves that the storage refused since this start."""
 
@@ -160,14 +163,32 @@ class Session:
     def sync_weights(self) -> None:
         """Bring the engine to the policy's version; all ranks call this (collective export)."""
         with self.phases.phase("sync"):
+            if self.engine_sleeps:
+                give_back_cached_memory()
             self.services.run_on_first(self._sync_weights)
+            self.engine_sleeps = False
 
     def _sync_weights(self) -> None:
         """Do the work of ``sync_weights`` on rank 0."""
         engine, version = self._evaluator.engine, self.policy.policy_version
-        if engine.policy_version != version:
+        if self.engine_sleeps:
+            self.progress.update(waiting_for="the engine to wake up")
+            engine.wake()
+        if self.engine_sleeps or engine.policy_version != version:
             self.progress.update(waiting_for="weight sync")
             engine.load_weights(self._export, version)
+
+    def release_engine_memory(self) -> None:
+        """Put a colocated engine to sleep, until the next sync; all ranks call this.
+
+        Raises:
+            EngineError: if too few servers are left, on every rank.
+        """
+        if not self.config.rollout.colocated or self.engine_sleeps:
+            return
+        with self.phases.phase("sync"):
+            run_on_first(lambda: self._evaluator.engine.sleep())
+        self.engine_sleeps = True
 
     def _export(self) -> Iterator[tuple[str, Tensor]]:
         """Begin the weights for the engine, which may ask for them again while it samples."""
@@ -240,6 +261,7 @@ class Session:
     ) -> UpdateResult:
         """Do the work of an update, and dump one that is not finite."""
         try:
+            self.release_engine_memory()
             with self._memory_explained(batch):
                 return self.policy.update(batch, loss=loss)
         except NonFiniteError as error:

@@ -28,6 +28,50 @@ TOLERANCE = 1e-2
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.skipif(not SGLANG_PYTHON.exists(), reason="SGLang's environment is missing")
+def test_colocated_server_gives_its_memory_back_and_samples_from_the_new_weights(
+    tmp_path: Path,
+) -> None:
+    folder = write_model_folder(build_tiny_qwen3(seed=0), tmp_path / "model")
+    engine = SGLangEngine(
+        folder,
+        SGLangConfig(python=SGLANG_PYTHON, dtype="float32", memory_fraction=0.3),
+        logits_dtype="float32",
+        max_total_tokens=200,
+        logs_folder=tmp_path / "logs",
+        device="cuda",
+        colocated=True,
+    )
+    try:
+        for version, seed in enumerate((1, 2)):
+            free_awake, total = torch.cuda.mem_get_info()
+            engine.sleep()
+            free_asleep, _ = torch.cuda.mem_get_info()
+            assert free_asleep - free_awake > 0.2 * total
+            engine.wake()
+            model = build_tiny_qwen3(seed=seed)
+            on_gpu = [(name, w.detach().cuda()) for name, w in model.named_parameters()]
+            engine.load_weights(lambda on_gpu=on_gpu: iter(on_gpu), version)
+            request = SampleRequest(
+                request_id="one", context_token_ids=(5, 6, 7, 8), num_samples=2, seed=0
+            )
+            params = SamplingParams(
+                temperature=1.0,
+                max_completion_tokens=20,
+                max_total_tokens=100,
+                stop_token_ids=(),
+            )
+            for completion in engine.sample([request], params)[0]:
+                expected = hf_completion_logprobs(
+                    model, request.context_token_ids, completion.token_ids, temperature=1.0
+                )
+                assert completion.logprobs == pytest.approx(expected, abs=TOLERANCE)
+    finally:
+        engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not SGLANG_PYTHON.exists(), reason="SGLang's environment is missing")
 @pytest.mark.parametrize(
     "transport",
     [

@@ -237,6 +237,33 @@ def test_checksums_find_the_one_element_that_differs(served: Served) -> None:
             check(served, iter(changed.items()))
 
 
+def test_server_paused_right_after_its_last_answer_is_updated(served: Served) -> None:
+    """Such a server never counts as idle, and refuses to flush its cache, before it is resumed."""
+    weights = named_weights(
+        (build_tiny_llama if "llama" in str(served.folder) else build_tiny_qwen3)(seed=3)
+    )
+    client = SGLangClient(served.url, request_timeout_seconds=60)
+    for index in range(6):
+        client.generate(one_token(f"last answer {index}"))
+        client.pause()
+
+        report = push(served, TensorByValue(), lambda: iter(weights), f"after answer {index}")
+
+        assert report.failed == {}
+        assert client.weight_version() == f"after answer {index}"
+
+
+def one_token(request_id: str) -> dict[str, Any]:
+    return generate_payload(
+        context_token_ids=(5, 6, 7),
+        num_samples=1,
+        max_new_tokens=1,
+        temperature=TEMPERATURE,
+        stop_token_ids=(),
+        request_id=request_id,
+    )
+
+
 def die_half_way(served: Served, transport: str, folder: Path) -> None:
     """Begin an update, and kill this process with two buckets sent."""
 
@@ -263,7 +290,7 @@ def test_update_that_a_trainer_died_in_is_recognised_and_made_good_by_the_next(
     child.join(120)
     assert child.exitcode == -signal.SIGKILL
     client = SGLangClient(served.url, request_timeout_seconds=60)
-    assert is_incomplete(str(client.model_info()["weight_version"]))
+    assert is_incomplete(client.weight_version())
     assert bool(list(tmp_path.iterdir())) == (transport == "disk")
 
     model = build_tiny_qwen3(seed=8)

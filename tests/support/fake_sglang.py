@@ -77,6 +77,9 @@ class FakeSGLang:
         self.spoil: Callable[[Answer], None] | None = None
         self.is_session_open = False
         self.is_cache_fresh = False
+        self.is_paused = False
+        self.released: set[str] = set()
+        self.holds_finished_batch = False
         self.url = ""
 
     def answer(self, path: str, payload: dict[str, Any]) -> tuple[int, Any]:
@@ -97,9 +100,30 @@ class FakeSGLang:
             return self._update(payload)
         if path == "/weights_checker":
             return 200, {"ranks": [self._checksums()]}
+        return self._control(path, payload)
+
+    def _control(self, path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if path in ("/pause_generation", "/continue_generation"):
+            self.is_paused = path == "/pause_generation"
+            self.holds_finished_batch &= self.is_paused
+        if path == "/flush_cache" and self.is_paused and self.holds_finished_batch:
+            return 400, "Timed out waiting for idle state."
+        if path.endswith("_memory_occupation"):
+            return self._memory(path, payload["tags"])
         self.weight_version = payload.get("new_version", self.weight_version)
         self.is_cache_fresh |= path == "/flush_cache"
         return 200, {"success": True}
+
+    def _memory(self, path: str, tags: list[str]) -> tuple[int, Any]:
+        """Release or resume, with the assertions that end a real server's scheduler."""
+        self.calls[-1] += f" {' '.join(tags)}"
+        if path.startswith("/release"):
+            is_sound = not self.is_paused and not self.released & set(tags)
+            self.released |= set(tags)
+        else:
+            is_sound = self.released >= set(tags)
+            self.released -= set(tags)
+        return (200, None) if is_sound else (500, "the scheduler is gone")
 
     def _generate(self, payload: dict[str, Any]) -> tuple[int, Any]:
         if self.num_dropped_answers > 0:
@@ -115,6 +139,7 @@ class FakeSGLang:
         if self.hold is not None and not self._wait_for_release(self.hold):
             return 200, self._aborted_answers(parameters["n"])
         self.sampled.append(payload["rid"])
+        self.holds_finished_batch = True  # until the scheduler's next round, if it is not paused
         answers = [
             {
                 "output_ids": [SAMPLED_TOKEN] * parameters["max_new_tokens"],
@@ -198,7 +223,7 @@ def serve(fake: FakeSGLang) -> Iterator[str]:
             self._reply(json.loads(self.rfile.read(length)))
 
         def _reply(self, payload: dict[str, Any]) -> None:
-            status, content = fake.answer(self.path, payload)
+            status, content = fake.answer(self.path.partition("?")[0], payload)
             if status == 0:
                 self.close_connection = True
                 return

@@ -17,6 +17,9 @@ _INFO_SECONDS = 30.0
 _CONTROL_SECONDS = 600.0
 """Limit of control calls: a flush is quick, a bucket of weights may be large."""
 
+_IDLE_SECONDS = 30.0
+"""How long a server may take, after its last answer, until it counts itself as idle."""
+
 _UPDATED_NOT_FLUSHED = "but the cache was not flushed"
 """Part of a refusal that says that the weights were loaded."""
 
@@ -282,8 +285,12 @@ class SGLangClient:
         self._control("/update_weight_version", {"new_version": name, "abort_all_requests": False})
 
     def flush_cache(self) -> None:
-        """Forget all keys and values; refused while a request runs or waits."""
-        self._control("/flush_cache", {})
+        """Forget all keys and values, as soon as nothing runs; refused if that takes too long.
+
+        A paused server does not get to that: the batch that it finished last stays with it, so
+        that ``resume`` comes before.
+        """
+        self._control(f"/flush_cache?timeout={_IDLE_SECONDS:.0f}", {})
 
     def _update(
         self, path: str, payload: Mapping[str, Any], timeout_seconds: float = _CONTROL_SECONDS

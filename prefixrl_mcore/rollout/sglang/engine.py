@@ -46,9 +46,6 @@ from prefixrl_mcore.rollout.weight_sync.syncer import Syncer
 
 logger = logging.getLogger(__name__)
 
-_MEMORY_TAGS = ("weights", "kv_cache")
-"""Device memory that ``sleep`` frees."""
-
 _PAUSED = "it is paused; call resume first"
 _ASLEEP = "it slept; call wake and load_weights first"
 _INCOMPLETE = "its weights are incomplete; load_weights failed"
@@ -70,6 +67,7 @@ class SGLangEngine:
         max_total_tokens: int,
         logs_folder: Path,
         device: str = "cpu",
+        colocated: bool = False,
     ) -> None:
         """Start ``config.num_servers`` servers, or connect to ``config.urls``.
 
@@ -81,6 +79,7 @@ class SGLangEngine:
             max_total_tokens: longest context and completion together that will be asked for.
             logs_folder: gets ``sglang-<server>-<start>.log``, one file per start.
             device: ``cpu`` or ``cuda``.
+            colocated: ``sleep`` is to free the memory of GPUs.
 
         Raises:
             ValueError: if the folder is not a model's.
@@ -115,6 +114,7 @@ class SGLangEngine:
                     logits_dtype=logits_dtype,
                     device=device,
                     gpus=gpus,
+                    releases_memory=colocated,
                     max_total_tokens=min(max_total_tokens, self._max_positions),
                     weight_version=base_weights,
                 )
@@ -251,24 +251,34 @@ class SGLangEngine:
         """Hold what is in flight; ``sample`` refuses until ``resume``."""
         if not self._cannot_sample:
             self._cannot_sample = _PAUSED
-            self._pool.command(SGLangClient.pause, [State.READY], State.PAUSED, "pause")
+            self._pool.command(
+                lambda member: member.client.pause(), [State.READY], State.PAUSED, "pause"
+            )
 
     def resume(self) -> None:
         """Go on with what is in flight, and accept requests again."""
         if self._cannot_sample == _PAUSED:
-            self._pool.command(SGLangClient.resume, [State.PAUSED], State.READY, "resume")
+            self._pool.command(
+                lambda member: member.client.resume(), [State.PAUSED], State.READY, "resume"
+            )
             self._cannot_sample = ""
 
     def sleep(self) -> None:
-        """Give device memory back; the weights are lost."""
+        """Give device memory back; the weights are lost. Nothing may be sampled.
+
+        Raises:
+            EngineError: if too few servers are left.
+        """
         self._cannot_sample = _ASLEEP
-        awake = [State.STARTING, State.READY, State.PAUSED]
-        self._pool.stop_starts("the engine was put to sleep")
-        self._pool.command(_release_memory, awake, State.ASLEEP, "sleep")
+        self._pool.sleep()
 
     def wake(self) -> None:
-        """Take device memory again; ``load_weights`` must follow before sampling."""
-        self._pool.command(_resume_memory, [State.ASLEEP], State.STARTING, "woken: no weights")
+        """Take the weights' memory again; ``load_weights`` must follow, and takes the KV cache's.
+
+        Raises:
+            EngineError: if too few servers are left.
+        """
+        self._pool.wake()
 
     def take_metrics(self) -> dict[str, float]:
         """Return what the pool counted since the last call: ``engine/...`` of docs/metrics.md."""
@@ -339,14 +349,6 @@ class SGLangEngine:
                 f"among stop_token_ids {list(params.stop_token_ids)}; add them, or take them out "
                 f"of eos_token_id in {self._model_folder}"
             )
-
-
-def _release_memory(client: SGLangClient) -> None:
-    client.release_memory(_MEMORY_TAGS)
-
-
-def _resume_memory(client: SGLangClient) -> None:
-    client.resume_memory(_MEMORY_TAGS)
 
 
 def _never_enough(_index: int, _completions: list[Completion]) -> bool:

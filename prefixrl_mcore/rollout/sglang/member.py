@@ -14,7 +14,7 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.client import ServerFault, SGLangClient
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer, gpu_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,9 @@ _HEALTH_POLL_SECONDS = 0.5
 _REPORT_SECONDS = 10.0
 _JOIN_SECONDS = 30.0
 """Time for a start under way to notice that it is cancelled, and to end what it started."""
+
+WEIGHTS, KV_CACHE = _MEMORY_PARTS = ("weights", "kv_cache")
+"""Parts of device memory, as SGLang calls them; its compiled graphs stay."""
 
 Failure = Literal["answer", "health"]
 """What failed: an answer to a request, or a health check."""
@@ -117,6 +120,10 @@ class Member:
         self.failures: Counter[Failure] = Counter()
         """Failures of either kind since the last success of that kind."""
 
+        self.released: tuple[str, ...] = ()
+        """Parts of its device memory that it gave back in this life. Only these may be resumed:
+        any other ends SGLang's scheduler."""
+
         self._config = config
         self._client = None if launch is not None else self._client_of_url()
         self._launch = launch
@@ -133,6 +140,11 @@ class Member:
         """Calls to the server, once it has come up for the first time."""
         assert self._client is not None, f"{self.name} has not come up"
         return self._client
+
+    @property
+    def gpus(self) -> tuple[int, ...] | None:
+        """The GPU of each of its ranks, as this process numbers them; None if not ours to give."""
+        return None if self._launch is None else gpu_numbers(self._launch.gpus)
 
     @property
     def is_up(self) -> bool:
@@ -166,6 +178,7 @@ class Member:
         self.life += 1
         self.failures.clear()
         self.served_weights = ""
+        self.released = ()
         self._cancelled = cancelled = threading.Event()
         life = self.life
         self.move_to(State.STARTING, f"start {life}" if self._launch else "waiting for it")
@@ -191,6 +204,31 @@ class Member:
         self.last_death = cause
         self._end()
         self.move_to(State.DEAD, cause + tail)
+
+    def release_memory(self) -> None:
+        """Give its device memory back, once it is idle: a busy server would die of it.
+
+        Raises:
+            ServerFault: if it does not get idle, or is lost.
+        """
+        self.client.abort()  # what a batch that was given up left in flight
+        self.client.resume()  # a paused server never gets idle
+        self.client.flush_cache()
+        self.client.release_memory([p for p in _MEMORY_PARTS if p not in self.released])
+        self.released = _MEMORY_PARTS
+
+    def resume_memory(self, *parts: str) -> None:
+        """Take those of its parts of device memory again that it gave back.
+
+        Raises:
+            ServerFault: if it cannot, or is lost.
+        """
+        wanted = [part for part in parts if part in self.released]
+        if wanted:
+            self.client.resume_memory(wanted)
+        if WEIGHTS in wanted:
+            self.served_weights = "lost in its sleep"
+        self.released = tuple(part for part in self.released if part not in wanted)
 
     def may_restart(self) -> bool:
         """Return whether another restart is within the bounds of the config."""

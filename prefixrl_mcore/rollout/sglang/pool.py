@@ -21,7 +21,14 @@ from prefixrl_mcore.rollout.sglang.client import (
     WrongWeights,
 )
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
-from prefixrl_mcore.rollout.sglang.member import CameUp, Failure, Member, State
+from prefixrl_mcore.rollout.sglang.member import (
+    KV_CACHE,
+    WEIGHTS,
+    CameUp,
+    Failure,
+    Member,
+    State,
+)
 from prefixrl_mcore.rollout.weight_sync.sync import MakeBuckets, is_incomplete
 from prefixrl_mcore.rollout.weight_sync.syncer import Syncer
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
@@ -100,6 +107,7 @@ class ServerPool:
         self._config = config
         self._syncer = syncer
         self._next_check: dict[int, float] = {}
+        self._checks: list[threading.Thread] = []
         self._await_load: set[Member] = set()  # came up when the weights could not be had
         self._last_heartbeat = time.monotonic()
 
@@ -232,9 +240,11 @@ class ServerPool:
             if member.state is State.READY and self._next_check.get(member.index, 0.0) <= now:
                 # Not again before this one has ended.
                 self._next_check[member.index] = now + 2 * self._config.health_timeout_seconds
-                threading.Thread(
+                check = threading.Thread(
                     target=self._check, args=(member, member.life, member.client), daemon=True
-                ).start()
+                )
+                self._checks = [one for one in self._checks if one.is_alive()] + [check]
+                check.start()
 
     def suspect(self, member: Member, life: int, kind: Failure, fault: ServerFault) -> None:
         """Take a failure into account: it may be one too many, or a sign that the server is gone.
@@ -274,16 +284,16 @@ class ServerPool:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def command(
-        self, call: Callable[[SGLangClient], None], states: Sequence[State], to: State, cause: str
+        self, call: Callable[[Member], None], states: Sequence[State], to: State, cause: str
     ) -> None:
-        """Say the same to all servers in ``states``, which are ``to`` then; bury who refuses.
+        """Do the same with all servers in ``states``, which are ``to`` then; bury who refuses.
 
         Raises:
             EngineError: if too few servers are left.
         """
         told = [member for member in self.members if member.state in states and member.is_up]
         with ThreadPoolExecutor(max(1, len(told)), "sglang-command") as threads:
-            results = [threads.submit(call, member.client) for member in told]
+            results = [threads.submit(call, member) for member in told]
         for member, result in zip(told, results, strict=True):
             fault = result.exception()
             if fault is None:
@@ -294,11 +304,34 @@ class ServerPool:
                 raise fault
         self._check_enough()
 
-    def stop_starts(self, cause: str) -> None:
-        """Give up the starts under way: memory is wanted by somebody else."""
-        for member in self.members:
-            if member.state is State.STARTING and not member.is_up:
-                member.die(cause)
+    def sleep(self) -> None:
+        """Have all servers give their device memory back, starts and health checks under way first.
+
+        Raises:
+            EngineError: if too few servers are left.
+        """
+        self.begin_to_wait()
+        while any(member.state is State.STARTING and not member.is_up for member in self.members):
+            self.next_answer(waiting_for="servers that start, to put them to sleep")
+        for check in self._checks:
+            check.join()  # it asks for a token
+        self._checks.clear()
+        self._bury_the_lost()
+        awake = [State.STARTING, State.READY, State.PAUSED]
+        self.command(Member.release_memory, awake, State.ASLEEP, "its memory is released")
+
+    def wake(self) -> None:
+        """Have all sleeping servers take memory for weights again.
+
+        Raises:
+            EngineError: if too few servers are left.
+        """
+        self.command(
+            lambda member: member.resume_memory(WEIGHTS),
+            [State.ASLEEP],
+            State.STARTING,
+            "it was woken, and has no weights",
+        )
 
     def close(self) -> None:
         """End all servers that were started; safe to call twice."""
@@ -324,6 +357,7 @@ class ServerPool:
                 client=member.client,
                 num_ranks=self._config.tensor_parallel_size,
                 name=member.name,
+                gpus=member.gpus,
             )
             for member in members
         ]
@@ -341,7 +375,12 @@ class ServerPool:
                 )
             else:
                 member.served_weights = self.weights.name
-                member.move_to(State.READY, f"has weights {self.weights.name!r}")
+        self.command(  # only now, so that memory for the exported weights was left
+            lambda member: member.resume_memory(KV_CACHE),
+            [State.UPDATING],
+            State.READY,
+            f"has weights {self.weights.name!r}",
+        )
 
     def _catch_up(self, outdated: Sequence[Member]) -> None:
         """Send the current weights again, to servers that came up late.

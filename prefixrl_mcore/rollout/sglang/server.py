@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,8 @@ _PRIVATE_VARIABLES = (
 )
 """The trainer's own: the server would join its process group, import its packages, show its key."""
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerLaunch:
@@ -103,6 +105,9 @@ class ServerLaunch:
 
     weight_version: str
     """Name of the weights in the folder, stamped on completions."""
+
+    releases_memory: bool = False
+    """Its GPU memory can be released and taken again."""
 
 
 class SGLangServer:
@@ -303,20 +308,29 @@ def gpus_of_servers(config: SGLangConfig, device: str) -> list[tuple[str, ...]]:
     """
     if device == "cpu":
         return [()] * config.num_servers
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        entries = [str(index) for index in range(torch.cuda.device_count())]
-    else:
-        entries = [entry.strip() for entry in visible.split(",") if entry.strip()]
-    size = config.tensor_parallel_size
+    entries, size = _visible_gpus(), config.tensor_parallel_size
     if config.num_servers * size > len(entries):
         raise EngineError(
             f"SGLang: {config.num_servers} server(s) of {size} GPU(s) each need "
             f"{config.num_servers * size} GPUs, this machine shows {len(entries)} "
-            f"(CUDA_VISIBLE_DEVICES = {visible!r}); lower rollout.sglang.num_servers or "
-            "rollout.sglang.tensor_parallel_size"
+            f"(CUDA_VISIBLE_DEVICES = {os.environ.get('CUDA_VISIBLE_DEVICES')!r}); lower "
+            "rollout.sglang.num_servers or rollout.sglang.tensor_parallel_size"
         )
     return [tuple(entries[i * size : (i + 1) * size]) for i in range(config.num_servers)]
+
+
+def gpu_numbers(gpus: Sequence[str]) -> tuple[int, ...] | None:
+    """Return the numbers that this process has for a server's GPUs; None for a server without."""
+    visible = _visible_gpus() if gpus else []
+    return tuple(visible.index(gpu) for gpu in gpus) or None
+
+
+def _visible_gpus() -> list[str]:
+    """Return the entries of CUDA_VISIBLE_DEVICES, in the order of this process's GPU numbers."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(index) for index in range(torch.cuda.device_count())]
+    return [entry.strip() for entry in visible.split(",") if entry.strip()]
 
 
 def _server_arguments(launch: ServerLaunch, port: int, *, has_key: bool) -> list[str]:
@@ -354,6 +368,8 @@ def _server_arguments(launch: ServerLaunch, port: int, *, has_key: bool) -> list
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
     flags += logits_flags(config, launch.logits_dtype, device=device)
     flags += deterministic_flags(config, device=device)
+    if launch.releases_memory and device != "cpu":
+        flags.append("--enable-memory-saver")
     pairs = [part for pair in arguments.items() for part in pair]
     return [*launcher, *pairs, *flags, *config.extra_args]
 
@@ -380,6 +396,10 @@ def _environment(launch: ServerLaunch) -> Mapping[str, str]:
     # /health answers from the HTTP process instead of sampling a token.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
+    if launch.releases_memory:
+        # The memory saver cannot release segments that expand.
+        for name in _ALLOCATOR_VARIABLES:
+            environment.pop(name, None)
     if launch.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment["PYTHONPATH"] = str(_STAND_INS)

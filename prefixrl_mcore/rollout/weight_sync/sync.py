@@ -1,7 +1,7 @@
-"""One update of the weights of all servers: pause, load bucket by bucket, flush, resume.
+"""One update of the weights of all servers: pause, load bucket by bucket, resume, flush.
 
-While a server has weights of more than one version, their name says so, and it stays paused: what
-a trainer that died left behind is recognised and never sampled from.
+While a server has weights of more than one version, or a cache of the old one, their name says so:
+what a trainer that died left behind is recognised and never sampled from.
 """
 
 import logging
@@ -75,8 +75,8 @@ def sync_weights(
     """Load new weights into all targets; they are sampled from under the name ``weight_version``.
 
     The next bucket is exported while the last one is being sent, by one thread, which uses no
-    collective of the policy's. A target that fails stays paused, under a name that
-    ``is_incomplete`` knows; the others go on.
+    collective of the policy's. A target that fails stays under a name that ``is_incomplete``
+    knows; the others go on.
 
     Args:
         targets: servers that nothing is in flight on.
@@ -150,6 +150,7 @@ class _Update:
 
     def _begin_one(self, target: SyncTarget) -> None:
         target.client.pause()
+        target.client.abort()  # what another trainer, or a batch that was given up, left in flight
         target.client.set_weight_version(f"{self._weight_version}:{_INCOMPLETE}")
         if self.transport.has_session and target.client.begin_update():
             self._open_sessions.add(target.name)
@@ -187,6 +188,9 @@ class _Update:
         client = target.client
         if target.name in self._open_sessions:
             client.end_update()
+        # A server that was paused right after its last answer still holds the finished batch, and
+        # is never idle enough for a flush. Under its name nobody samples before the flush.
+        client.resume()
         client.flush_cache()
         client.set_weight_version(self._weight_version)
         served = client.weight_version()
@@ -197,4 +201,3 @@ class _Update:
                 f"weights {served!r} after an update to {self._weight_version!r}; does another "
                 "trainer use the server?",
             )
-        client.resume()

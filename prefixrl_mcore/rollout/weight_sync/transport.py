@@ -30,7 +30,7 @@ class SyncTarget:
 
     gpus: tuple[int, ...] | None = None
     """The GPU of each rank, as the trainer numbers them, where trainer and server are on one
-    machine; None if they are the first ones."""
+    machine; None if they are the first ones, or none."""
 
     @property
     def rank_gpus(self) -> Sequence[int]:

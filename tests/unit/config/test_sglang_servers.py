@@ -39,3 +39,22 @@ def test_settings_that_do_not_go_together_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         servers(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param(
+            {"schedule": {"overlap": True, "max_staleness": 1}},
+            "switch one of them off: overlap needs servers on GPUs of their own",
+            id="overlap",
+        ),
+        pytest.param({"sglang": {"urls": ["http://a"]}}, "leave one of them out", id="urls"),
+    ],
+)
+def test_colocated_is_refused_where_nobody_can_take_turns(
+    settings: dict[str, Any], message: str
+) -> None:
+    validate(RolloutConfig, settings, where="test")
+    with pytest.raises(ConfigError, match=message):
+        validate(RolloutConfig, {"colocated": True, **settings}, where="test")

@@ -44,6 +44,7 @@ def test_a_save_that_fails_does_not_hide_an_update_that_is_not_finite(
     session.topology = SimpleNamespace(is_first=True)
     session.phases = Phases()
     session.num_failed_saves = 0
+    session.config = SimpleNamespace(rollout=SimpleNamespace(colocated=False))
     monkeypatch.setattr(Session, "_memory_explained", lambda *_: nullcontext())
     monkeypatch.setattr(Session, "state", lambda *_: {})
     dumped = NonFiniteError("dumped")

@@ -363,8 +363,62 @@ def test_every_change_of_state_is_logged_with_its_cause(
         "starting -> ready: has weights 'first'",
         "ready -> paused: pause",
         "paused -> ready: resume",
-        "ready -> asleep: sleep",
-        "asleep -> starting: woken: no weights",
+        "ready -> asleep: its memory is released",
+        "asleep -> starting: it was woken, and has no weights",
+    ]
+
+
+def test_woken_server_takes_memory_for_weights_first_and_for_its_cache_after_the_update(
+    pool: Pool,
+) -> None:
+    engine = pool.engine(urls=pool.urls[:1])
+    engine.sample(requests_of(1), PARAMS)
+    before = len(pool.fakes[0].calls)
+
+    engine.pause()
+    engine.sleep()
+    engine.wake()
+    engine.load_weights(weights, 1)
+
+    calls = pool.fakes[0].calls[before:]
+    steps = [
+        "/pause_generation",  # the engine's
+        "/continue_generation",
+        "/flush_cache",
+        "/release_memory_occupation weights kv_cache",
+        "/resume_memory_occupation weights",
+        "/pause_generation",  # the update's
+        "/update_weights_from_tensor",
+        "/continue_generation",
+        "/flush_cache",
+        "/resume_memory_occupation kv_cache",
+    ]
+    rest = iter(calls)
+    assert all(step in rest for step in steps), calls
+    assert pool.fakes[0].released == set()
+    engine.sample(requests_of(1), PARAMS)
+
+
+def test_server_that_came_back_while_the_others_slept_is_not_told_to_wake(pool: Pool) -> None:
+    """What was not released cannot be resumed: SGLang's scheduler would die of it."""
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=5)
+    engine.sample(requests_of(4), PARAMS)
+    engine.sleep()
+    returned, slept = pool.fakes[0], pool.fakes[1]
+    returned.released.clear()  # a new process
+    engine._pool.bury(engine._pool.members[0], "killed in its sleep")
+
+    engine.wake()
+    engine.load_weights(weights, 1)
+    deadline = time.monotonic() + 10
+    while len(engine._pool.ready) < 2 and time.monotonic() < deadline:
+        engine.sample(requests_of(4), PARAMS)
+
+    assert len(engine._pool.ready) == 2
+    assert not any(call.startswith("/resume_memory") for call in returned.calls)
+    assert [call for call in slept.calls if call.startswith("/resume_memory")] == [
+        "/resume_memory_occupation weights",
+        "/resume_memory_occupation kv_cache",
     ]
 
 

@@ -121,7 +121,7 @@ class MixtureSource:
         """
         if count < 1:
             raise ValueError(f"take: count must be at least 1, got {count}")
-        taken, self._returned = self._returned[:count], self._returned[count:]
+        taken = self._take_returned(count)
         returned = frozenset(taken) if count <= len(self._items) else frozenset()
         while len(taken) < count:
             if self._cursor == len(self._order):
@@ -177,6 +177,19 @@ class MixtureSource:
         # A checkpoint of an earlier version has none.
         self._returned = [self._index[name] for name in state.get("returned", ())]
         self._order = self._make_order()
+
+    def _take_returned(self, count: int) -> list[int]:
+        """Take what was given back, each item once where ``count`` leaves room for the others.
+
+        An item stands there more than once if it was given back while a turn of it was put off.
+        """
+        taken: list[int] = []
+        left: list[int] = []
+        for index in self._returned:
+            is_free = count > len(self._items) or index not in taken
+            (taken if is_free and len(taken) < count else left).append(index)
+        self._returned = left
+        return taken
 
     def _start_next_epoch(self, taken: Sequence[int], count: int) -> None:
         """Move to the next epoch, whose first items avoid those of the current ``take``."""

@@ -36,6 +36,10 @@ DYNAMIC_METRICS = (
 )
 
 
+class StalenessError(RuntimeError):
+    """A rollout is of other weights than the run allows; raised on every rank alike."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generated:
     """What one step trains on, and what it cost to sample."""
@@ -252,7 +256,7 @@ def staleness_metrics(
         max_staleness: what is allowed; 0 is strictly on-policy.
 
     Raises:
-        RuntimeError: naming a rollout that is more stale, or of weights that do not exist yet.
+        StalenessError: naming a rollout that is more stale, or of weights that do not exist yet.
     """
     num_tokens, total, largest = 0, 0, 0
     for group in groups:
@@ -260,7 +264,7 @@ def staleness_metrics(
             for span in scored.rollout.completion.version_spans:
                 staleness = policy_version - span.policy_version
                 if not 0 <= staleness <= max_staleness:
-                    raise RuntimeError(
+                    raise StalenessError(
                         f"rollout {scored.rollout.rollout_id}: {span.num_tokens} of its tokens are "
                         f"of policy version {span.policy_version}, the policy is at "
                         f"{policy_version}, and rollout.schedule.max_staleness allows "

@@ -22,9 +22,10 @@ def train(session: Session, stop: StopSignal) -> None:
     stop.begin_steps()
     session.begin_steps()
     for step in range(session.first_step, session.config.trainer.num_steps):
-        with session.saved_if_engine_is_lost(step), session.step(step):
-            session.sync_weights()
-            rollouts = session.supply.sample(step)
+        with session.step(step):
+            with session.saved_if_engine_is_lost(step):
+                session.sync_weights()
+                rollouts = session.supply.sample(step)
             batch = session.pack(rollouts)
             update = session.update(step, batch)
             session.log_step(step, rollouts, batch, update)

@@ -18,13 +18,14 @@ def train_overlapped(session: Session, stop: StopSignal) -> None:
     stop.begin_steps()
     session.begin_steps()
     for step in range(session.first_step, num_steps):
-        with session.saved_if_engine_is_lost(step), session.step(step):
-            if not session.supply.is_begun:
+        with session.step(step):
+            with session.saved_if_engine_is_lost(step):
+                if not session.supply.is_begun:
+                    session.sync_weights()
+                    session.supply.begin(step)
+                session.supply.drain()
                 session.sync_weights()
-                session.supply.begin(step)
-            session.supply.drain()
-            session.sync_weights()
-            rollouts = session.supply.take(step)
+                rollouts = session.supply.take(step)
             if step + 1 < num_steps:
                 session.supply.begin(step + 1)
             batch = session.pack(rollouts)

@@ -64,6 +64,7 @@ class RolloutSupply:
         self._meter = meter
         self._phases = phases
         self._pending_step: int | None = None
+        self._source_state: dict[str, Any] = {}
         self._background: _Background | None = None
         self._ready: Generated | None = None
 
@@ -71,6 +72,11 @@ class RolloutSupply:
     def is_begun(self) -> bool:
         """Return whether rollouts of a coming step are there or under way; equal on all ranks."""
         return self._pending_step is not None or self._ready is not None
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Return the tokens charged for rollouts that no step has taken; equal on all ranks."""
+        return 0 if self._ready is None else self._ready.num_sampled_tokens
 
     @property
     def is_in_background(self) -> bool:
@@ -96,6 +102,7 @@ class RolloutSupply:
         The engine must keep its weights until ``drain`` or ``take``.
         """
         assert not self.is_begun, "one generation at a time: take what was begun first"
+        self._source_state = self._source.state()
         self._pending_step = step
         if self._generator is not None:
             generator = self._generator
@@ -131,6 +138,13 @@ class RolloutSupply:
         assert generated is not None, f"step {step}: nothing was begun"
         assert generated.step == step, f"step {step}: these are rollouts of step {generated.step}"
         return generated
+
+    def source_state(self) -> dict[str, Any]:
+        """Return the source's position, before what a generation under way takes from it.
+
+        May be called at any time: the thread's own changes are not looked at.
+        """
+        return self._source.state() if self._pending_step is None else self._source_state
 
     def state(self) -> dict[str, Any]:
         """Return as JSON what was sampled, or begun, and no step has trained on; rank 0's counts.

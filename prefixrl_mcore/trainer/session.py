@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prefixrl_mcore.accounting.flops import FlopsMeter
+from prefixrl_mcore.accounting.flops import FlopsMeter, sampling_flops
 from prefixrl_mcore.accounting.model_flops import ModelFlops
 from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint, step_folder
@@ -33,9 +33,9 @@ from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.policy.topology import Topology, run_on_first
 from prefixrl_mcore.records import Problem, TrainingSequence, UpdateResult
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError
-from prefixrl_mcore.trainer.agreement import GapAlarm
+from prefixrl_mcore.trainer.agreement import GapAlarm, LogprobGapError
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
-from prefixrl_mcore.trainer.generation import Generated, staleness_metrics
+from prefixrl_mcore.trainer.generation import Generated, StalenessError, staleness_metrics
 from prefixrl_mcore.trainer.groups import training_sequences
 from prefixrl_mcore.trainer.memory import give_back_cached_memory, reset_peaks
 from prefixrl_mcore.trainer.out_of_memory import explained
@@ -155,10 +155,18 @@ class Session:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Surround one step, from the weight sync to the metrics."""
+        """Surround one step, from the weight sync to the metrics; all ranks call this.
+
+        A check that ends the run on every rank alike leaves no save under way.
+        """
         self.phases.begin_step(step)
         with self._memory_explained(), self.profiler.step(step):
-            yield
+            try:
+                yield
+            except (LogprobGapError, StalenessError):
+                with self.phases.phase("save"):
+                    self._complete_save()
+                raise
 
     def sync_weights(self) -> None:
         """Bring the engine to the policy's version; all ranks call this (collective export)."""
@@ -204,7 +212,7 @@ class Session:
         """Pack the step's rollouts into streams; every rank packs the same.
 
         Raises:
-            RuntimeError: if a rollout is more stale than the run allows.
+            StalenessError: if a rollout is more stale than the run allows.
         """
         self.staleness = staleness_metrics(
             rollouts.groups,
@@ -282,7 +290,8 @@ class Session:
     def saved_if_engine_is_lost(self, step: int) -> Iterator[None]:
         """Save what ``step`` begins with if no rollout can be had for it; all ranks call this.
 
-        The error goes on. Who failed to sample has given the problems back to the source.
+        To surround only what fails on every rank alike, because saving is a collective. The error
+        goes on. Who failed to sample has given the problems back to the source.
         """
         try:
             yield
@@ -465,7 +474,7 @@ class Session:
         return {
             "step": step,
             "method": self.config.method,
-            "source": self.source.state(),
+            "source": self.supply.source_state(),
             "flops": self.meter.state(),
             **describe_settings(self.config),
             "is_evaluated": step in self.evaluations,
@@ -475,9 +484,14 @@ class Session:
         }
 
     def is_over_budget(self) -> bool:
-        """Return whether the charged FLOPs have reached ``trainer.max_flops``."""
+        """Return whether the FLOPs of the steps taken have reached ``trainer.max_flops``.
+
+        Rollouts that wait for their step do not count, so that a resumed run, which finds them in
+        its checkpoint, ends after the same step as an undisturbed one.
+        """
         limit = self.config.trainer.max_flops
-        return limit is not None and self.meter.total_flops >= limit
+        waiting = sampling_flops(self.meter.num_parameters, self.supply.num_waiting_tokens)
+        return limit is not None and self.meter.total_flops - waiting >= limit
 
     @property
     def _evaluator(self) -> Evaluator:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 from collections import Counter
 
 import pytest
@@ -97,6 +98,46 @@ def test_taking_more_than_there_are_repeats_evenly_and_is_counted(
         "one step takes 12 prompts but there are only 5; the rest are repeated as groups of their "
         "own; lower batch.prompts_per_step to avoid that"
     ]
+
+
+def test_an_item_that_is_always_given_back_does_not_crowd_out_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = MixtureSource(_items(4), seed=0)
+    used = Counter[str]()
+    for _ in range(60):
+        items = source.take(2)
+        assert len(set(_ids(items))) == 2
+        hard = [item for item in items if item.prefixed_problem_id == "p003"]
+        used.update(_ids([item for item in items if item not in hard]))
+        source.give_back(hard)
+    assert min(used[name] for name in ("p000", "p001", "p002")) >= 19  # 60 places for three
+    assert source.num_repeats == 0
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_given_back_no_item_is_lost_favoured_or_taken_twice_at_once(seed: int) -> None:
+    rng = random.Random(seed)
+    num_items = rng.randint(1, 12)
+    source = MixtureSource(_items(num_items), seed=seed)
+    used = Counter[str]()
+    for _ in range(300):
+        items = source.take(rng.randint(1, num_items))
+        assert len(set(_ids(items))) == len(items)
+        back = [item for item in items if rng.random() < 0.4]
+        used.update(_ids([item for item in items if item not in back]))
+        source.give_back(rng.sample(back, len(back)))
+        state = json.dumps(source.state())
+        turns = used + Counter(json.loads(state)["returned"])
+        # An epoch gives every item one turn, which it has used or still has.
+        numbers = [turns[name] for name in _ids(_items(num_items))]
+        assert max(numbers) - min(numbers) <= 1
+        if rng.random() < 0.1:
+            source = MixtureSource(_items(num_items), seed=seed)
+            source.load_state(json.loads(state))
+            assert json.dumps(source.state()) == state
+    assert source.num_repeats == 0
 
 
 def test_a_position_in_another_set_or_order_is_refused() -> None:

@@ -7,12 +7,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig
 from prefixrl_mcore.report.figures import plot_headline
 from prefixrl_mcore.report.html import build_report
 from prefixrl_mcore.report.reader import read_run
 from prefixrl_mcore.report.style import LIGHT_COLORS, run_styles
 from prefixrl_mcore.report.summary import fallback_lines, write_summary
+from prefixrl_mcore.rollout.build import build_engine
 from tests.support.fake_run import write_fake_run
+from tests.support.tiny_models import write_tiny_qwen3
 
 
 def test_summary_has_one_aligned_list_per_quantity(tmp_path: Path) -> None:
@@ -109,3 +112,24 @@ def test_methods_keep_their_colour_and_seeds_differ_in_dash(tmp_path: Path, num_
     styles = run_styles(runs)
     assert [style.slot for style in styles] == [1] * num_seeds + [0] * num_seeds
     assert len({style.dash for style in styles[:num_seeds]}) == num_seeds
+
+
+def test_a_run_with_a_bad_interpreter_falls_back_and_its_summary_says_so(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", num_steps=10)
+    config = RolloutConfig(sglang=SGLangConfig(python=Path("nowhere/bin/python")))
+    engine = build_engine(
+        config,
+        write_tiny_qwen3(tmp_path / "model"),
+        logits_dtype="float32",
+        logs_folder=run / "logs" / "train",
+        device="cpu",
+    )
+
+    summary = json.loads(write_summary([run], tmp_path / "summary.json").read_text())
+
+    values = summary["methods"]["prefixrl"]
+    assert values["engines"] == {"train": engine.name}
+    assert engine.name.startswith("transformers ")
+    assert "nowhere/bin/python does not exist" in values["fallbacks"]["train"]
+    (line,) = fallback_lines([run])
+    assert line.startswith("SGLang was not used in prefixrl train: ")

@@ -1,12 +1,13 @@
 """What the loops do before their first step, and the order of the overlapped one."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.trainer.loop import train
 from prefixrl_mcore.trainer.overlapped_loop import train_overlapped
@@ -39,19 +40,27 @@ class _Recorded:
         self.calls: list[str] = []
         self.config = SimpleNamespace(trainer=SimpleNamespace(num_steps=3))
         self.first_step, self.owes_evaluation = first_step, False
+        self.is_saved_in_need = False
         self.saver = SimpleNamespace(seconds_to_stop=0.0)
         self.supply = SimpleNamespace(
             is_begun=is_begun,
             begin=self._begin,
             drain=lambda: self.calls.append("drain"),
             take=self._take,
+            sample=self._sample,
         )
 
     def _begin(self, step: int) -> None:
         self.supply.is_begun = True
         self.calls.append(f"begin {step}")
 
+    def _sample(self, step: int) -> str:
+        assert self.is_saved_in_need
+        self.calls.append(f"sample {step}")
+        return f"rollouts {step}"
+
     def _take(self, step: int) -> str:
+        assert self.is_saved_in_need
         self.supply.is_begun = False
         self.calls.append(f"take {step}")
         return f"rollouts {step}"
@@ -59,14 +68,22 @@ class _Recorded:
     def step(self, step: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def saved_if_engine_is_lost(self, step: int) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def saved_if_engine_is_lost(self, step: int) -> Iterator[None]:
+        self.is_saved_in_need = True
+        yield
+        self.is_saved_in_need = False
 
     def pack(self, rollouts: str) -> str:
+        assert not self.is_saved_in_need
         return f"batch of {rollouts}"
 
     def update(self, step: int, batch: str) -> None:
+        assert not self.is_saved_in_need
         self.calls.append(f"update {step} on {batch}")
+
+    def log_step(self, *_: object) -> None:
+        assert not self.is_saved_in_need, "rank 0 alone asks the engine here"
 
     def is_over_budget(self) -> bool:
         return False
@@ -98,6 +115,27 @@ def test_with_overlap_a_generation_begins_after_the_sync_and_before_the_update(
         *("drain", "sync", "take 1", "begin 2", "update 1 on batch of rollouts 1"),
         *("drain", "sync", "take 2", "update 2 on batch of rollouts 2"),  # the last begins no other
     ]
+
+
+def test_a_step_on_policy_syncs_samples_and_updates() -> None:
+    session: Any = _Recorded(first_step=2, is_begun=False)
+    stop: Any = SimpleNamespace(begin_steps=lambda: None, is_set=lambda seconds: False)
+    train(session, stop)
+    assert session.calls == ["sync", "sample 2", "update 2 on batch of rollouts 2"]
+
+
+@pytest.mark.parametrize(
+    ("num_waiting", "max_flops", "is_over"),
+    [(0, 1000.0, True), (0, 1001.0, False), (3, 1000.0, False), (3, 940.0, True)],
+)
+def test_rollouts_that_wait_for_their_step_do_not_end_a_run(
+    num_waiting: int, max_flops: float, is_over: bool
+) -> None:
+    session: Any = object.__new__(Session)
+    session.config = SimpleNamespace(trainer=SimpleNamespace(max_flops=max_flops))
+    session.meter = FlopsMeter(num_parameters=10, collect_flops=400.0, sampling_flops=600.0)
+    session.supply = SimpleNamespace(num_waiting_tokens=num_waiting)  # 2 x 10 FLOPs each
+    assert session.is_over_budget() is is_over
 
 
 def test_weights_are_not_exported_again_beside_an_update() -> None:

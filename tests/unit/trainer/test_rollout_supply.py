@@ -122,6 +122,31 @@ def test_a_state_needs_what_is_under_way_to_be_over() -> None:
     assert again._meter.charged_tokens == 0  # the saved meter has been charged
 
 
+def test_waiting_rollouts_are_counted_until_their_step_takes_them() -> None:
+    sampling = Sampling()
+    sampling.go_on.set()
+    supply = supply_of(sampling)
+    assert supply.num_waiting_tokens == 0
+    supply.begin(3)
+    assert supply.num_waiting_tokens == 0  # not charged yet either
+    supply.drain()
+    assert supply.num_waiting_tokens == 70
+    supply.take(3)
+    assert supply.num_waiting_tokens == 0
+
+
+def test_the_position_of_the_source_is_that_before_a_generation_until_its_end() -> None:
+    sampling = Sampling()
+    supply = supply_of(sampling)
+    before = supply.source_state()
+    supply.begin(3)
+    supply._source.take(1)  # as the thread does
+    assert supply.source_state() == before
+    sampling.go_on.set()
+    supply.drain()
+    assert supply.source_state() == supply._source.state() != before
+
+
 def test_rollouts_of_another_step_are_refused() -> None:
     sampling = Sampling()
     sampling.go_on.set()

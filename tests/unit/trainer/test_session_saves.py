@@ -13,6 +13,8 @@ from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError
 from prefixrl_mcore.trainer import session as session_module
+from prefixrl_mcore.trainer.agreement import LogprobGapError
+from prefixrl_mcore.trainer.generation import StalenessError
 from prefixrl_mcore.trainer.session import Session
 from tests.support.policies import make_batch
 
@@ -53,6 +55,23 @@ def test_a_save_that_fails_does_not_hide_an_update_that_is_not_finite(
         session._update(3, make_batch(), loss=None, dumps=Path("dumps"))
     assert session.num_failed_saves == num_failed
     assert str(refusal) in caplog.text
+
+
+@pytest.mark.parametrize("error", [LogprobGapError("gap"), StalenessError("old")])
+def test_a_check_that_ends_the_run_completes_the_save_under_way(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = object.__new__(Session)
+    waits: list[bool] = []
+    session.saver = SimpleNamespace(finish=lambda *, wait: waits.append(wait))
+    session.phases = Phases()
+    session.profiler = SimpleNamespace(step=lambda step: nullcontext())
+    monkeypatch.setattr(Session, "_memory_explained", lambda *_: nullcontext())
+
+    with pytest.raises(type(error)), session.step(3):
+        raise error
+
+    assert waits == [True]
 
 
 class FakeSaver:

@@ -270,9 +270,10 @@ class SGLangClient:
         """Receive weights that rank 0 of a group broadcasts meanwhile, and load them."""
         self._update("/update_weights_from_distributed", payload, timeout_seconds)
 
-    def destroy_update_group(self, group_name: str) -> None:
+    def destroy_update_group(self, group_name: str, timeout_seconds: float) -> None:
         """Leave a process group."""
-        self._control("/destroy_weights_update_group", {"group_name": group_name})
+        path = "/destroy_weights_update_group"
+        self._control(path, {"group_name": group_name}, timeout_seconds)
 
     def checksums(self) -> Mapping[str, Any]:
         """Return a digest of every tensor of every rank, under ``ranks``."""

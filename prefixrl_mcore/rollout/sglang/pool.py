@@ -29,6 +29,7 @@ from prefixrl_mcore.rollout.sglang.member import (
     Member,
     State,
 )
+from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
 from prefixrl_mcore.rollout.weight_sync.sync import MakeBuckets, is_incomplete
 from prefixrl_mcore.rollout.weight_sync.syncer import Syncer
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
@@ -41,6 +42,9 @@ TICK_SECONDS = 0.2
 _HEARTBEAT_SECONDS = 30.0
 _ABORT_SECONDS = 6.0
 """Longest wait for the servers to be told to drop what they do."""
+
+_PROBE_PAUSE_SECONDS = 0.5
+"""Between two probes before an update: one that is refused at once says little of the next."""
 
 _DEATH_SECONDS = 1.0
 """Time from a broken connection until the supervisor has seen that the process is gone."""
@@ -184,9 +188,14 @@ class ServerPool:
         self._last_heartbeat = time.monotonic()
 
     def take_metrics(self) -> dict[str, float]:
-        """Return what was counted since the last call, by metric name."""
-        values = self.counters.metrics(num_ready=len(self.ready))
-        self.counters = PoolCounters(num_servers=len(self.members))
+        """Return what was counted since the last call, by metric name.
+
+        While another thread samples (``rollout.schedule.overlap``) it is part of what that
+        generation does; the rest comes with the next call.
+        """
+        # Swapped before they are read: a generation that overlaps the update counts meanwhile.
+        counted, self.counters = self.counters, PoolCounters(num_servers=len(self.members))
+        values = counted.metrics(num_ready=len(self.ready))
         return values | self._syncer.take_metrics()
 
     def tend(self) -> None:
@@ -363,9 +372,13 @@ class ServerPool:
         ]
         try:
             report = self._syncer.sync(targets, self.weights.make_buckets, self.weights.name)
-        except BaseException:
+        except BaseException as error:
+            differ = isinstance(error, WeightsDifferError)
             for member in members:
-                member.move_to(State.STARTING, "its weights are incomplete")
+                member.move_to(
+                    State.STARTING,
+                    "weights differ from the policy's" if differ else "its weights are incomplete",
+                )
             raise
         for member in members:
             if member.name in report.failed:
@@ -386,10 +399,13 @@ class ServerPool:
         """Send the current weights again, to servers that came up late.
 
         Raises:
+            WeightsDifferError: if a server holds others than it was sent: the transport is broken.
             EngineError: if they cannot be had again, and no server has them.
         """
         try:
             self._update(outdated)
+        except WeightsDifferError:
+            raise
         except EngineError as error:
             if not self.ready:
                 raise
@@ -405,10 +421,22 @@ class ServerPool:
         """Bury who does not answer: an update would wait for it for minutes."""
         up = [member for member in self.members if member.is_up]
         with ThreadPoolExecutor(max(1, len(up)), "sglang-health") as threads:
-            healthy = threads.map(lambda member: member.client.is_healthy(), up)
+            healthy = threads.map(self._answers_at_all, up)
         for member, is_healthy in zip(up, healthy, strict=True):
             if not is_healthy:
-                self.bury(member, "did not answer before an update of its weights")
+                tries = self._config.max_failures
+                self.bury(member, f"did not answer {tries} times before an update of its weights")
+
+    def _answers_at_all(self, member: Member) -> bool:
+        """In a thread: return whether a server answers one of ``max_failures`` probes."""
+        for attempt in range(self._config.max_failures):
+            if attempt:
+                time.sleep(_PROBE_PAUSE_SECONDS)
+            if member.client.is_healthy():
+                return True
+            if member.has_lost_process():
+                return False
+        return False
 
     def _check_enough(self) -> None:
         """Raise EngineError if fewer servers than wanted are alive or may become so."""

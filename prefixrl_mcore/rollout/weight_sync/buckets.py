@@ -1,7 +1,6 @@
 """A stream of weights as buckets of bounded size, ready to be sent to engines."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Container, Generator, Iterator
 from dataclasses import dataclass
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
-
-_FUSED = re.compile(r"\.(q|k|v|gate|up)_proj\.(?:weight|bias)$")
-"""Names whose weight an engine keeps fused with that of its neighbours."""
+from prefixrl_mcore.rollout.weight_sync.fused import fused_part
 
 _Named = tuple[str, Tensor]
 
@@ -158,8 +155,5 @@ def _check_is_new(unit: str, complete: Container[str]) -> None:
 
 def _fused_name(name: str) -> str:
     """Return a name that the parts of one fused weight, and only they, have in common."""
-    match = _FUSED.search(name)
-    if match is None:
-        return name
-    fused = "qkv_proj" if match[1] in ("q", "k", "v") else "gate_up_proj"
-    return f"{name[: match.start()]}.{fused}"
+    part = fused_part(name)
+    return name if part is None else part.fused

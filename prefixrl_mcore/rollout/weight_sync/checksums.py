@@ -18,9 +18,9 @@ from torch import Tensor
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.client import ServerFault
 from prefixrl_mcore.rollout.weight_sync.digests import CpuDigest, Digest, GpuDigest
+from prefixrl_mcore.rollout.weight_sync.fused import fused_part
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
 
-_FUSED = re.compile(r"^(.*)\.(q|k|v|gate|up)_proj\.(weight|bias)$")
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.\d+\.(gate|up|down)_proj\.weight$")
 _FROM_ROWS = re.compile(r"\.(o|down)_proj\.weight$")
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -28,6 +28,12 @@ _VOCABULARY_MULTIPLE = 64
 """SGLang pads the vocabulary to a multiple of it, with zeros."""
 
 _NAMES_SHOWN = 5
+
+_WITHOUT = "--rollout.sglang.sync.checksum-every-syncs None does without (TOML cannot say None)"
+
+
+class WeightsDifferError(EngineError):
+    """A server holds other weights than it was sent; the message names server and tensors."""
 
 
 def check_weights(
@@ -48,7 +54,8 @@ def check_weights(
         is_cuda: whether the servers run on GPUs.
 
     Raises:
-        EngineError: naming the server and the tensors that differ; if a server does not tell.
+        WeightsDifferError: naming the server and the tensors that differ.
+        EngineError: if a server does not tell.
     """
     sizes = {target.num_ranks for target in targets}
     ours = Digests(sizes, dtype=dtype, num_key_value_heads=num_key_value_heads, is_cuda=is_cuda)
@@ -69,8 +76,8 @@ def _reported(target: SyncTarget) -> dict[int, Mapping[str, str]]:
         answer = target.client.checksums()
     except ServerFault as error:
         raise EngineError(
-            f"weight sync: {target.name} does not tell the checksums of its weights: {error}; set "
-            "rollout.sglang.sync.checksum_every_syncs to none to do without"
+            f"weight sync: {target.name} does not tell the checksums of its weights: {error}; "
+            f"{_WITHOUT}"
         ) from error
     ranks: Sequence[Mapping[str, Any]] = answer.get("ranks") or []
     reported = {int(one["parallelism_info"]["tp_rank"]): one["checksums"] for one in ranks}
@@ -86,7 +93,7 @@ def _compare(ours: Mapping[str, str], theirs: Mapping[str, str], *, where: str) 
     """Refuse a server with other weights.
 
     Raises:
-        EngineError: naming the tensors.
+        WeightsDifferError: naming the tensors.
     """
     faults = {
         "differ": sorted(n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n]),
@@ -100,10 +107,12 @@ def _compare(ours: Mapping[str, str], theirs: Mapping[str, str], *, where: str) 
         if names
     ]
     if told:
-        raise EngineError(
+        raise WeightsDifferError(
             f"weight sync: the weights of {where} are not the policy's; of {len(ours)} tensors "
             f"{'; '.join(told)}. What it samples cannot be trusted; another transport "
-            "(rollout.sglang.sync.transport) may get them across"
+            "(rollout.sglang.sync.transport) may get them across. Where the log-prob gap says that "
+            "engine and policy agree all the same, the comparison itself may be wrong for this "
+            f"model: {_WITHOUT}"
         )
 
 
@@ -148,10 +157,10 @@ class Digests:
             return _vocabulary_part(weight, one)
         if _FROM_ROWS.search(name):
             return weight.chunk(one.size, dim=1)[one.rank]
-        match = _FUSED.match(name)
-        if match is None:
+        fused = fused_part(name)
+        if fused is None:
             return weight
-        if match[2] in ("k", "v") and one.size > self._num_key_value_heads:
+        if fused.part in ("k", "v") and one.size > self._num_key_value_heads:
             copies = one.size // self._num_key_value_heads
             return weight.chunk(self._num_key_value_heads)[one.rank // copies]
         return weight.chunk(one.size)[one.rank]
@@ -169,7 +178,5 @@ def _held_name(name: str) -> str:
     """Return the name of the tensor that a server keeps a weight in."""
     if (match := _EXPERT.match(name)) is not None:
         return f"{match[1]}.{'w2' if match[2] == 'down' else 'w13'}_weight"
-    if (match := _FUSED.match(name)) is None:
-        return name
-    fused = "gate_up_proj" if match[2] in ("gate", "up") else "qkv_proj"
-    return f"{match[1]}.{fused}.{match[3]}"
+    part = fused_part(name)
+    return name if part is None else f"{part.fused}.{part.kind}"

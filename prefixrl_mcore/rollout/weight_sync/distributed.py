@@ -6,6 +6,7 @@ The path over NCCL has not been run yet.
 import datetime
 import logging
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Container, Mapping, Sequence
@@ -33,6 +34,9 @@ _GRACE_SECONDS = 30.0
 """How much longer than this side a server may wait: it then gives up because this side did, and
 tells who failed first."""
 
+_LEAVE_SECONDS = 10.0
+"""Longest wait for servers to leave a broken group, and for this side to abort it."""
+
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -44,7 +48,9 @@ class Broadcast:
     the next update, since a server that was started anew in between has no part in it, and one
     that is told to receive from a group that it does not know ends itself.
 
-    The ranks of all servers receive together, so one that is lost breaks the update of all.
+    The ranks of all servers receive together, so one that is lost breaks the update of all. The
+    deadline of that is kept here, and the group is aborted from here when it passes: NCCL's own
+    watchdog, which would end the trainer, waits longer.
     """
 
     has_session = True
@@ -96,16 +102,17 @@ class Broadcast:
                 )
                 for target in targets
             }
-            cause = self._join(world_size, timeout)
+            cause = self._join(world_size)
             guilty = _failed_so_far(joining)
             if cause:
                 del store
                 self.close()  # so that the servers that still wait for the others give up
         return self._failures(joining, cause, guilty)
 
-    def _join(self, world_size: int, timeout: datetime.timedelta) -> str:
+    def _join(self, world_size: int) -> str:
         """Take part in the group as rank 0; return why it was not made, or nothing."""
         assert self._store is not None, "the store comes first"
+        timeout = _group_timeout(self._backend, self._timeout_seconds)
         try:
             self._group, _ = distributed_c10d._new_process_group_helper(
                 world_size,
@@ -114,6 +121,7 @@ class Broadcast:
                 dist.Backend(self._backend),
                 dist.PrefixStore(self._group_name, self._store),
                 group_name=distributed_c10d.GroupName(self._group_name),
+                backend_options=_options(self._backend, timeout),
                 timeout=timeout,
             )
         except RuntimeError as error:
@@ -144,27 +152,36 @@ class Broadcast:
             guilty = _failed_so_far(receiving)
             if cause:
                 self._destroy()  # so that the servers that still receive give up
-        return self._failures(receiving, cause, guilty)
+        failures = self._failures(receiving, cause, guilty)
+        if cause:
+            self._leave_broken(targets)
+        return failures
 
     def _broadcast(self, bucket: Bucket, receiving: Mapping[str, Future[None]]) -> str:
         """Broadcast the bytes; return why that failed, or nothing."""
         assert self._group is not None, "open comes first"
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
+        broadcasting = _begin_broadcast(self._group, bucket)
         deadline = time.monotonic() + self._timeout_seconds
-        try:
-            with _current(bucket):
-                work = self._group.broadcast([bucket.data], options)
-                while not work.is_completed():
-                    if any(future.done() and future.exception() for future in receiving.values()):
-                        return "a server does not receive"
-                    if time.monotonic() > deadline:
-                        return f"not received by all servers in {self._timeout_seconds:.0f} s"
-                    time.sleep(_POLL_SECONDS)
-                work.wait()
-        except RuntimeError as error:  # a connection broke
-            return str(error)
-        return ""
+        while not broadcasting.done():
+            if any(future.done() and future.exception() for future in receiving.values()):
+                return "a server does not receive"
+            if time.monotonic() > deadline:
+                return f"not received by all servers in {self._timeout_seconds:.0f} s"
+            time.sleep(_POLL_SECONDS)
+        error = broadcasting.exception()
+        if error is not None and not isinstance(error, RuntimeError):
+            raise error
+        return "" if error is None else str(error)  # a connection broke
+
+    def _leave_broken(self, targets: Sequence[SyncTarget]) -> None:
+        """Let the servers that did nothing wrong drop the broken group; they get another one."""
+        name, self._group_name = self._group_name, ""
+        failures = on_all(
+            [target for target in targets if target.name in self.innocent],
+            lambda target: target.client.destroy_update_group(name, _LEAVE_SECONDS),
+        )
+        for target, failure in failures.items():
+            logger.warning("weight sync: %s did not leave a broken group: %s", target, failure)
 
     def _failures(
         self, futures: Mapping[str, Future[None]], cause: str, guilty: Container[str]
@@ -182,7 +199,9 @@ class Broadcast:
     def finish(self, targets: Sequence[SyncTarget]) -> Failures:
         """Leave the group on both sides."""
         name, self._group_name = self._group_name, ""
-        failures = on_all(targets, lambda target: target.client.destroy_update_group(name))
+        failures = on_all(
+            targets, lambda target: target.client.destroy_update_group(name, self._timeout_seconds)
+        )
         self._destroy()
         return failures
 
@@ -196,11 +215,71 @@ class Broadcast:
         group, self._group = self._group, None
         if group is None:
             return
+        # An abort that hangs must not hang the run: the group is given up then.
+        aborting = threading.Thread(target=_abort, args=(group,), daemon=True)
+        aborting.start()
+        aborting.join(_LEAVE_SECONDS)
+        if aborting.is_alive():
+            logger.warning("weight sync: the process group is still being aborted")
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    """Abort a group, whatever is on its way in it, and forget it."""
+    try:
+        distributed_c10d._abort_process_group(group)
+    except RuntimeError as error:
+        logger.warning("weight sync: the process group was not ended cleanly: %s", error)
+
+
+def _group_timeout(backend: str, timeout_seconds: float) -> datetime.timedelta:
+    """Return the group's own limit.
+
+    NCCL's watchdog ends the process when it passes, so that it must not pass before the deadline
+    that is kept here, and what follows it. Gloo only raises, and waits for others to join no
+    longer than it: the deadline itself.
+    """
+    spare = 2 * _GRACE_SECONDS if backend == "nccl" else 0.0
+    return datetime.timedelta(seconds=timeout_seconds + spare)
+
+
+def _options(backend: str, timeout: datetime.timedelta) -> object | None:
+    """Return the backend's options.
+
+    The servers' NCCL communicator is made inside of the first broadcast, and so is this side's.
+    Made without blocking it is one that an abort finds and ends; a blocking one is known to the
+    group only when all have joined it.
+    """
+    if backend != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.blocking = 0
+    options._timeout = timeout
+    return options
+
+
+def _begin_broadcast(group: dist.ProcessGroup, bucket: Bucket) -> Future[None]:
+    """Broadcast in a thread of its own: with NCCL the call waits for all servers to join.
+
+    A daemon's, and no pool's: one that hangs must not keep the interpreter from ending.
+    """
+    done: Future[None] = Future()
+
+    def broadcast() -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
         try:
-            group.abort()
-            dist.destroy_process_group(group)
-        except RuntimeError as error:
-            logger.warning("weight sync: the process group was not ended cleanly: %s", error)
+            with _current(bucket):
+                work = group.broadcast([bucket.data], options)
+                while not work.is_completed():
+                    time.sleep(_POLL_SECONDS)
+                work.wait()
+        except BaseException as error:  # raised where the future is read
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=broadcast, name="weight-sync-broadcast", daemon=True).start()
+    return done
 
 
 def _failed_so_far(futures: Mapping[str, Future[None]]) -> set[str]:
@@ -219,6 +298,7 @@ def _own_address(targets: Sequence[SyncTarget]) -> str:
     remote = [host for host in hosts if host not in _LOOPBACK]
     if not remote:
         return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((remote[0], 9))  # sends nothing; chooses the interface
+    family, kind, _, _, address = socket.getaddrinfo(remote[0], 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing; chooses the interface
         return probe.getsockname()[0]

@@ -15,7 +15,9 @@ import torch
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
+from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
 from tests.support.fake_sglang import SAMPLED_TOKEN, Answer, FakeSGLang, serve
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
 
@@ -222,6 +224,70 @@ def test_server_that_came_back_is_brought_up_to_date_and_samples_again(pool: Poo
     metrics = engine.take_metrics()
     assert metrics["engine/num_server_restarts"] == 1
     assert metrics["engine/num_ready_servers"] == 3
+
+
+def test_server_that_was_caught_up_with_other_weights_ends_the_run(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = pool.engine(sync={"checksum_every_syncs": 1})
+    engine.load_weights(weights, 7)
+    restarted = pool.fakes[0]
+    restarted.weight_version = "of its folder"
+    update = restarted._update
+
+    def lose_one(payload: dict[str, Any]) -> tuple[int, Any]:
+        answer = update(payload)
+        restarted.weights["model.norm.weight"] = restarted.weights["model.norm.weight"] + 1
+        return answer
+
+    restarted._update = lose_one  # type: ignore[method-assign]
+
+    def sample_for_a_while() -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            engine.sample(requests_of(3), PARAMS)
+
+    caplog.set_level(logging.INFO)
+    with pytest.raises(WeightsDifferError, match=r"1 differ: model\.norm\.weight\..*-syncs None"):
+        sample_for_a_while()
+    assert "weights differ from the policy's" in caplog.text
+    assert "incomplete" not in caplog.text
+
+
+@pytest.mark.parametrize(("max_failures", "num_ready"), [(2, 2), (3, 3)])
+def test_server_is_buried_before_an_update_after_as_many_missed_probes_as_it_may_miss(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, max_failures: int, num_ready: int
+) -> None:
+    monkeypatch.setattr(sglang_pool, "_PROBE_PAUSE_SECONDS", 0.01)
+    engine = pool.engine(max_restarts=0, max_failures=max_failures)
+    missed = iter([503, 503])
+    answer = pool.fakes[1].answer
+
+    def miss_two(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        return (next(missed, 200), None) if path == "/health" else answer(path, payload)
+
+    pool.fakes[1].answer = miss_two  # type: ignore[method-assign]
+    engine.load_weights(weights, 1)
+
+    assert engine.take_metrics()["engine/num_ready_servers"] == num_ready
+
+
+def test_what_is_counted_while_metrics_are_taken_is_in_the_next_ones(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = pool.engine()
+    original = PoolCounters.metrics
+
+    def interrupted(counters: PoolCounters, *, num_ready: int) -> dict[str, float]:
+        values = original(counters, num_ready=num_ready)
+        monkeypatch.setattr(PoolCounters, "metrics", original)
+        engine.sample(requests_of(3), PARAMS)  # as the thread of an overlapping generation does
+        return values
+
+    monkeypatch.setattr(PoolCounters, "metrics", interrupted)
+
+    assert engine.take_metrics()["engine/num_requests"] == 0
+    assert engine.take_metrics()["engine/num_requests"] == 3
 
 
 @pytest.mark.parametrize("min_servers", [1, 2])

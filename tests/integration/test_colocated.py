@@ -26,7 +26,7 @@ def test_colocated_run_takes_the_steps_of_one_that_is_not(
     assert not {"sleep", "wake"} & set(calls)
     calls.clear()
 
-    colocated = ("--rollout.colocated", "--trainer.dry-run-step")
+    colocated = ("--rollout.colocated", "--trainer.dry-run-step", "True")
     assert tiny_task.run("train", tmp_path / "together", *options, *colocated) == 0
 
     for kind in ("train", "eval"):

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,11 +42,10 @@ from tests.support.hf_logprobs import hf_completion_logprobs
 from tests.support.layouts import parallel_config
 from tests.support.policies import TEMPERATURE, build_policy, make_batch
 from tests.support.ranks import run_on_ranks
+from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import build_tiny_llama, build_tiny_qwen3, write_model_folder
 
 pytestmark = pytest.mark.slow
-
-SGLANG_PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
 
 # Both sides compute in float32, in other orders: 4e-6 nats were measured.
 LOGPROB_TOLERANCE = 3e-5
@@ -78,17 +78,18 @@ class Served:
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    if not SGLANG_PYTHON.exists():
-        reason = f"SGLang's environment {SGLANG_PYTHON} is missing: make setup-sglang"
-        if os.environ.get("PREFIXRL_REQUIRE_SGLANG") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    root = tmp_path_factory.mktemp(request.param)
-    folder = write_model_folder(MODELS[request.param](), root / "model")
+    with serving(sglang_python(), tmp_path_factory.mktemp(request.param), request.param) as served:
+        yield served
+
+
+@contextmanager
+def serving(python: Path, root: Path, model: str) -> Iterator[Served]:
+    """Serve a tiny model with the SGLang of an interpreter."""
+    folder = write_model_folder(MODELS[model](), root / "model")
     launch = ServerLaunch(
         name="server 0",
         model_folder=folder,
-        config=SGLangConfig(python=SGLANG_PYTHON),
+        config=SGLangConfig(python=python),
         logits_dtype="float32",
         device="cpu",
         gpus=(),
@@ -251,6 +252,31 @@ def test_server_paused_right_after_its_last_answer_is_updated(served: Served) ->
 
         assert report.failed == {}
         assert client.weight_version() == f"after answer {index}"
+
+
+def test_every_transport_updates_a_server_whose_updates_are_sessions(tmp_path: Path) -> None:
+    with serving(sglang_python("sglang-next"), tmp_path, "qwen3") as served:
+        for index, name in enumerate(["tensor", "distributed", "disk", "tensor"]):
+            model = build_tiny_qwen3(seed=20 + index)
+            weights = named_weights(model)
+
+            report = push(
+                served,
+                transport_named(name, tmp_path / "files"),
+                lambda weights=weights: iter(weights),
+                f"by {name} {index}",
+            )
+
+            assert report.failed == {}
+            assert check(served, iter(weights)) > 10
+            for sequence in sample(served, f"by {name} {index}"):
+                expected = hf_completion_logprobs(
+                    model,
+                    sequence.context_token_ids,
+                    sequence.completion_token_ids,
+                    temperature=TEMPERATURE,
+                )
+                assert sequence.rollout_logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
 
 
 def one_token(request_id: str) -> dict[str, Any]:

@@ -183,7 +183,10 @@ class FakeSGLang:
         digests = Digests({1}, dtype=torch.float32, num_key_value_heads=1, is_cuda=False)
         for name, weight in self.weights.items():
             digests.add(name, weight)
-        return {"parallelism_info": {"tp_rank": 0}, "checksums": digests.of_rank(1, 0)}
+        place: Any = {"tp_rank": 0}
+        if self.has_sessions:  # as 0.5.23 does it
+            place = [{"role": "target", "tp_rank": 0}]
+        return {"parallelism_info": place, "checksums": digests.of_rank(1, 0)}
 
     def _session(self, path: str) -> tuple[int, Any]:
         if not self.has_sessions:

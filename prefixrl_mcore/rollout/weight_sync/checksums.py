@@ -80,13 +80,19 @@ def _reported(target: SyncTarget) -> dict[int, Mapping[str, str]]:
             f"{_WITHOUT}"
         ) from error
     ranks: Sequence[Mapping[str, Any]] = answer.get("ranks") or []
-    reported = {int(one["parallelism_info"]["tp_rank"]): one["checksums"] for one in ranks}
+    reported = {_rank_of(one["parallelism_info"]): one["checksums"] for one in ranks}
     if sorted(reported) != list(range(target.num_ranks)):
         raise EngineError(
             f"weight sync: {target.name} reports the checksums of ranks {sorted(reported)}, "
             f"expected 0 to {target.num_ranks - 1}"
         )
     return reported
+
+
+def _rank_of(place: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> int:
+    """Return a tensor-parallel rank; 0.5.23 lists it for each model of the rank (drafts too)."""
+    one = place if isinstance(place, Mapping) else place[0]
+    return int(one["tp_rank"])
 
 
 def _compare(ours: Mapping[str, str], theirs: Mapping[str, str], *, where: str) -> None:

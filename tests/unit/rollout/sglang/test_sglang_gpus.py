@@ -54,7 +54,8 @@ def test_weights_go_to_the_gpus_that_each_server_was_started_on(
         for index, entries in enumerate(gpus)
     ]
     for member in members:
-        member.state, member._client = State.STARTING, Any
+        member.state = State.STARTING
+        monkeypatch.setattr(member, "_client", SimpleNamespace())
     syncer: Any = _Syncer()
     make_buckets: Any = iter
     pool = ServerPool(members, CONFIG, syncer=syncer, router=None)

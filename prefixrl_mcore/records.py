@@ -125,6 +125,11 @@ class Completion:
     num_cached_tokens: int = 0
     """Context tokens that the engine took from its KV cache instead of computing them."""
 
+    @classmethod
+    def unstarted(cls, policy_version: int) -> "Completion":
+        """Return a completion that was aborted before its first token."""
+        return cls(token_ids=(), logprobs=(), finish_reason="abort", policy_version=policy_version)
+
     def __post_init__(self) -> None:
         """Refuse logprobs that do not line up with the tokens."""
         if len(self.token_ids) != len(self.logprobs):
@@ -196,7 +201,8 @@ class StartedGroup:
     """A group that is being sampled: what each of its rollouts has so far."""
 
     group_id: str
-    """``<label>/<index>`` of the call that began it; unique in the run."""
+    """``<label>/<index>`` of the call that first took its problem, kept when it is carried over,
+    also without its tokens; names its rollouts, and is unique in the run."""
 
     prefixed_problem: PrefixedProblem
     """What every rollout of the group starts from."""

@@ -206,7 +206,7 @@ class ScheduleConfig(Config):
 
     max_rounds: int = Field(default=4, ge=2)
     """Times that a step with ``dynamic_sampling`` samples at most; what is still missing then is
-    filled up with groups without signal."""
+    filled up with groups without signal. Another value than the default needs it."""
 
     overlap: bool = False
     """Sample the next step's groups during the update, from weights that are one update old. Needs
@@ -228,6 +228,17 @@ class ScheduleConfig(Config):
             raise ValueError(
                 "rollout.schedule.partial carries aborted groups over, and with oversampling = 1 "
                 "none is aborted; raise oversampling (such as 1.25) or switch partial off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_are_those_of_dynamic_sampling(self) -> "ScheduleConfig":
+        default = type(self).model_fields["max_rounds"].default
+        if self.max_rounds != default and not self.dynamic_sampling:
+            raise ValueError(
+                f"rollout.schedule.max_rounds = {self.max_rounds} has no use without "
+                "dynamic_sampling, because a step samples once then; switch dynamic_sampling on or "
+                "leave max_rounds out"
             )
         return self
 

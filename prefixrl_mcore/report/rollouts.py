@@ -53,6 +53,9 @@ _COLUMNS = (
     "policy_version",
 )
 
+_LATER_COLUMNS = ("version_spans", "is_dropped")
+"""Columns that tables of earlier versions lack."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutChoice:
@@ -162,7 +165,9 @@ def _read_groups(
     compact = {}
     for path in dict.fromkeys(path for path, _ in plan):
         wanted = [group for other, group in plan if other == path]
-        table = pq.read_table(path, columns=list(_COLUMNS), filters=[("group_index", "in", wanted)])
+        present = pq.read_schema(path).names
+        columns = [name for name in (*_COLUMNS, *_LATER_COLUMNS) if name in present]
+        table = pq.read_table(path, columns=columns, filters=[("group_index", "in", wanted)])
         rows: dict[int, list[dict[str, Any]]] = {}
         for row in table.to_pylist():
             rows.setdefault(row["group_index"], []).append(row)
@@ -218,7 +223,8 @@ def _compact_group(
         "trace": first["trace_id"],
         "fraction": round(first["fraction"] or 0.0, 4),
         "answer": first["answer"],
-        "version": first["policy_version"],
+        "versions": _versions(rows),
+        "dropped": bool(first.get("is_dropped")),
         "prompt": prompt,
         "prefix": prefix,
         "prompt_tokens": len(first["prompt_token_ids"] or ()),
@@ -226,6 +232,13 @@ def _compact_group(
         "rollouts": rollouts,
     }
     return group, num_shortened
+
+
+def _versions(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the oldest and the newest policy version that sampled any of the rows' tokens."""
+    spans = [span["policy_version"] for row in rows for span in row.get("version_spans") or ()]
+    versions = spans or [row["policy_version"] for row in rows]
+    return [min(versions), max(versions)]
 
 
 def _compact_rollout(row: Mapping[str, Any], pieces: TokenPieces) -> dict[str, Any]:

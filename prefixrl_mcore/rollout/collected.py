@@ -44,9 +44,7 @@ class Collected:
         Args:
             policy_version: of the completions that were aborted before their turn came.
         """
-        unstarted = Completion(
-            token_ids=(), logprobs=(), finish_reason="abort", policy_version=policy_version
-        )
+        unstarted = Completion.unstarted(policy_version)
         return [
             [of_request.get(sample, unstarted) for sample in range(request.num_samples)]
             for request, of_request in zip(self._requests, self._done, strict=True)

@@ -10,7 +10,7 @@ from prefixrl_mcore.rollout.engine import (
     SampleRequest,
     SamplingParams,
 )
-from prefixrl_mcore.rollout.sampling import derive_seed
+from prefixrl_mcore.rollout.sampling import check_num_samples, derive_seed, group_request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +98,8 @@ def sample_started(
     requests = [part.request for part in parts]
     if len(finished) >= num_wanted:
         sampled: list[list[Completion]] = [
-            [_nothing(engine)] * request.num_samples for request in requests
+            [Completion.unstarted(engine.policy_version)] * request.num_samples
+            for request in requests
         ]
     elif num_wanted == len(groups):
         sampled = engine.sample(requests, params)
@@ -120,11 +121,8 @@ def _parts(
     """Return the requests that finish a group."""
     context = group.prefixed_problem.context_token_ids
     if not group.num_tokens:
-        request = SampleRequest(
-            request_id=f"{label}/{index}",
-            context_token_ids=context,
-            num_samples=group_size,
-            seed=derive_seed(seed, label, index),
+        request = group_request(
+            group.prefixed_problem, index, group_size=group_size, label=label, seed=seed
         )
         return [_Part(group=index, samples=tuple(range(group_size)), request=request)]
     return [
@@ -155,7 +153,10 @@ def _merged(
     group_size: int,
 ) -> SampledGroups:
     """Add what was sampled to the groups."""
-    completions = [list(group.completions) or [_nothing(engine)] * group_size for group in groups]
+    completions = [
+        list(group.completions) or [Completion.unstarted(engine.policy_version)] * group_size
+        for group in groups
+    ]
     num_tokens, num_new_tokens, num_cached_tokens = 0, 0, 0
     for part, answers in zip(parts, sampled, strict=True):
         _check_answer(engine, part, answers, is_whole=part.group in finished)
@@ -186,11 +187,7 @@ def _check_answer(
 ) -> None:
     """Refuse another number of completions, and aborted ones where none was to be."""
     request = part.request
-    if len(answers) != request.num_samples:
-        raise RolloutError(
-            f"request {request.request_id}: asked {engine.name} for {request.num_samples} "
-            f"completions, got {len(answers)}"
-        )
+    check_num_samples(engine, request, answers)
     if is_whole and not all(answer.is_finished for answer in answers):
         raise RolloutError(
             f"request {request.request_id}: {engine.name} aborted a completion without being asked"
@@ -209,10 +206,3 @@ def _with_reason(
     if len(completion.token_ids) >= min(params.max_completion_tokens, room):
         return replace(completion, finish_reason="length")
     return completion
-
-
-def _nothing(engine: RolloutEngine) -> Completion:
-    """Return a completion before its first token."""
-    return Completion(
-        token_ids=(), logprobs=(), finish_reason="abort", policy_version=engine.policy_version
-    )

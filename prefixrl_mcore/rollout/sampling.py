@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from prefixrl_mcore.records import PrefixedProblem, Rollout
+from prefixrl_mcore.records import Completion, PrefixedProblem, Rollout
 from prefixrl_mcore.rollout.engine import (
     OnCompleted,
     RolloutEngine,
@@ -41,12 +41,7 @@ def sample_groups(
         RolloutError: if the engine returned fewer or more completions than were asked for.
     """
     requests = [
-        SampleRequest(
-            request_id=f"{label}/{index}",
-            context_token_ids=prefixed_problem.context_token_ids,
-            num_samples=group_size,
-            seed=derive_seed(seed, label, index),
-        )
+        group_request(prefixed_problem, index, group_size=group_size, label=label, seed=seed)
         for index, prefixed_problem in enumerate(prefixed_problems)
     ]
     completions = engine.sample(requests, params, on_completed)
@@ -54,11 +49,7 @@ def sample_groups(
     for request, prefixed_problem, sampled in zip(
         requests, prefixed_problems, completions, strict=True
     ):
-        if len(sampled) != group_size:
-            raise RolloutError(
-                f"request {request.request_id}: asked {engine.name} for {group_size} completions, "
-                f"got {len(sampled)}"
-            )
+        check_num_samples(engine, request, sampled)
         groups.append(
             [
                 Rollout(
@@ -70,6 +61,41 @@ def sample_groups(
             ]
         )
     return groups
+
+
+def group_request(
+    prefixed_problem: PrefixedProblem, index: int, *, group_size: int, label: str, seed: int
+) -> SampleRequest:
+    """Return the request for a whole group.
+
+    Args:
+        prefixed_problem: what the group starts from.
+        index: of the group in the call.
+        group_size: completions.
+        label: of the call.
+        seed: seed of the run.
+    """
+    return SampleRequest(
+        request_id=f"{label}/{index}",
+        context_token_ids=prefixed_problem.context_token_ids,
+        num_samples=group_size,
+        seed=derive_seed(seed, label, index),
+    )
+
+
+def check_num_samples(
+    engine: RolloutEngine, request: SampleRequest, sampled: Sequence[Completion]
+) -> None:
+    """Refuse another number of completions than was asked for.
+
+    Raises:
+        RolloutError: naming the request.
+    """
+    if len(sampled) != request.num_samples:
+        raise RolloutError(
+            f"request {request.request_id}: asked {engine.name} for {request.num_samples} "
+            f"completions, got {len(sampled)}"
+        )
 
 
 def derive_seed(seed: int, label: str, index: int) -> int:

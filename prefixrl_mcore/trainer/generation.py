@@ -168,7 +168,8 @@ class Generator:
 
     def _sample_round(self, num_wanted: int, label: str, tally: _Tally) -> list[StartedGroup]:
         """Return ``num_wanted`` finished groups, in the order in which they were begun."""
-        num_begun = math.ceil(self._schedule.oversampling * num_wanted)
+        # Rounded first: 1.1 x 50 is 55.00000000000001 in binary.
+        num_begun = math.ceil(round(self._schedule.oversampling * num_wanted, 9))
         started = self._take(num_begun, label, tally)
         start = time.perf_counter()
         sampled = sample_started(

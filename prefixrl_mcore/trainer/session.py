@@ -194,8 +194,13 @@ class Session:
         """
         if not self.config.rollout.colocated or self.engine_sleeps:
             return
-        with self.phases.phase("sync"):
-            run_on_first(lambda: self._evaluator.engine.sleep())
+        try:
+            with self.phases.phase("sync"):
+                run_on_first(lambda: self._evaluator.engine.sleep())
+        except EngineError:
+            with self.phases.phase("save"):
+                self._complete_save()
+            raise
         self.engine_sleeps = True
 
     def _export(self) -> Iterator[tuple[str, Tensor]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from prefixrl_mcore.cli import main
+from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_run import CONFIG, TASK
 
 METHODS = ("prefixrl", "rl", "sft_then_rl")
@@ -32,12 +33,16 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # eight servers start one after the other where cores are shared
+@pytest.mark.parametrize("engine", ["transformers", "sglang"])
 def test_the_demo_runs_every_stage_once_and_ends_with_report_and_summary(
-    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: str, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if engine == "sglang":
+        sglang_python()
     folder = tmp_path / "demo"
     arguments = ["demo", "--folder", str(folder), "--configs", str(configs)]
-    arguments += ["--engine", "transformers"]
+    arguments += ["--engine", engine]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert str(folder / "report.html") in out
@@ -57,6 +62,9 @@ def test_the_demo_runs_every_stage_once_and_ends_with_report_and_summary(
             )
         }
         assert lengths == {3}
+        assert values["engines"]["train"].startswith(f"{engine} ")
+        assert len(set(values["engines"].values())) == 1
+        assert values["fallbacks"] == {}
     assert summary["methods"]["rl"]["total_flops"][0] == 0
     collected = summary["methods"]["prefixrl"]["collect_flops"]
     assert summary["methods"]["prefixrl"]["total_flops"][0] == collected > 0
@@ -67,5 +75,7 @@ def test_the_demo_runs_every_stage_once_and_ends_with_report_and_summary(
     assert main(arguments) == 0
     assert (folder / "stages.json").read_text() == seconds
 
+    task = (configs / "task.toml").read_text()
     (configs / "task.toml").write_text("num_parts = 3\n")
     assert main(arguments) == 2
+    (configs / "task.toml").write_text(task)

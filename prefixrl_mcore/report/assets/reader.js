@@ -85,7 +85,7 @@ function groupButton(entry, onPick) {
   const { run, group } = entry;
   const button = el("button", { class: "group-item", type: "button", style: `--run:${run.ink}`, onclick: () => onPick(entry) },
     el("span", { class: "row" }, el("span", { class: "name", text: group.problem }), el("span", { class: "small", text: `step ${group.step}` })),
-    el("span", { class: "row" }, el("span", { class: "small", text: `${run.title} · ${group.fraction > 0 ? `prefix ${percent(group.fraction)}` : "no prefix"}` }), pips(group)));
+    el("span", { class: "row" }, el("span", { class: "small", text: `${run.title} · ${group.fraction > 0 ? `prefix ${percent(group.fraction)}` : "no prefix"}${group.dropped ? " · not trained on" : ""}` }), pips(group)));
   entry.button = button;
   return button;
 }
@@ -95,7 +95,9 @@ function showGroup(holder, entry, matching, move) {
   const rollouts = group.rollouts.filter(matching);
   const back = el("button", { type: "button", text: "Previous group", onclick: () => move(-1), disabled: entry.position === 0 });
   const next = el("button", { type: "button", text: "Next group", onclick: () => move(1), disabled: entry.isLast });
-  const where = `${run.title}, step ${group.step}, group ${group.group}, policy version ${group.version}`;
+  const [oldest, newest] = group.versions;
+  const versions = oldest === newest ? `policy version ${newest}` : `policy versions ${oldest} to ${newest}`;
+  const where = `${run.title}, step ${group.step}, group ${group.group}, ${versions}${group.dropped ? ", not trained on" : ""}`;
   holder.replaceChildren(
     el("div", { class: "reader-head" }, el("h3", { text: group.problem }), el("div", { class: "pager" }, back, next)),
     el("p", { class: "small", text: `${where} · ${rollouts.length} of ${group.rollouts.length} rollouts match the filters` }),

@@ -340,13 +340,8 @@ class Batch:
         if cause:
             logger.debug("%s: request %r: %s", self.name, request.request_id, cause)
         self.pool.counters.num_aborted += request.num_samples
-        nothing = Completion(
-            token_ids=(),
-            logprobs=(),
-            finish_reason="abort",
-            policy_version=self.pool.weights.policy_version,
-        )
-        self._complete(index, [nothing] * request.num_samples)
+        unstarted = Completion.unstarted(self.pool.weights.policy_version)
+        self._complete(index, [unstarted] * request.num_samples)
 
     def _take_back_of_the_dead(self) -> None:
         """Take back what dead servers owe: their calls may hang for as long as they like."""

@@ -54,6 +54,12 @@ def config_of(importance: str = "truncated", **schedule: Any) -> RunConfig:
             id="older weights without importance",
         ),
         pytest.param("none", {"oversampling": 0.5}, "oversampling", id="fewer than needed"),
+        pytest.param(
+            "none",
+            {"max_rounds": 3},
+            "max_rounds = 3 has no use without dynamic_sampling",
+            id="rounds of nothing",
+        ),
     ],
 )
 def test_contradictions_are_refused(

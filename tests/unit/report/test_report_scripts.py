@@ -124,6 +124,18 @@ def test_reader_shows_one_group_in_full_with_model_text_as_text(tmp_path: Path) 
     assert any(text.startswith("ended by: ") for text in drawn["texts"])
 
 
+def test_the_reader_tells_older_versions_and_what_was_not_trained_on(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", num_steps=1)
+    table = run / "rollouts" / "step-000000.parquet"
+    rows = [row for row in pq.read_table(table).to_pylist() if row["group_index"] == 0]
+    spans = [{"policy_version": version, "num_tokens": 1} for version in (2, 3)]
+    rows = [row | {"version_spans": spans, "is_dropped": True} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    texts = draw(build_report([run], tmp_path / "report.html"))["texts"]
+    assert any("policy versions 2 to 3, not trained on" in text for text in texts)
+    assert any(text.endswith(" · not trained on") for text in texts)
+
+
 def test_with_a_tokenizer_each_token_of_a_completion_stands_alone(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", num_steps=1)
     table = run / "rollouts" / "step-000000.parquet"

@@ -68,6 +68,34 @@ def test_logprobs_are_hundredths_of_a_nat(tmp_path: Path) -> None:
     assert rollout["logprobs"] == [-12, None, -1200]
 
 
+def test_versions_of_all_tokens_and_groups_that_were_not_trained_on_are_told(
+    tmp_path: Path,
+) -> None:
+    folder = write_fake_run(tmp_path / "run", num_steps=1)
+    path = folder / "rollouts" / "step-000000.parquet"
+    older, *rows = [row | {"policy_version": 7} for row in pq.read_table(path).to_pylist()]
+    for row in (older, *rows):
+        row["version_spans"] = [{"policy_version": 7, "num_tokens": 2}]
+        row["is_dropped"] = row["group_index"] == 7
+    older["version_spans"].insert(0, {"policy_version": 5, "num_tokens": 3})
+    pq.write_table(pa.Table.from_pylist([older, *rows]), path)
+
+    groups = choose_rollouts(folder, tokenizer_folder=None).groups
+
+    assert [group["versions"] for group in groups] == [[5, 7], *[[7, 7]] * 7]
+    assert [group["dropped"] for group in groups] == [False] * 7 + [True]
+
+
+def test_a_table_of_an_earlier_version_has_one_version_and_no_dropped_group(
+    tmp_path: Path,
+) -> None:
+    folder = write_fake_run(tmp_path / "run", num_steps=1)
+    path = folder / "rollouts" / "step-000000.parquet"
+    assert not {"version_spans", "is_dropped"} & set(pq.read_schema(path).names)
+    groups = choose_rollouts(folder, tokenizer_folder=None).groups
+    assert [(group["versions"], group["dropped"]) for group in groups] == [([0, 0], False)] * 8
+
+
 def test_damaged_and_foreign_tables_are_named(tmp_path: Path) -> None:
     folder = write_fake_run(tmp_path / "run", num_steps=20, rollouts_every=10)
     (folder / "rollouts" / "step-000030.parquet").write_bytes(b"PAR1 half a file")

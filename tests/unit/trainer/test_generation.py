@@ -1,10 +1,13 @@
 """Which groups a step samples, keeps, carries over and gives back; by a scripted engine."""
 
+import base64
 import json
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from prefixrl_mcore.observability.phases import Phases
@@ -91,6 +94,13 @@ def test_oversampling_keeps_the_first_that_finish_and_loses_no_problem() -> None
     )
     assert seen == Counter(order[:8])
     assert engine.calls[1][0].context_token_ids == (order[0],)  # from its beginning
+
+
+def test_the_number_of_begun_groups_is_that_of_decimal_arithmetic() -> None:
+    generator = scripted_generator(
+        scripted_config(50, oversampling=1.1), scripted_source(60), ScriptedEngine({})
+    )
+    assert generate(generator, 0).figures["rollout/num_begun_groups"] == 55.0
 
 
 def test_a_group_that_finished_at_the_same_moment_is_given_back_as_well() -> None:
@@ -298,6 +308,29 @@ def test_logprobs_come_back_to_the_last_bit() -> None:
     group = started_of(completion_of())
     (again,) = started_from(json.loads(json.dumps(started_state([group]))), scripted_source(1).find)
     assert again == group
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "num_bytes"),
+    [((-0.5, -0.0, -12.25), 3 * 4), ((-0.1, -0.5, -0.5), 3 * 8), ((-1e300, -0.5, -0.5), 3 * 8)],
+    ids=["exact in 32 bits", "not exact", "beyond 32 bits"],
+)
+def test_logprobs_are_stored_in_32_bits_where_that_is_exact(
+    logprobs: tuple[float, ...], num_bytes: int
+) -> None:
+    group = started_of(completion_of(logprobs=logprobs))
+    state = started_state([group])
+    stored = state[0]["completions"][0]["logprobs"]
+    assert len(zlib.decompress(base64.b64decode(stored))) == num_bytes
+    assert started_from(state, scripted_source(1).find) == [group]
+
+
+def test_rollouts_of_earlier_versions_are_read() -> None:
+    group = started_of(completion_of(logprobs=(-0.5, -0.25, -1.0)))
+    state = started_state([group])
+    wide = np.asarray((-0.5, -0.25, -1.0), "<f8").tobytes()
+    state[0]["completions"][0]["logprobs"] = base64.b64encode(zlib.compress(wide)).decode()
+    assert started_from(state, scripted_source(1).find) == [group]
 
 
 class _Answering(ScriptedEngine):

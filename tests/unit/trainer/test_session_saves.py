@@ -74,6 +74,24 @@ def test_a_check_that_ends_the_run_completes_the_save_under_way(
     assert waits == [True]
 
 
+def test_a_colocated_engine_that_cannot_sleep_leaves_no_save_under_way() -> None:
+    session: Any = object.__new__(Session)
+    waits: list[bool] = []
+    session.config = SimpleNamespace(rollout=SimpleNamespace(colocated=True))
+    session.saver = SimpleNamespace(finish=lambda *, wait: waits.append(wait))
+    session.phases = Phases()
+    session.engine_sleeps = False
+    session.evaluator = SimpleNamespace(
+        engine=SimpleNamespace(sleep=raising(EngineError("no server is left")))
+    )
+
+    with pytest.raises(EngineError, match="no server is left"):
+        session.release_engine_memory()
+
+    assert waits == [True]
+    assert not session.engine_sleeps
+
+
 class FakeSaver:
     """Keeps what is saved."""
 

@@ -34,7 +34,8 @@ class SyncConfig(Config):
     gloo on CPUs). ``disk``: a folder that trainer and servers share. None chooses and says why."""
 
     bucket_bytes: int = Field(default=512 * 1024**2, ge=1024)
-    """Weights that are on their way at a time; rank 0 has memory for two buckets of this size."""
+    """Weights that are on their way at a time; rank 0 has memory for two buckets of this size.
+    ``tensor`` by value takes up to about six more of host memory."""
 
     folder: Path | None = None
     """Where the transport ``disk`` writes, for all servers under the same path; None is a folder in
@@ -45,7 +46,8 @@ class SyncConfig(Config):
     checksums; the first sync is one. A difference ends the run. None compares never."""
 
     timeout_seconds: float = Field(default=300.0, gt=0.0)
-    """How long a server may take to join a broadcast, and to load a bucket."""
+    """How long a server may take to join a broadcast, and to load a bucket (with ``disk``: a file);
+    then it is given up, and the others go on."""
 
 
 class SGLangConfig(Config):

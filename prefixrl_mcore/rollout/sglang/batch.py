@@ -48,6 +48,11 @@ _ROUTED = -1
 _ABORT_EVERY_SECONDS = 1.0
 """A request may reach a server after the call that aborts all: the call is repeated."""
 
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+"""A request that was lost is issued again after a pause, which doubles each time: a server or a
+router that is busy for a moment must not use up all tries in it."""
+
 _ABORT_LIMIT_SECONDS = 60.0
 """Longest wait for aborted requests to come back."""
 
@@ -124,9 +129,10 @@ class Batch:
     _costs: list[Cost] = field(default_factory=list)
     _waiting: deque[int] = field(default_factory=deque)
     _in_flight: list[_Ticket] = field(default_factory=list)
-    _loads: dict[int, Load] = field(default_factory=dict)
+    _loads: dict[tuple[int, int], Load] = field(default_factory=dict)  # by server and its life
     _done: dict[int, list[Completion]] = field(default_factory=dict)
     _num_lost: dict[int, int] = field(default_factory=dict)
+    _resting: dict[int, float] = field(default_factory=dict)  # until when, on the monotonic clock
     _avoid: dict[int, int] = field(default_factory=dict)
     _is_ending: bool = False
     _end_by: float = 0.0
@@ -164,6 +170,7 @@ class Batch:
         if self._is_ending:
             self._hurry()
         else:
+            self._wake_the_rested()
             self._send_what_fits()
         busy = {ticket.member.index for ticket in self._in_flight if ticket.member is not None}
         self.pool.check_health(
@@ -178,7 +185,10 @@ class Batch:
         ready = {_ROUTED: None} if self.pool.router else {m.index: m for m in self.pool.ready}
         if not self.pool.ready:
             return
-        loads = {index: self._loads.setdefault(index, Load()) for index in ready}
+        loads = {
+            index: self._loads.setdefault(_life_of(index, member), Load())
+            for index, member in ready.items()
+        }
         room = self.max_samples * (len(self.pool.ready) if self.pool.router else 1)
         while self._waiting:
             index = self._waiting[0]
@@ -197,7 +207,7 @@ class Batch:
             self._send(index, server, ready[server])
 
     def _send(self, index: int, server: int, member: Member | None) -> None:
-        request, load = self.requests[index], self._loads[server]
+        request, load = self.requests[index], self._loads[_life_of(server, member)]
         ticket = _Ticket(
             index=index,
             server=server,
@@ -259,6 +269,7 @@ class Batch:
                 f"{fault}"
             ) from fault
         self._lose(ticket, str(fault))
+        self._rest(ticket.index)
         if isinstance(fault, BadAnswer):
             self.pool.counters.num_bad_answers += 1
         if ticket.member is not None:
@@ -314,6 +325,8 @@ class Batch:
 
     def _end(self) -> None:
         """Begin to end the batch: what was not sent is not, and the rest is aborted."""
+        self._waiting.extend(self._resting)
+        self._resting.clear()
         logger.debug(
             "%s: enough; %d requests are aborted, %d of them were not sent",
             *(self.name, len(self._in_flight) + len(self._waiting), len(self._waiting)),
@@ -352,7 +365,6 @@ class Batch:
                 self._release(ticket)
                 owed.setdefault(member, []).append(ticket)
         for member, tickets in owed.items():
-            del self._loads[member.index]  # its cache is gone too
             logger.warning(
                 "%s: %s owed %d requests (about %.0f tokens)%s",
                 *(self.name, member.name, len(tickets), sum(ticket.tokens for ticket in tickets)),
@@ -364,9 +376,10 @@ class Batch:
                     self._finish_unanswered(ticket.index, cause)
                 else:
                     self._lose(ticket, cause, logging.DEBUG)
+                    self._waiting.appendleft(ticket.index)  # at once: the others are well
 
     def _lose(self, ticket: _Ticket, cause: str, level: int = logging.WARNING) -> None:
-        """Put a lost request in front of those that wait, as long as it may be tried again.
+        """Count a lost request, as long as it may be tried again.
 
         Args:
             ticket: the call that was lost.
@@ -389,12 +402,23 @@ class Batch:
         )
         self.pool.counters.num_reissued += 1
         self._avoid[ticket.index] = ticket.server
-        self._waiting.appendleft(ticket.index)
+
+    def _rest(self, index: int) -> None:
+        """Let a lost request wait before it is issued again; the others go on."""
+        pause = _FIRST_PAUSE_SECONDS * 2 ** (self._num_lost[index] - 1)
+        self._resting[index] = time.monotonic() + min(pause, _LONGEST_PAUSE_SECONDS)
+
+    def _wake_the_rested(self) -> None:
+        """Put the requests whose pause is over in front of those that wait."""
+        now = time.monotonic()
+        for index in [index for index, until in self._resting.items() if until <= now]:
+            del self._resting[index]
+            self._waiting.appendleft(index)
 
     def _release(self, ticket: _Ticket) -> None:
         """Take a call off the load of its server."""
         self._in_flight.remove(ticket)
-        load = self._loads[ticket.server]
+        load = self._loads[ticket.server, ticket.life]
         load.outstanding_tokens -= ticket.tokens
         load.outstanding_samples -= self.requests[ticket.index].num_samples
 
@@ -404,6 +428,12 @@ class Batch:
         oldest = min((ticket.sent for ticket in self._in_flight), default=time.monotonic())
         return (
             f"{len(self._in_flight)} requests in flight (about {tokens:.0f} tokens, the oldest for "
-            f"{time.monotonic() - oldest:.0f} s) and {len(self._waiting)} that wait, of "
+            f"{time.monotonic() - oldest:.0f} s) and {len(self._waiting) + len(self._resting)} "
+            "that wait, of "
             f"{len(self.requests)}"
         )
+
+
+def _life_of(server: int, member: Member | None) -> tuple[int, int]:
+    """Return whose load it is: a server that was started anew has nothing in its cache."""
+    return server, 0 if member is None else member.life

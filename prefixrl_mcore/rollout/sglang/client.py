@@ -15,7 +15,10 @@ _CONNECT_SECONDS = 5.0
 _HEALTH_SECONDS = 5.0
 _INFO_SECONDS = 30.0
 _CONTROL_SECONDS = 600.0
-"""Limit of control calls: a flush is quick, a bucket of weights may be large."""
+"""Limit of control calls that may take long."""
+
+_SHORT_SECONDS = 60.0
+"""Limit of control calls that wait for no more than the step under way."""
 
 _IDLE_SECONDS = 30.0
 """How long a server may take, after its last answer, until it counts itself as idle."""
@@ -190,21 +193,20 @@ class SGLangClient:
             raise BadAnswer(f"{self.url}/generate: expected JSON objects, got {_start_of(data)}")
         return found
 
-    def abort(self, request_id: str | None = None) -> None:
-        """Drop one request, or all of them, if the server still answers."""
-        payload = {"abort_all": True} if request_id is None else {"rid": request_id}
+    def abort(self) -> None:
+        """Drop all requests, if the server still answers."""
         try:
-            self._call("POST", "/abort_request", payload, _HEALTH_SECONDS)
+            self._call("POST", "/abort_request", {"abort_all": True}, _HEALTH_SECONDS)
         except ServerFault:
             return
 
     def pause(self) -> None:
         """Stop inference; requests in flight keep their state."""
-        self._control("/pause_generation", {"mode": "in_place"})
+        self._control("/pause_generation", {"mode": "in_place"}, _SHORT_SECONDS)
 
     def resume(self) -> None:
         """Go on after ``pause``."""
-        self._control("/continue_generation", {})
+        self._control("/continue_generation", {}, _SHORT_SECONDS)
 
     def release_memory(self, tags: Sequence[str]) -> None:
         """Free the device memory of ``weights`` or ``kv_cache``; nothing may be in flight."""
@@ -233,16 +235,14 @@ class SGLangClient:
         """Close the session."""
         self._control("/end_weight_update", {})
 
-    def update_from_tensor(self, serialized: Sequence[str]) -> None:
-        """Load the weights of one flattened bucket; one entry per tensor-parallel rank."""
-        self._update(
-            "/update_weights_from_tensor",
-            {"serialized_named_tensors": list(serialized), "load_format": "flattened_bucket"},
-        )
+    def update_from_tensor(self, body: bytes, timeout_seconds: float) -> None:
+        """Load the weights of one flattened bucket, from a body made by ``tensor_update``."""
+        self._update("/update_weights_from_tensor", body, timeout_seconds)
 
-    def update_from_disk(self, folder: Path) -> None:
+    def update_from_disk(self, folder: Path, timeout_seconds: float) -> None:
         """Load the safetensors files of a folder that the server sees under the same path."""
-        self._update("/update_weights_from_disk", {"model_path": str(folder)})
+        payload = {"model_path": str(folder), "flush_cache": False}
+        self._update("/update_weights_from_disk", payload, timeout_seconds)
 
     def init_update_group(
         self,
@@ -268,6 +268,7 @@ class SGLangClient:
 
     def update_from_distributed(self, payload: Mapping[str, Any], timeout_seconds: float) -> None:
         """Receive weights that rank 0 of a group broadcasts meanwhile, and load them."""
+        payload = {**payload, "flush_cache": False}
         self._update("/update_weights_from_distributed", payload, timeout_seconds)
 
     def destroy_update_group(self, group_name: str, timeout_seconds: float) -> None:
@@ -283,7 +284,8 @@ class SGLangClient:
 
     def set_weight_version(self, name: str) -> None:
         """Name the weights; every later sample carries the name."""
-        self._control("/update_weight_version", {"new_version": name, "abort_all_requests": False})
+        payload = {"new_version": name, "abort_all_requests": False}
+        self._control("/update_weight_version", payload, _SHORT_SECONDS)
 
     def flush_cache(self) -> None:
         """Forget all keys and values, as soon as nothing runs; refused if that takes too long.
@@ -294,11 +296,11 @@ class SGLangClient:
         self._control(f"/flush_cache?timeout={_IDLE_SECONDS:.0f}", {})
 
     def _update(
-        self, path: str, payload: Mapping[str, Any], timeout_seconds: float = _CONTROL_SECONDS
+        self, path: str, payload: Mapping[str, Any] | bytes, timeout_seconds: float
     ) -> None:
-        """Load weights without touching the cache, which is flushed once after the last."""
+        """Load weights; the payload leaves the cache alone, which is flushed after the last."""
         try:
-            self._control(path, {**payload, "flush_cache": False}, timeout_seconds)
+            self._control(path, payload, timeout_seconds)
         except ServerRefusal as refusal:
             # The weights were loaded all the same; loading them again would do no harm.
             if _UPDATED_NOT_FLUSHED not in refusal.text:
@@ -322,7 +324,10 @@ class SGLangClient:
             ) from error
 
     def _control(
-        self, path: str, payload: Mapping[str, Any], timeout_seconds: float = _CONTROL_SECONDS
+        self,
+        path: str,
+        payload: Mapping[str, Any] | bytes,
+        timeout_seconds: float = _CONTROL_SECONDS,
     ) -> None:
         """Post; raise ServerRefusal also for an answer that says ``success: false``."""
         data = self._call("POST", path, payload, timeout_seconds)
@@ -334,8 +339,13 @@ class SGLangClient:
             raise ServerRefusal(path, 200, data.decode(errors="replace"))
 
     def _call(
-        self, method: str, path: str, payload: Mapping[str, Any] | None, timeout_seconds: float
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | bytes | None,
+        timeout_seconds: float,
     ) -> bytes:
+        is_ready = payload is None or isinstance(payload, bytes)
         headers = {"Content-Type": "application/json"}
         if self._api_key is not None:
             headers |= self._api_key.headers
@@ -343,7 +353,7 @@ class SGLangClient:
             response = self._pool.request(
                 method,
                 self.url + path,
-                body=None if payload is None else json.dumps(payload).encode(),
+                body=payload if is_ready else json.dumps(payload).encode(),
                 headers=headers,
                 timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=timeout_seconds),
             )
@@ -357,6 +367,16 @@ class SGLangClient:
 def _start_of(data: bytes) -> str:
     """Render the beginning of an answer."""
     return repr(data[:200].decode(errors="replace"))
+
+
+def tensor_update(serialized: Sequence[str]) -> bytes:
+    """Return the body of ``/update_weights_from_tensor``; one entry per tensor-parallel rank."""
+    payload = {
+        "serialized_named_tensors": list(serialized),
+        "load_format": "flattened_bucket",
+        "flush_cache": False,
+    }
+    return json.dumps(payload).encode()
 
 
 def generate_payload(

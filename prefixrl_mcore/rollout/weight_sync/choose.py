@@ -42,15 +42,16 @@ def _choose(
         kind, reason = "tensor", f"the servers run on this machine's {device}"
         if server_python is None:
             reason = "the servers have no GPU"
+    limit = config.timeout_seconds
     if kind == "disk":
-        return Disk(config.folder or folder), reason
+        return Disk(config.folder or folder, timeout_seconds=limit), reason
     if kind == "distributed":
         backend = "nccl" if device == "cuda" else "gloo"
-        return Broadcast(backend, timeout_seconds=config.timeout_seconds), reason
+        return Broadcast(backend, timeout_seconds=limit), reason
     obstacle = _obstacle_to_handles(device, server_python)
     if not obstacle:
-        return TensorByHandle(), reason
-    return TensorByValue(), f"{reason}; no GPU handles: {obstacle}"
+        return TensorByHandle(timeout_seconds=limit), reason
+    return TensorByValue(timeout_seconds=limit), f"{reason}; no GPU handles: {obstacle}"
 
 
 def _obstacle_to_handles(device: str, server_python: Path | None) -> str:

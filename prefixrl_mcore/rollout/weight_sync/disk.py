@@ -10,7 +10,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
-from prefixrl_mcore.rollout.weight_sync.transport import Failures, SyncTarget, on_all
+from prefixrl_mcore.rollout.weight_sync.transport import (
+    DEFAULT_TIMEOUT_SECONDS,
+    Failures,
+    SyncTarget,
+    on_all,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +33,14 @@ class Disk:
     has_session = False
     innocent: frozenset[str] = frozenset()
 
-    def __init__(self, parent: Path) -> None:
-        """Write below ``parent``, which every server must see under the same path."""
+    def __init__(self, parent: Path, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+        """Write below ``parent``, which every server must see under the same path.
+
+        Args:
+            parent: gets a folder for each update.
+            timeout_seconds: how long a server may take to read a file, of all of them on average.
+        """
+        self._timeout_seconds = timeout_seconds
         self._parent = parent.absolute()
         self._folder: Path | None = None
         self._num_files = 0
@@ -70,7 +81,8 @@ class Disk:
         complete = self._parent / f"{_COMPLETE}{uuid.uuid4().hex}"
         os.rename(self._opened, complete)
         self._folder = complete
-        return on_all(targets, lambda target: target.client.update_from_disk(complete))
+        limit = self._timeout_seconds * self._num_files
+        return on_all(targets, lambda target: target.client.update_from_disk(complete, limit))
 
     def close(self) -> None:
         """Remove the files."""

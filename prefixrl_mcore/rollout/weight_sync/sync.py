@@ -5,10 +5,11 @@ what a trainer that died left behind is recognised and never sampled from.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _INCOMPLETE = "incomplete"
 _BYTES_PER_GIGABYTE = 1e9
+_HEARTBEAT_SECONDS = 30.0
 
 MakeBuckets = Callable[[], Generator[Bucket]]
 """Begins a new stream of all buckets; called again if an update must begin again."""
@@ -113,14 +115,37 @@ def sync_weights(
 def _run(update: "_Update", make_buckets: MakeBuckets) -> "_Update":
     """Do an update from beginning to end, and return it."""
     try:
-        update.begin()
-        update.send(make_buckets)
-        update.end()
+        with _heartbeat(update):
+            update.begin()
+            update.send(make_buckets)
+            update.end()
     except OSError as error:
         raise EngineError(f"weight sync by {update.transport.name}: {error}") from error
     finally:
         update.transport.close()
     return update
+
+
+@contextmanager
+def _heartbeat(update: "_Update") -> Generator[None]:
+    """Say in the log how far an update is, as long as it goes on."""
+    ended = threading.Event()
+    started = time.monotonic()
+
+    def beat() -> None:
+        while not ended.wait(_HEARTBEAT_SECONDS):
+            logger.info(
+                "weight sync: %d buckets, %.2f GB in %.0f s, by %s; servers given up: %s",
+                *(update.num_buckets, update.num_bytes / _BYTES_PER_GIGABYTE),
+                *(time.monotonic() - started, update.transport.name),
+                ", ".join(list(update.failed)) or "none",
+            )
+
+    threading.Thread(target=beat, name="weight-sync-heartbeat", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 class _Update:
@@ -163,13 +188,14 @@ class _Update:
                 bucket = next(buckets, None)
                 if sending is not None:
                     self.failed |= sending.result()
-                if bucket is None:
+                left = self._left
+                if bucket is None or not left:
                     break
                 if bucket.data.is_cuda:  # the sender has a stream of its own
                     torch.cuda.current_stream(bucket.data.device).synchronize()
                 self.num_bytes += bucket.num_bytes
                 self.num_buckets += 1
-                sending = sender.submit(self._send_one, bucket, self._left)
+                sending = sender.submit(self._send_one, bucket, left)
         self.failed |= self.transport.finish(self._left)
 
     def _send_one(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:

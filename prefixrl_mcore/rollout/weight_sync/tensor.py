@@ -11,16 +11,31 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
+from prefixrl_mcore.rollout.sglang.client import tensor_update
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
-from prefixrl_mcore.rollout.weight_sync.transport import Failures, SyncTarget, on_all
+from prefixrl_mcore.rollout.weight_sync.transport import (
+    DEFAULT_TIMEOUT_SECONDS,
+    Failures,
+    SyncTarget,
+    on_all,
+)
 
 
 class TensorByValue:
-    """Sends the bytes of the weights over HTTP; works everywhere, in about five copies."""
+    """Sends the bytes of the weights over HTTP; works everywhere.
+
+    A bucket is copied, pickled, written in base64 and put into the body of a request, which all
+    servers share: up to about six buckets of host memory while that goes on, and four thirds of a
+    bucket for each rank of a server while it is sent.
+    """
 
     name = "tensor (by value)"
     has_session = True
     innocent: frozenset[str] = frozenset()
+
+    def __init__(self, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+        """Give every server so long for a bucket."""
+        self._timeout_seconds = timeout_seconds
 
     def open(self, targets: Sequence[SyncTarget]) -> Failures:
         """Do nothing."""
@@ -29,9 +44,13 @@ class TensorByValue:
     def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
         """Post the bucket to all targets at once."""
         payload = flattened_bucket(bucket)
+        bodies = {n: tensor_update([payload] * n) for n in {one.num_ranks for one in targets}}
+        del payload
         return on_all(
             targets,
-            lambda target: target.client.update_from_tensor([payload] * target.num_ranks),
+            lambda target: target.client.update_from_tensor(
+                bodies[target.num_ranks], self._timeout_seconds
+            ),
         )
 
     def finish(self, targets: Sequence[SyncTarget]) -> Failures:
@@ -54,6 +73,10 @@ class TensorByHandle:
     has_session = True
     innocent: frozenset[str] = frozenset()
 
+    def __init__(self, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+        """Give every server so long for a bucket."""
+        self._timeout_seconds = timeout_seconds
+
     def open(self, targets: Sequence[SyncTarget]) -> Failures:
         """Do nothing."""
         return {}
@@ -69,15 +92,20 @@ class TensorByHandle:
         for gpu in copies:
             torch.cuda.synchronize(gpu)
         metadata = _metadata(bucket)
-        payloads = {
-            target.name: [
-                _dumps({"flattened_tensor": gpu_handle(copies[gpu]), "metadata": metadata})
-                for gpu in target.rank_gpus
-            ]
+        bodies = {
+            target.name: tensor_update(
+                [
+                    _dumps({"flattened_tensor": gpu_handle(copies[gpu]), "metadata": metadata})
+                    for gpu in target.rank_gpus
+                ]
+            )
             for target in targets
         }
         return on_all(
-            targets, lambda target: target.client.update_from_tensor(payloads[target.name])
+            targets,
+            lambda target: target.client.update_from_tensor(
+                bodies[target.name], self._timeout_seconds
+            ),
         )
 
     def finish(self, targets: Sequence[SyncTarget]) -> Failures:

@@ -11,6 +11,9 @@ from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_TIMEOUT_SECONDS = 300.0
+"""How long a server may take to load a bucket, where nothing else is said."""
+
 Failures = Mapping[str, str]
 """Name of a target -> why it did not take the weights."""
 

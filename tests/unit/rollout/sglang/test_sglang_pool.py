@@ -1,12 +1,14 @@
 """Faults of single servers of a pool, as the scripted fake shows them."""
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,11 @@ import torch
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
+from prefixrl_mcore.rollout.sglang.batch import Batch
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from prefixrl_mcore.rollout.sglang.schedule import CompletionLengths, Cost, Load
 from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
 from tests.support.fake_sglang import SAMPLED_TOKEN, Answer, FakeSGLang, serve
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
@@ -385,6 +390,67 @@ def test_requests_go_through_the_router_and_everything_else_does_not(pool: Pool)
     metrics = engine.take_metrics()
     assert metrics["engine/num_requests"] == 6
     assert "engine/server_0/tokens" not in metrics
+
+
+def test_router_that_is_busy_for_a_second_does_not_use_up_the_tries(pool: Pool) -> None:
+    router = FakeSGLang()
+    router.weight_version = pool.fakes[0].weight_version
+    router.fail_generate = 503
+    engine = pool.engine(router_url=pool.stack.enter_context(serve(router)), max_retries=2)
+    threading.Timer(1.0, lambda: setattr(router, "fail_generate", 0)).start()
+
+    # Tried at 0, 0.5 and 1.5 s.
+    assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+    assert engine.take_metrics()["engine/num_reissued_requests"] == 6
+
+
+def test_request_that_rests_does_not_keep_the_others_waiting(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1])
+    fake = pool.fakes[0]
+    first = iter([0])  # the first answer does not come
+
+    def drop_one(path: str, payload: Any) -> tuple[int, Any]:
+        dropped = path == "/generate" and next(first, None) == 0
+        return (503, {"error": {}}) if dropped else FakeSGLang.answer(fake, path, payload)
+
+    fake.answer = drop_one  # type: ignore[method-assign]
+    done: list[float] = []
+
+    started = time.monotonic()
+    engine.sample(
+        requests_of(3), PARAMS, lambda _count, _tokens: done.append(time.monotonic() - started)
+    )
+
+    assert done[1] < 0.5 <= done[2]
+
+
+def test_server_that_was_started_anew_is_not_believed_to_have_contexts_in_its_cache() -> None:
+    client = SGLangClient("http://127.0.0.1:9", request_timeout_seconds=1)
+    member: Any = SimpleNamespace(index=0, life=1, client=client)
+    stub: Any = SimpleNamespace(router=None, events=queue.SimpleQueue())
+    batch = Batch(
+        name="test",
+        tag="t",
+        pool=stub,
+        requests=requests_of(1),
+        limits=[6],
+        params=PARAMS,
+        lengths=CompletionLengths(),
+        is_seeded=False,
+        max_retries=0,
+        max_samples=8,
+        is_enough=lambda _index, _completions: False,
+        on_completed=None,
+        is_closed=lambda: False,
+    )
+    batch._costs = [Cost(context_tokens=3, completion_tokens=12.0)]
+    expected: list[float] = []
+    for member.life in (1, 1, 2):
+        batch._loads.setdefault((0, member.life), Load())
+        batch._send(0, 0, member)
+        expected.append(batch._in_flight[-1].tokens)
+
+    assert expected == [15.0, 12.0, 15.0]
 
 
 def test_servers_left_in_the_middle_of_an_update_wait_for_weights(pool: Pool) -> None:

@@ -1,4 +1,6 @@
+import logging
 import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,8 +10,9 @@ import pytest
 import torch
 
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.client import SGLangClient, tensor_update
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
+from prefixrl_mcore.rollout.weight_sync import sync, tensor
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
 from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete, sync_weights
@@ -190,6 +193,7 @@ class Slow(TensorByValue):
     """Does not finish a bucket before the next one was asked for."""
 
     def __init__(self, drawn: list[str]) -> None:
+        super().__init__()
         self._drawn = drawn
         self.threads: set[str] = set()
 
@@ -211,6 +215,68 @@ def test_next_bucket_is_exported_while_one_is_sent(targets: list[SyncTarget]) ->
     assert sync_weights(targets, transport, lambda: buckets(drawn), "run:3").failed == {}
     assert len(transport.threads) == 1
     assert threading.current_thread().name not in transport.threads
+
+
+def test_server_that_hangs_is_given_up_after_the_limit_and_the_others_go_on(
+    fakes: list[Refusing],
+    targets: list[SyncTarget],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(sync, "_HEARTBEAT_SECONDS", 0.2)
+    release = threading.Event()
+
+    def hang(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if path == UPDATE and fakes[0].calls.count(UPDATE) == 1:
+            release.wait(20)
+        return Refusing.answer(fakes[0], path, payload)
+
+    fakes[0].answer = hang  # type: ignore[method-assign]
+    started = time.monotonic()
+    with caplog.at_level(logging.INFO):
+        report = sync_weights(targets, TensorByValue(timeout_seconds=1.0), buckets, "run:3")
+    seconds = time.monotonic() - started
+    release.set()
+
+    assert seconds < 10
+    assert list(report.failed) == ["server 0"]
+    assert "timed out" in report.failed["server 0"]
+    assert fakes[1].weight_version == "run:3"
+    assert "weight sync: 2 buckets, 0.00 GB in" in caplog.text
+
+
+def test_body_of_a_bucket_is_made_once_for_all_servers(
+    targets: list[SyncTarget], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bytes] = []
+
+    def make(serialized: Sequence[str]) -> bytes:
+        made.append(tensor_update(serialized))
+        return made[-1]
+
+    monkeypatch.setattr(tensor, "tensor_update", make)
+
+    assert sync_weights(targets, TensorByValue(), buckets, "run:3").failed == {}
+    assert len(made) == 4
+
+
+class LosesAll(TensorByValue):
+    """Loses every server with the second bucket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent_to: list[int] = []
+
+    def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
+        self.sent_to.append(len(targets))
+        return {one.name: "lost" for one in targets} if len(self.sent_to) == 2 else {}
+
+
+def test_nothing_is_sent_to_nobody(targets: list[SyncTarget]) -> None:
+    transport = LosesAll()
+
+    assert len(sync_weights(targets, transport, buckets, "run:3").failed) == 2
+    assert transport.sent_to == [2, 2]
 
 
 def test_servers_read_files_that_are_gone_afterwards(

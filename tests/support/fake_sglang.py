@@ -69,6 +69,7 @@ class FakeSGLang:
         self.fail_generate = 0
         self.refuse_update = ""
         self.is_sick = False
+        self.is_paused = False
         self.raw_answer: bytes | None = None
         self.hold: threading.Event | None = None
         self.sampled: list[str] = []
@@ -85,7 +86,10 @@ class FakeSGLang:
     def answer(self, path: str, payload: dict[str, Any]) -> tuple[int, Any]:
         self.calls.append(path)
         if path in ("/health", "/health_generate"):
-            return (503, None) if self.is_sick else (200, None)
+            # A stock server samples a token for both, which needs a scheduler that goes on.
+            return (503, None) if self.is_sick or self.is_paused else (200, None)
+        if path in ("/pause_generation", "/continue_generation"):
+            self.is_paused = path == "/pause_generation"
         if path == "/model_info":
             return 200, {"weight_version": self.weight_version}
         if path == "/server_info":

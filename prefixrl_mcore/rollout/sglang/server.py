@@ -207,6 +207,7 @@ class SGLangServer:
             address_of(launch.config.host, port),
             request_timeout_seconds=launch.config.request_timeout_seconds,
             api_key=api_key,
+            max_connections=launch.config.max_samples_per_server,
         )
         return cls(launch.name, process, client, log_file)
 
@@ -407,7 +408,7 @@ def _environment(launch: ServerLaunch) -> Mapping[str, str]:
     environment["HF_HUB_OFFLINE"] = "1"  # the model is a folder
     # The margin may go past the model's positions; the requests do not.
     environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
-    # /health answers from the HTTP process instead of sampling a token.
+    # For those who watch it from outside: /health answers without sampling a token.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
     if launch.releases_memory:

@@ -391,11 +391,62 @@ def test_servers_left_in_the_middle_of_an_update_wait_for_weights(pool: Pool) ->
     pool.fakes[1].weight_version = "crashed:3:incomplete"
     engine = pool.engine()
 
-    with pytest.raises(EngineError, match="different or incomplete weights"):
+    with pytest.raises(EngineError, match="different, incomplete or another"):
         engine.sample(requests_of(1), PARAMS)
     engine.load_weights(weights, 0)
 
     assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+
+
+@pytest.mark.parametrize("name", ["ab12:7", "ab12:-1", "0123abcd:400"])
+def test_complete_weights_of_another_run_are_not_sampled_from(pool: Pool, name: str) -> None:
+    for fake in pool.fakes:
+        fake.weight_version = name
+    engine = pool.engine()
+
+    with pytest.raises(EngineError, match=r"another run's weights.*eval and collect never do"):
+        engine.sample(requests_of(1), PARAMS)
+    engine.load_weights(weights, 0)
+
+    assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+
+
+@pytest.mark.parametrize("name", ["initial", "default", "first"])
+def test_weights_that_servers_were_started_with_are_sampled_from(pool: Pool, name: str) -> None:
+    for fake in pool.fakes:
+        fake.weight_version = name
+
+    groups = pool.engine().sample(requests_of(1), PARAMS)
+
+    assert {one.policy_version for group in groups for one in group} == {-1}
+
+
+def test_servers_left_paused_by_a_trainer_that_died_are_found_and_updated(pool: Pool) -> None:
+    for fake in pool.fakes:
+        fake.is_paused = True
+        fake.weight_version = "ab12:3:incomplete"
+    engine = pool.engine()
+
+    engine.load_weights(weights, 0)
+
+    assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+    assert [fake.is_paused for fake in pool.fakes] == [False] * 3
+
+
+def test_server_that_was_given_up_while_paused_comes_back(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:2])
+    engine.load_weights(weights, 1)
+    lost = pool.fakes[0]
+    lost.is_paused = True
+    lost.weight_version = "ab12:3:incomplete"
+
+    groups = engine.sample(requests_of(6), PARAMS)
+    assert tokens_of(groups) == [[6, 6]] * 6
+    deadline = time.monotonic() + 10
+    while lost.is_paused and time.monotonic() < deadline:
+        engine.sample(requests_of(2), PARAMS)
+
+    assert not lost.is_paused
 
 
 def test_what_is_waited_for_is_logged(

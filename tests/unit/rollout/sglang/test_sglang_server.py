@@ -66,3 +66,9 @@ def test_only_the_end_of_a_log_is_read(tmp_path: Path) -> None:
 
     assert len(text.encode()) == 64 * 1024
     assert text.endswith("\nlast: \u00e9\n")
+
+
+def test_idle_connections_are_as_many_as_requests_may_be_under_way() -> None:
+    client = SGLangClient("http://a", request_timeout_seconds=1, max_connections=700)
+
+    assert client._pool.connection_pool_kw["maxsize"] == 700

@@ -142,10 +142,18 @@ class SGLangClient:
         Raises:
             ServerFault: if it does not say.
         """
-        info = self._read("/model_info")
+        info = self.model_info()
         if "weight_version" not in info:
             raise BadAnswer(f"{self.url}/model_info: expected a weight_version, got {info}")
         return str(info["weight_version"])
+
+    def model_info(self) -> Mapping[str, Any]:
+        """Return the model's path, architecture and name of the weights.
+
+        Raises:
+            ServerFault: if it does not say.
+        """
+        return self._read("/model_info")
 
     def server_info(self) -> Mapping[str, Any]:
         """Return the server's arguments, limits and ``version``.

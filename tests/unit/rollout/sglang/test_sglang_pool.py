@@ -449,6 +449,49 @@ def test_server_that_was_given_up_while_paused_comes_back(pool: Pool) -> None:
     assert not lost.is_paused
 
 
+@pytest.mark.parametrize(
+    ("reported", "message"),
+    [
+        ({"tp_size": 2}, r"tp_size = 2, expected 1; set rollout\.sglang\.tensor_parallel_size"),
+        ({"pp_size": 2}, r"pp_size = 2, expected 1; start it without --pp-size"),
+        ({"dp_size": 4}, r"dp_size = 4, expected 1; .*rollout\.sglang\.urls"),
+    ],
+)
+def test_server_of_other_parallel_sizes_is_refused(
+    pool: Pool, reported: dict[str, int], message: str
+) -> None:
+    pool.fakes[1].precision |= reported
+
+    with pytest.raises(EngineError, match=message):
+        pool.engine()
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [{"architectures": ["LlamaForCausalLM"]}, {"model_type": "llama"}, {"vocab_size": 7}],
+)
+def test_server_with_another_kind_of_model_is_refused(pool: Pool, reported: dict[str, Any]) -> None:
+    pool.fakes[1].model = reported
+
+    with pytest.raises(EngineError, match=rf"a model with {next(iter(reported))}.*model\.path"):
+        pool.engine()
+
+
+def test_servers_of_the_folders_model_are_accepted(pool: Pool) -> None:
+    for fake in pool.fakes:
+        fake.precision |= {"tp_size": 1, "pp_size": 1, "dp_size": 1}
+        fake.model = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+    assert tokens_of(pool.engine().sample(requests_of(1), PARAMS)) == [[6, 6]]
+
+
+def test_servers_of_different_versions_are_refused(pool: Pool) -> None:
+    pool.fakes[2].version = "0.5.19"
+
+    with pytest.raises(EngineError, match=r"0\.5\.1[79], others of the pool are 0\.5\.1[79]"):
+        pool.engine()
+
+
 def test_what_is_waited_for_is_logged(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -41,7 +41,7 @@ def check_model(model_info: Mapping[str, Any], model_folder: Path, *, url: str) 
         EngineError: naming what differs.
     """
     expected = read_json_object(
-        model_folder / "config.json", "name the folder of a Hugging Face model"
+        model_folder / "config.json", remedy="name the folder of a Hugging Face model"
     )
     for key in _MODEL_KEYS:
         ours, theirs = expected.get(key), model_info.get(key)

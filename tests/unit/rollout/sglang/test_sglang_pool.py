@@ -264,7 +264,8 @@ def test_server_is_buried_before_an_update_after_as_many_missed_probes_as_it_may
     answer = pool.fakes[1].answer
 
     def miss_two(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
-        return (next(missed, 200), None) if path == "/health" else answer(path, payload)
+        status = next(missed, 200) if path == "/model_info" else 200
+        return (status, None) if status != 200 else answer(path, payload)
 
     pool.fakes[1].answer = miss_two  # type: ignore[method-assign]
     engine.load_weights(weights, 1)

@@ -9,21 +9,56 @@ from prefixrl_mcore.config.base import Config
 
 _NO_KEY_THERE = "set PREFIXRL_SGLANG_API_KEY or rollout.sglang.api_key_file: arguments are public"
 _NO_GUARD_THERE = "its port would not ask for the API key"
+_NO_PORT_THERE = (
+    "it belongs to a server of several parts, which listens where no API key is asked for"
+)
+_ONE_REPLICA = "a server is one replica: set rollout.sglang.num_servers for more"
+_TENSOR_PARALLEL = "set rollout.sglang.tensor_parallel_size"
+_MODEL = "set model.path"
 _RESERVED_ARGUMENTS = {
     "--dtype": "set rollout.sglang.dtype",
     "--enable-fp32-lm-head": "set model.logits_dtype, which the trainer's head obeys too",
     "--enable-deterministic-inference": "set rollout.sglang.deterministic",
+    "--model-path": _MODEL,
+    "--weight-version": "the engine names the weights itself, to know whose they are",
+    "--device": "it is the trainer's",
+    "--tp-size": _TENSOR_PARALLEL,
+    "--tensor-parallel-size": _TENSOR_PARALLEL,
+    "--dp-size": _ONE_REPLICA,
+    "--data-parallel-size": _ONE_REPLICA,
+    "--pp-size": f"pipelines of servers are not supported; {_TENSOR_PARALLEL}",
+    "--pipeline-parallel-size": f"pipelines of servers are not supported; {_TENSOR_PARALLEL}",
+    "--context-length": "set rollout.max_total_tokens",
+    "--max-total-tokens": "set rollout.sglang.max_kv_tokens",
+    "--mem-fraction-static": "set rollout.sglang.memory_fraction",
     "--host": "set rollout.sglang.host",
     "--port": "a free port is found by itself",
     "--api-key": _NO_KEY_THERE,
     "--admin-api-key": _NO_KEY_THERE,
     "--config": "write the arguments themselves: a file could set what has settings of its own",
     "--tokenizer-worker-num": "a second process would not ask for the API key",
+    "--enable-http-worker-reuseport": "a second process would not ask for the API key",
     "--grpc-port": _NO_GUARD_THERE,
     "--grpc-mode": _NO_GUARD_THERE,
     "--smg-grpc-mode": _NO_GUARD_THERE,
+    "--smg-http-sidecar-port": _NO_GUARD_THERE,
+    "--grpc-http-sidecar-port": _NO_GUARD_THERE,
+    "--sidecar": _NO_GUARD_THERE,
+    "--gated-launch-port": _NO_GUARD_THERE,
+    "--kv-events-config": _NO_GUARD_THERE,
+    "--dist-init-addr": _NO_PORT_THERE,
+    "--nccl-init-addr": _NO_PORT_THERE,
+    "--nccl-port": _NO_PORT_THERE,
+    "--encoder-only": _NO_PORT_THERE,
+    "--encoder-urls": _NO_PORT_THERE,
+    "--encoder-register-urls": _NO_PORT_THERE,
+    "--encoder-bootstrap-port": _NO_PORT_THERE,
+    "--engine-info-bootstrap-port": _NO_PORT_THERE,
+    "--disaggregation-": _NO_PORT_THERE,
+    "--remote-instance-weight-loader-": _NO_PORT_THERE,
 }
-"""Arguments of a server that ``extra_args`` must not have, and what to do instead."""
+"""Arguments of a server that ``extra_args`` must not have, and what to do instead; a name that ends
+in a dash stands for all that begin with it."""
 
 
 class SyncConfig(Config):
@@ -127,7 +162,7 @@ class SGLangConfig(Config):
     """How weights get to the servers."""
 
     extra_args: tuple[str, ...] = ()
-    """Further arguments of ``sglang.launch_server``; precision and address have settings."""
+    """Further arguments of ``sglang.launch_server``: none that has a setting or opens a port."""
 
     @model_validator(mode="before")
     @classmethod
@@ -175,7 +210,8 @@ class SGLangConfig(Config):
             name = argument.partition("=")[0]
             for reserved, instead in _RESERVED_ARGUMENTS.items():
                 # SGLang also understands the beginning of a name.
-                if len(name) > len("--") and reserved.startswith(name):
+                is_beginning = len(name) > len("--") and reserved.startswith(name)
+                if is_beginning or (reserved.endswith("-") and name.startswith(reserved)):
                     raise ValueError(f"rollout.sglang.extra_args must not have {name}; {instead}")
         return self
 

@@ -62,13 +62,16 @@ class FakeSGLang:
         self.has_sessions = has_sessions
         self.weight_version = "first"
         self.precision: dict[str, Any] = {"dtype": "float32", "enable_fp32_lm_head": False}
+        self.model: dict[str, Any] = {}
         self.loaded: dict[str, list[int]] = {}
         self.weights: dict[str, Tensor] = {}
         self.calls: list[str] = []
         self.num_dropped_answers = 0
         self.fail_generate = 0
         self.refuse_update = ""
+        self.version = "0.5.23" if has_sessions else "0.5.17"
         self.is_sick = False
+        self.is_paused = False
         self.raw_answer: bytes | None = None
         self.hold: threading.Event | None = None
         self.sampled: list[str] = []
@@ -85,11 +88,14 @@ class FakeSGLang:
     def answer(self, path: str, payload: dict[str, Any]) -> tuple[int, Any]:
         self.calls.append(path)
         if path in ("/health", "/health_generate"):
-            return (503, None) if self.is_sick else (200, None)
+            # A stock server samples a token for both, which needs a scheduler that goes on.
+            return (503, None) if self.is_sick or self.is_paused else (200, None)
+        if path in ("/pause_generation", "/continue_generation"):
+            self.is_paused = path == "/pause_generation"
         if path == "/model_info":
-            return 200, {"weight_version": self.weight_version}
+            return 200, {"weight_version": self.weight_version} | self.model
         if path == "/server_info":
-            return 200, {"version": "0.5.23" if self.has_sessions else "0.5.17"} | self.precision
+            return 200, {"version": self.version} | self.precision
         if path == "/generate":
             return self._generate(payload)
         if path == "/abort_request":

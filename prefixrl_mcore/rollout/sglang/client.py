@@ -26,10 +26,6 @@ _IDLE_SECONDS = 30.0
 _UPDATED_NOT_FLUSHED = "but the cache was not flushed"
 """Part of a refusal that says that the weights were loaded."""
 
-_MAX_IDLE_CONNECTIONS = 256
-"""Connections that are kept open for later calls; more are opened while they are needed."""
-
-
 _KEY_REMEDY = (
     "; the server asks for an API key, and there is none or another one here: set "
     "PREFIXRL_SGLANG_API_KEY or rollout.sglang.api_key_file to its key"
@@ -70,13 +66,25 @@ class SGLangClient:
     """One server's endpoints; may be used by many threads."""
 
     def __init__(
-        self, url: str, *, request_timeout_seconds: float, api_key: ApiKey | None = None
+        self,
+        url: str,
+        *,
+        request_timeout_seconds: float,
+        api_key: ApiKey | None = None,
+        max_connections: int = 16,
     ) -> None:
-        """Prepare for the server at ``url``; nothing is sent yet."""
+        """Prepare for the server at ``url``; nothing is sent yet.
+
+        Args:
+            url: its address.
+            request_timeout_seconds: limit of ``generate``.
+            api_key: is brought along with every call.
+            max_connections: are kept open for later calls; more are opened while they are needed.
+        """
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._request_timeout_seconds = request_timeout_seconds
-        self._pool = urllib3.PoolManager(maxsize=_MAX_IDLE_CONNECTIONS, retries=False)
+        self._pool = urllib3.PoolManager(maxsize=max_connections, retries=False)
         self._protocol: ServerProtocol | None = None
 
     def close(self) -> None:
@@ -84,9 +92,14 @@ class SGLangClient:
         self._pool.clear()
 
     def is_healthy(self) -> bool:
-        """Return whether ``/health`` answers 200 at once."""
+        """Return whether the HTTP process, which listens once the model is loaded, answers at once.
+
+        Not ``/health``: a stock server samples a token for it, which a paused one never does.
+        """
         try:
-            self._call("GET", "/health", None, _HEALTH_SECONDS)
+            self._call("GET", "/model_info", None, _HEALTH_SECONDS)
+        except ServerRefusal as refusal:
+            return refusal.status == 401  # the next call says what to do about the key
         except ServerFault:
             return False
         return True
@@ -118,7 +131,8 @@ class SGLangClient:
     def check_progress(self, timeout_seconds: float) -> None:
         """Return when the model itself shows a sign of life: an answer to anyone, or one token.
 
-        ``/health`` is answered by the HTTP process, also while the one with the model hangs.
+        ``is_healthy`` is answered by the HTTP process, also while the one with the model hangs.
+        A paused server shows none.
 
         Raises:
             ServerFault: if there is none in time.
@@ -131,10 +145,18 @@ class SGLangClient:
         Raises:
             ServerFault: if it does not say.
         """
-        info = self._read("/model_info")
+        info = self.model_info()
         if "weight_version" not in info:
             raise BadAnswer(f"{self.url}/model_info: expected a weight_version, got {info}")
         return str(info["weight_version"])
+
+    def model_info(self) -> Mapping[str, Any]:
+        """Return the model's path, architecture and name of the weights.
+
+        Raises:
+            ServerFault: if it does not say.
+        """
+        return self._read("/model_info")
 
     def server_info(self) -> Mapping[str, Any]:
         """Return the server's arguments, limits and ``version``.

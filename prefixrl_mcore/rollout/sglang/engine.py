@@ -29,6 +29,7 @@ from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.batch import Batch
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.determinism import check_determinism
+from prefixrl_mcore.rollout.sglang.identity import check_layout, check_model, check_versions
 from prefixrl_mcore.rollout.sglang.member import Member, State
 from prefixrl_mcore.rollout.sglang.pool import ServerPool, Weights
 from prefixrl_mcore.rollout.sglang.precision import check_logits
@@ -101,7 +102,9 @@ class SGLangEngine:
         self._lengths = CompletionLengths()
         self._in_use = threading.Lock()
         self._version = "of unknown version"
-        self._is_deterministic: dict[str, bool] = {}
+        self._versions: dict[int, tuple[int, str]] = {}  # by member: its life and version
+        self._versions_lock = threading.Lock()
+        self._is_deterministic: dict[int, bool] = {}
         find_api_key(config)  # fails now rather than in a thread
         base_weights = self._weights_name(-1)
         launches: list[ServerLaunch | None] = [None] * len(config.urls)
@@ -122,7 +125,13 @@ class SGLangEngine:
             ]
         self._pool = ServerPool(
             [
-                Member(index, config, launch=launch, logs_folder=logs_folder, check=self._inspect)
+                Member(
+                    index,
+                    config,
+                    launch=launch,
+                    logs_folder=logs_folder,
+                    check=partial(self._inspect, index),
+                )
                 for index, launch in enumerate(launches)
             ],
             config,
@@ -130,14 +139,15 @@ class SGLangEngine:
             router=self._client_of_router(),
         )
         try:
-            self._pool.start()
+            self._pool.start(base_weights)
         except BaseException:
             self._pool.close()
             raise
         if not self._pool.ready:
             self._cannot_sample = (
-                "its servers have different or incomplete weights, left by another trainer; call "
-                "load_weights"
+                "its servers have different, incomplete or another run's weights, left by another "
+                "trainer; call load_weights (the commands eval and collect never do: start the "
+                "servers of rollout.sglang.urls again, with the model that is to be sampled)"
             )
 
     @property
@@ -320,13 +330,34 @@ class SGLangEngine:
         )
         return Syncer(transport, check=check, check_every_syncs=config.sync.checksum_every_syncs)
 
-    def _inspect(self, client: SGLangClient) -> None:
-        """Note a server's version; raise EngineError if its logits are not the trainer's."""
+    def _inspect(self, index: int, client: SGLangClient) -> None:
+        """Note a server's version; raise EngineError if it is not what the settings say."""
         info = client.server_info()
-        self._version = client.detect_protocol(info).version
+        version = client.detect_protocol(info).version
+        check_layout(info, self._config, url=client.url)
+        check_model(client.model_info(), self._model_folder, url=client.url)
+        self._check_one_version(index, version, client.url)
+        self._version = version
         check_logits(info, self._config, self._logits_dtype)
         check_determinism(info, self._config)
-        self._is_deterministic[client.url] = client.protocol.is_deterministic
+        self._is_deterministic[index] = client.protocol.is_deterministic
+
+    def _check_one_version(self, index: int, version: str, url: str) -> None:
+        """Compare a server's version with those of the others in their present lives."""
+        members = self._pool.members
+        with self._versions_lock:  # servers come up in threads
+            check_versions(
+                version,
+                [
+                    other
+                    for place, (life, other) in self._versions.items()
+                    if place != index
+                    and members[place].life == life
+                    and members[place].state is not State.DEAD
+                ],
+                url=url,
+            )
+            self._versions[index] = (members[index].life, version)
 
     def _client_of_router(self) -> SGLangClient | None:
         if self._config.router_url is None:
@@ -335,6 +366,7 @@ class SGLangEngine:
             self._config.router_url,
             request_timeout_seconds=self._config.request_timeout_seconds,
             api_key=find_api_key(self._config),
+            max_connections=self._config.max_samples_per_server * self._config.num_members,
         )
 
     def _weights_name(self, policy_version: int) -> str:

@@ -259,6 +259,11 @@ class Member:
             server, self.server = self.server, None
         if server is not None:
             server.stop()
+        # A start under way ends its process itself, which may have the memory of the next one.
+        if self._thread is not None and self._launch is not None:
+            self._thread.join(_JOIN_SECONDS)
+            if self._thread.is_alive():
+                logger.warning("SGLang: %s: its start goes on after it was cancelled", self.name)
 
     def _come_up(self, life: int, cancelled: threading.Event) -> str:
         """Start it or wait for it; return the name of the weights that it has.
@@ -308,6 +313,7 @@ class Member:
         if is_back:
             self.client.abort()  # what it still does for its earlier life
             try:
+                self.client.resume()  # an update may have ended half-way, with the server paused
                 self.client.check_progress(self._config.health_timeout_seconds)
             except ServerFault:
                 return False
@@ -318,4 +324,5 @@ class Member:
             self._config.urls[self.index],
             request_timeout_seconds=self._config.request_timeout_seconds,
             api_key=find_api_key(self._config),
+            max_connections=self._config.max_samples_per_server,
         )

@@ -6,6 +6,7 @@ in threads that put what came of it into ``events``: starts, health checks and r
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +46,9 @@ _ABORT_SECONDS = 6.0
 
 _PROBE_PAUSE_SECONDS = 0.5
 """Between two probes before an update: one that is refused at once says little of the next."""
+
+_TRAINERS_NAME = re.compile(r"[0-9a-f]+:-?[0-9]+")
+"""What an engine calls weights: its run and their policy version."""
 
 _DEATH_SECONDS = 1.0
 """Time from a broken connection until the supervisor has seen that the process is gone."""
@@ -120,11 +124,14 @@ class ServerPool:
         """Servers that sample."""
         return [member for member in self.members if member.state is State.READY]
 
-    def start(self) -> None:
+    def start(self, base_weights: str) -> None:
         """Bring all servers up at once; those with usable weights are ready then.
 
-        Servers that run elsewhere may have been left with different weights, or in the middle of an
-        update, by a trainer that died: none is ready then, until ``load``.
+        Servers that run elsewhere may have been left with different weights, those of another run,
+        or in the middle of an update: none is ready then, until ``load``.
+
+        Args:
+            base_weights: name of the model folder's weights in servers that were started for this.
 
         Raises:
             EngineError: if one does not come up.
@@ -138,10 +145,14 @@ class ServerPool:
             if isinstance(event.outcome, Exception):
                 raise event.outcome
             names[event.member.name] = event.member.served_weights = event.outcome
-        if len(set(names.values())) > 1 or is_incomplete(names["server 0"]):
-            logger.warning("SGLang: the servers have different or incomplete weights: %s", names)
+        found = names["server 0"]
+        is_foreign = found != base_weights and _TRAINERS_NAME.fullmatch(found) is not None
+        if len(set(names.values())) > 1 or is_incomplete(found) or is_foreign:
+            logger.warning(
+                "SGLang: the servers have different, incomplete or another run's weights: %s", names
+            )
             return
-        self.weights = Weights(name=names["server 0"], policy_version=-1, make_buckets=None)
+        self.weights = Weights(name=found, policy_version=-1, make_buckets=None)
         for member in self.members:
             member.move_to(State.READY, f"has weights {self.weights.name!r}")
 

@@ -50,6 +50,9 @@ _STOP_SECONDS = 5.0
 
 _TAIL_LINES = 25
 
+_LOG_BYTES = 64 * 1024
+"""End of a log that is read."""
+
 _SUPERVISOR_SAYS = "supervisor: "
 """Begins the supervisor's line in the log."""
 
@@ -67,13 +70,18 @@ of all memory."""
 _CONTEXT_MARGIN = 16
 """SGLang cuts a completion a few tokens before its context length, without a word."""
 
-_PRIVATE_VARIABLES = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"),
-    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
-    API_KEY_VARIABLE,  # the server gets it through its standard input
-    *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"),
+_PRIVATE_VARIABLES = frozenset(
+    {
+        *("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        API_KEY_VARIABLE,  # the server gets it through its standard input
+        *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"),
+        "CUDA_DEVICE_MAX_CONNECTIONS",  # Megatron's order of launches
+        "SGLANG_RETURN_ORIGINAL_LOGPROB",  # would give logprobs at temperature 1
+    }
 )
-"""The trainer's own: the server would join its process group, import its packages, show its key."""
+_PRIVATE_BEGINNINGS = ("TORCHELASTIC_", "TORCH_NCCL_", "LOCAL_", "GROUP_", "ROLE_")
+"""The trainer's own: the server would join its process group, import its packages, show its key.
+Under torchrun, TORCHELASTIC_USE_AGENT_STORE alone has its rank 0 wait for a store for ever."""
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -199,6 +207,7 @@ class SGLangServer:
             address_of(launch.config.host, port),
             request_timeout_seconds=launch.config.request_timeout_seconds,
             api_key=api_key,
+            max_connections=launch.config.max_samples_per_server,
         )
         return cls(launch.name, process, client, log_file)
 
@@ -286,7 +295,11 @@ class SGLangServer:
             raise _PortTaken(f"another server, with weights {served!r}, answers at its port")
 
     def _log_text(self) -> str:
-        return self.log_file.read_text(encoding="utf-8", errors="replace")
+        """Return the end of the log: it grows for as long as the server lives."""
+        with self.log_file.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - _LOG_BYTES))
+            return log.read().decode(errors="replace")
 
     def _kill_group(self) -> None:
         """Kill what is left of the process group; it keeps its id as long as a member lives."""
@@ -388,12 +401,14 @@ def _cpu_kv_tokens(model_folder: Path, min_tokens: int) -> int:
 def _environment(launch: ServerLaunch) -> Mapping[str, str]:
     """Return the server's environment: the trainer's, without what would confuse it."""
     environment = {
-        name: value for name, value in os.environ.items() if name not in _PRIVATE_VARIABLES
+        name: value
+        for name, value in os.environ.items()
+        if name not in _PRIVATE_VARIABLES and not name.startswith(_PRIVATE_BEGINNINGS)
     }
     environment["HF_HUB_OFFLINE"] = "1"  # the model is a folder
     # The margin may go past the model's positions; the requests do not.
     environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
-    # /health answers from the HTTP process instead of sampling a token.
+    # For those who watch it from outside: /health answers without sampling a token.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
     if launch.releases_memory:

@@ -269,7 +269,8 @@ def test_server_is_buried_before_an_update_after_as_many_missed_probes_as_it_may
     answer = pool.fakes[1].answer
 
     def miss_two(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
-        return (next(missed, 200), None) if path == "/health" else answer(path, payload)
+        status = next(missed, 200) if path == "/model_info" else 200
+        return (status, None) if status != 200 else answer(path, payload)
 
     pool.fakes[1].answer = miss_two  # type: ignore[method-assign]
     engine.load_weights(weights, 1)
@@ -457,11 +458,105 @@ def test_servers_left_in_the_middle_of_an_update_wait_for_weights(pool: Pool) ->
     pool.fakes[1].weight_version = "crashed:3:incomplete"
     engine = pool.engine()
 
-    with pytest.raises(EngineError, match="different or incomplete weights"):
+    with pytest.raises(EngineError, match="different, incomplete or another"):
         engine.sample(requests_of(1), PARAMS)
     engine.load_weights(weights, 0)
 
     assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+
+
+@pytest.mark.parametrize("name", ["ab12:7", "ab12:-1", "0123abcd:400"])
+def test_complete_weights_of_another_run_are_not_sampled_from(pool: Pool, name: str) -> None:
+    for fake in pool.fakes:
+        fake.weight_version = name
+    engine = pool.engine()
+
+    with pytest.raises(EngineError, match=r"another run's weights.*eval and collect never do"):
+        engine.sample(requests_of(1), PARAMS)
+    engine.load_weights(weights, 0)
+
+    assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+
+
+@pytest.mark.parametrize("name", ["initial", "default", "first"])
+def test_weights_that_servers_were_started_with_are_sampled_from(pool: Pool, name: str) -> None:
+    for fake in pool.fakes:
+        fake.weight_version = name
+
+    groups = pool.engine().sample(requests_of(1), PARAMS)
+
+    assert {one.policy_version for group in groups for one in group} == {-1}
+
+
+def test_servers_left_paused_by_a_trainer_that_died_are_found_and_updated(pool: Pool) -> None:
+    for fake in pool.fakes:
+        fake.is_paused = True
+        fake.weight_version = "ab12:3:incomplete"
+    engine = pool.engine()
+
+    engine.load_weights(weights, 0)
+
+    assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+    assert [fake.is_paused for fake in pool.fakes] == [False] * 3
+
+
+def test_server_that_was_given_up_while_paused_comes_back(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:2])
+    engine.load_weights(weights, 1)
+    lost = pool.fakes[0]
+    lost.is_paused = True
+    lost.weight_version = "ab12:3:incomplete"
+
+    groups = engine.sample(requests_of(6), PARAMS)
+    assert tokens_of(groups) == [[6, 6]] * 6
+    deadline = time.monotonic() + 10
+    while lost.is_paused and time.monotonic() < deadline:
+        engine.sample(requests_of(2), PARAMS)
+
+    assert not lost.is_paused
+
+
+@pytest.mark.parametrize(
+    ("reported", "message"),
+    [
+        ({"tp_size": 2}, r"tp_size = 2, expected 1; set rollout\.sglang\.tensor_parallel_size"),
+        ({"pp_size": 2}, r"pp_size = 2, expected 1; start it without --pp-size"),
+        ({"dp_size": 4}, r"dp_size = 4, expected 1; .*rollout\.sglang\.urls"),
+    ],
+)
+def test_server_of_other_parallel_sizes_is_refused(
+    pool: Pool, reported: dict[str, int], message: str
+) -> None:
+    pool.fakes[1].precision |= reported
+
+    with pytest.raises(EngineError, match=message):
+        pool.engine()
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [{"architectures": ["LlamaForCausalLM"]}, {"model_type": "llama"}, {"vocab_size": 7}],
+)
+def test_server_with_another_kind_of_model_is_refused(pool: Pool, reported: dict[str, Any]) -> None:
+    pool.fakes[1].model = reported
+
+    with pytest.raises(EngineError, match=rf"a model with {next(iter(reported))}.*model\.path"):
+        pool.engine()
+
+
+def test_servers_of_the_folders_model_are_accepted(pool: Pool) -> None:
+    for fake in pool.fakes:
+        fake.precision |= {"tp_size": 1, "pp_size": 1, "dp_size": 1}
+        fake.model = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+    assert tokens_of(pool.engine().sample(requests_of(1), PARAMS)) == [[6, 6]]
+
+
+def test_servers_of_different_versions_are_refused(pool: Pool) -> None:
+    pool.fakes[2].version = "0.5.19"
+
+    with pytest.raises(EngineError, match=r"0\.5\.1[79], others of the pool are 0\.5\.1[79]"):
+        pool.engine()
 
 
 def test_what_is_waited_for_is_logged(

@@ -1,0 +1,74 @@
+"""What a server's process is given, and what is read of its log; no server is started."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.sglang import server
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+
+
+def launch_on_gpus(*gpus: str) -> ServerLaunch:
+    return ServerLaunch(
+        name="server 0",
+        model_folder=Path("model"),
+        config=SGLangConfig(),
+        logits_dtype="float32",
+        device="cuda",
+        gpus=gpus,
+        max_total_tokens=100,
+        weight_version="first",
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"),
+        *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE"),
+        *("TORCH_NCCL_ASYNC_ERROR_HANDLING", "CUDA_DEVICE_MAX_CONNECTIONS"),
+        *("SGLANG_RETURN_ORIGINAL_LOGPROB", "PREFIXRL_SGLANG_API_KEY", "PYTHONPATH"),
+    ],
+)
+def test_server_does_not_inherit_what_is_the_trainers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+
+    assert name not in server._environment(launch_on_gpus("0"))
+
+
+def test_server_inherits_the_rest_and_gets_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+
+    environment = server._environment(launch_on_gpus("2", "3"))
+
+    assert environment["NCCL_DEBUG"] == "INFO"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+def test_only_the_end_of_a_log_is_read(tmp_path: Path) -> None:
+    log_file = tmp_path / "sglang.log"
+    log_file.write_text("first\n" + "x" * 200_000 + "\nlast: \u00e9\n", encoding="utf-8")
+    process = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    client = SGLangClient("http://127.0.0.1:9", request_timeout_seconds=1)
+    one = SGLangServer("server 0", process, client, log_file)
+    try:
+        text = one._log_text()
+    finally:
+        one.stop()
+
+    assert len(text.encode()) == 64 * 1024
+    assert text.endswith("\nlast: \u00e9\n")
+
+
+def test_idle_connections_are_as_many_as_requests_may_be_under_way() -> None:
+    client = SGLangClient("http://a", request_timeout_seconds=1, max_connections=700)
+
+    assert client._pool.connection_pool_kw["maxsize"] == 700

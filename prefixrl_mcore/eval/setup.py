@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from prefixrl_mcore.config.base import ConfigError
@@ -15,6 +16,7 @@ from prefixrl_mcore.records import Problem, Trace
 from prefixrl_mcore.rewards.math_answer import MathVerifier
 from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import SamplingParams
+from prefixrl_mcore.rollout.weight_sync.folder import weights_of_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,11 @@ def build_evaluator(
     logs_folder: Path,
     problems: Iterable[Problem],
     renderer: PromptRenderer | None = None,
+    is_synced: bool = False,
 ) -> Iterator[Evaluator]:
     """Yield an evaluator whose engine serves ``model_folder``; closes engine and verifier.
+
+    Servers that run elsewhere may hold any weights: they are sent the folder's.
 
     Args:
         config: rollout, reward and prompt settings.
@@ -41,6 +46,7 @@ def build_evaluator(
         problems: all problems that will be judged; their answers are checked before the engine
             is started.
         renderer: prompts of the run's tokenizer; None loads it.
+        is_synced: the caller loads weights into the engine before it samples.
 
     Raises:
         ConfigError: if a reference answer cannot be verified.
@@ -57,6 +63,8 @@ def build_evaluator(
             logs_folder=logs_folder,
         )
         stack.callback(engine.close)
+        if config.rollout.sglang.urls and not is_synced:
+            engine.load_weights(partial(weights_of_folder, model_folder), engine.policy_version)
         yield Evaluator(
             engine=engine,
             verifier=verifier,

@@ -215,6 +215,7 @@ def build_session(
                 temperature=config.evaluation.temperature,
                 logs_folder=folder.logs / "train",
                 problems=itertools.chain.from_iterable(sets.values()),
+                is_synced=True,
             )
         )
     source = MixtureSource(union(prefixed, originals), seed=config.seed)

@@ -1,0 +1,31 @@
+"""The weights of a Hugging Face folder as a stream, for servers that somebody else started."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from prefixrl_mcore.rollout.weight_sync.fused import fused_part
+
+
+def weights_of_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, weight) out of the safetensors files of ``folder``, one in memory at a time.
+
+    What an engine fuses follows each other, which the order of names in a file does not give.
+    """
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(path, framework="pt"))
+            for path in sorted(folder.glob("*.safetensors"))
+        ]
+        found = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        for name in sorted(found, key=_unit):
+            yield name, found[name].get_tensor(name)
+
+
+def _unit(name: str) -> str:
+    """Return what all parts of a fused weight have in common, and only they."""
+    part = fused_part(name)
+    return name if part is None else part.fused

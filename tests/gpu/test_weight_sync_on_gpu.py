@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import SampleRequest, SamplingParams
@@ -23,6 +24,22 @@ SGLANG_PYTHON = Path(
 
 # Nats; float32 on both sides, other orders of summation (not measured yet).
 TOLERANCE = 1e-2
+
+
+def load_and_compare(engine: SGLangEngine, model: PreTrainedModel, version: int) -> None:
+    """Send a model's weights from the GPU, and hold its samples against the model."""
+    on_gpu = [(name, w.detach().cuda()) for name, w in model.named_parameters()]
+    engine.load_weights(lambda: iter(on_gpu), version)
+    request = SampleRequest(request_id="one", context_token_ids=(5, 6, 7, 8), num_samples=4, seed=0)
+    params = SamplingParams(
+        temperature=1.0, max_completion_tokens=20, max_total_tokens=100, stop_token_ids=()
+    )
+    for completion in engine.sample([request], params)[0]:
+        expected = hf_completion_logprobs(
+            model, request.context_token_ids, completion.token_ids, temperature=1.0
+        )
+        assert completion.policy_version == version
+        assert completion.logprobs == pytest.approx(expected, abs=TOLERANCE)
 
 
 @pytest.mark.gpu
@@ -48,23 +65,7 @@ def test_colocated_server_gives_its_memory_back_and_samples_from_the_new_weights
             free_asleep, _ = torch.cuda.mem_get_info()
             assert free_asleep - free_awake > 0.2 * total
             engine.wake()
-            model = build_tiny_qwen3(seed=seed)
-            on_gpu = [(name, w.detach().cuda()) for name, w in model.named_parameters()]
-            engine.load_weights(lambda on_gpu=on_gpu: iter(on_gpu), version)
-            request = SampleRequest(
-                request_id="one", context_token_ids=(5, 6, 7, 8), num_samples=2, seed=0
-            )
-            params = SamplingParams(
-                temperature=1.0,
-                max_completion_tokens=20,
-                max_total_tokens=100,
-                stop_token_ids=(),
-            )
-            for completion in engine.sample([request], params)[0]:
-                expected = hf_completion_logprobs(
-                    model, request.context_token_ids, completion.token_ids, temperature=1.0
-                )
-                assert completion.logprobs == pytest.approx(expected, abs=TOLERANCE)
+            load_and_compare(engine, build_tiny_qwen3(seed=seed), version)
     finally:
         engine.close()
 
@@ -107,23 +108,6 @@ def test_server_on_a_gpu_samples_from_the_weights_that_it_was_sent(
     )
     try:
         for version, seed in enumerate((1, 2)):
-            model = build_tiny_qwen3(seed=seed)
-            on_gpu = [(name, w.detach().cuda()) for name, w in model.named_parameters()]
-            engine.load_weights(lambda on_gpu=on_gpu: iter(on_gpu), version)
-            request = SampleRequest(
-                request_id="one", context_token_ids=(5, 6, 7, 8), num_samples=4, seed=0
-            )
-            params = SamplingParams(
-                temperature=1.0,
-                max_completion_tokens=20,
-                max_total_tokens=100,
-                stop_token_ids=(),
-            )
-            for completion in engine.sample([request], params)[0]:
-                expected = hf_completion_logprobs(
-                    model, request.context_token_ids, completion.token_ids, temperature=1.0
-                )
-                assert completion.policy_version == version
-                assert completion.logprobs == pytest.approx(expected, abs=TOLERANCE)
+            load_and_compare(engine, build_tiny_qwen3(seed=seed), version)
     finally:
         engine.close()

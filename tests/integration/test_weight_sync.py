@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -269,14 +269,19 @@ def test_every_transport_updates_a_server_whose_updates_are_sessions(tmp_path: P
 
             assert report.failed == {}
             assert check(served, iter(weights)) > 10
-            for sequence in sample(served, f"by {name} {index}"):
-                expected = hf_completion_logprobs(
-                    model,
-                    sequence.context_token_ids,
-                    sequence.completion_token_ids,
-                    temperature=TEMPERATURE,
-                )
-                assert sequence.rollout_logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+            assert_samples_are_of(model, sample(served, f"by {name} {index}"))
+
+
+def assert_samples_are_of(model: PreTrainedModel, sequences: Iterable[TrainingSequence]) -> None:
+    """Hold a server's logprobs against those of the model in transformers."""
+    for sequence in sequences:
+        expected = hf_completion_logprobs(
+            model,
+            sequence.context_token_ids,
+            sequence.completion_token_ids,
+            temperature=TEMPERATURE,
+        )
+        assert sequence.rollout_logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
 
 
 def one_token(request_id: str) -> dict[str, Any]:
@@ -326,14 +331,7 @@ def test_update_that_a_trainer_died_in_is_recognised_and_made_good_by_the_next(
     assert report.failed == {}
     check(served, iter(weights))
     assert list(tmp_path.iterdir()) == []
-    for sequence in sample(served, "next"):
-        expected = hf_completion_logprobs(
-            model,
-            sequence.context_token_ids,
-            sequence.completion_token_ids,
-            temperature=TEMPERATURE,
-        )
-        assert sequence.rollout_logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+    assert_samples_are_of(model, sample(served, "next"))
 
 
 class DoesNotJoin(FakeSGLang):

@@ -21,15 +21,9 @@ from prefixrl_mcore.rollout.weight_sync.transport import (
 )
 
 
-class TensorByValue:
-    """Sends the bytes of the weights over HTTP; works everywhere.
+class _TensorTransport:
+    """What the two ways have in common: every bucket is a call of its own, and nothing is left."""
 
-    A bucket is copied, pickled, written in base64 and put into the body of a request, which all
-    servers share: up to about six buckets of host memory while that goes on, and four thirds of a
-    bucket for each rank of a server while it is sent.
-    """
-
-    name = "tensor (by value)"
     has_session = True
     innocent: frozenset[str] = frozenset()
 
@@ -40,6 +34,24 @@ class TensorByValue:
     def open(self, targets: Sequence[SyncTarget]) -> Failures:
         """Do nothing."""
         return {}
+
+    def finish(self, targets: Sequence[SyncTarget]) -> Failures:
+        """Do nothing: a server answers when it has loaded a bucket."""
+        return {}
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class TensorByValue(_TensorTransport):
+    """Sends the bytes of the weights over HTTP; works everywhere.
+
+    A bucket is copied, pickled, written in base64 and put into the body of a request, which all
+    servers share: up to about six buckets of host memory while that goes on, and four thirds of a
+    bucket for each rank of a server while it is sent.
+    """
+
+    name = "tensor (by value)"
 
     def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
         """Post the bucket to all targets at once."""
@@ -53,15 +65,8 @@ class TensorByValue:
             ),
         )
 
-    def finish(self, targets: Sequence[SyncTarget]) -> Failures:
-        """Do nothing: a server answers when it has loaded a bucket."""
-        return {}
 
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class TensorByHandle:
+class TensorByHandle(_TensorTransport):
     """Sends handles of GPU memory (CUDA IPC); trainer and server are on one machine.
 
     Each rank of a server gets a handle of a copy on its own GPU; on the trainer's own that is the
@@ -70,16 +75,6 @@ class TensorByHandle:
     """
 
     name = "tensor (GPU handles)"
-    has_session = True
-    innocent: frozenset[str] = frozenset()
-
-    def __init__(self, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
-        """Give every server so long for a bucket."""
-        self._timeout_seconds = timeout_seconds
-
-    def open(self, targets: Sequence[SyncTarget]) -> Failures:
-        """Do nothing."""
-        return {}
 
     def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
         """Post the handles to all targets at once.
@@ -107,10 +102,6 @@ class TensorByHandle:
                 bodies[target.name], self._timeout_seconds
             ),
         )
-
-    def finish(self, targets: Sequence[SyncTarget]) -> Failures:
-        """Do nothing: a server answers when it has loaded a bucket."""
-        return {}
 
     def close(self) -> None:
         """Give back memory that servers have let go of."""

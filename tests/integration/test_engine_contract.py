@@ -297,7 +297,7 @@ def test_weights_stay_while_completions_are_sampled(
 def test_what_was_aborted_can_be_continued(setting: Setting, engine: RolloutEngine) -> None:
     short = dataclasses.replace(request_of(7, 8), max_completion_tokens=10)
     request = request_of(0, 9)
-    params = params_of(temperature=0.0, max_completion_tokens=60)
+    params = params_of(temperature=0.0, max_completion_tokens=1000)
     _, (first,) = engine.sample_until([short, request], params, lambda index, _: index == 0)
     assert first.finish_reason == "abort"
 
@@ -305,12 +305,14 @@ def test_what_was_aborted_can_be_continued(setting: Setting, engine: RolloutEngi
         request,
         request_id="the rest",
         context_token_ids=request.context_token_ids + first.token_ids,
-        max_completion_tokens=60 - len(first.token_ids),
+        max_completion_tokens=30,
     )
     ((later,),) = engine.sample([rest], params)
 
     whole = first.continued_by(later)
-    expected = hf_greedy_completion(setting.model_a, request.context_token_ids, 60)
+    expected = hf_greedy_completion(
+        setting.model_a, request.context_token_ids, len(first.token_ids) + 30
+    )
     assert whole.token_ids == expected
     assert_logprobs_are_those_of(setting.model_a, [request], [[whole]], temperature=1.0)
 

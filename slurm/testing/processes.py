@@ -38,7 +38,7 @@ class Daemons:
                 start_new_session=True,
             )
         self._started.append({"name": name, "pid": process.pid, "start": _start_of(process.pid)})
-        self._file.write_text(json.dumps(self._started, indent=2) + "\n")
+        self._write()
 
     def alive(self) -> list[str]:
         """Return the names of those that run."""
@@ -52,11 +52,12 @@ class Daemons:
         return None
 
     def kill(self, name: str) -> None:
-        """End a daemon with SIGKILL and wait until it is gone; nothing if it does not run."""
+        """End a daemon with SIGKILL, wait until it is gone, and forget it."""
         pid = self.pid_of(name)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
             _wait(lambda: self.pid_of(name) is None, 10.0)
+        self._forget([daemon for daemon in self._started if daemon["name"] == name])
 
     def stop(self, prefix: str, *, seconds: float = 10.0) -> None:
         """End the daemons whose name begins with ``prefix``: SIGTERM, and SIGKILL in the end."""
@@ -68,7 +69,14 @@ class Daemons:
                         os.kill(int(str(daemon["pid"])), number)
             if _wait(lambda: not any(map(_is_alive, chosen)), seconds):
                 break
-        self._started = [daemon for daemon in self._started if daemon not in chosen]
+        self._forget(chosen)
+
+    def _forget(self, daemons: Sequence[dict[str, object]]) -> None:
+        """Remember the others only."""
+        self._started = [daemon for daemon in self._started if daemon not in daemons]
+        self._write()
+
+    def _write(self) -> None:
         self._file.write_text(json.dumps(self._started, indent=2) + "\n")
 
 

@@ -7,7 +7,8 @@ checked before it is believed: lengths, finish reasons, logprobs and the name of
 import logging
 import threading
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +57,7 @@ _CLOSED = "it is closed"
 class SGLangEngine:
     """Samples on a pool of SGLang servers; one that dies is started again with the same weights.
 
-    ``sample`` and ``load_weights`` exclude each other; the rest may be called from other threads.
+    ``sample``, ``load_weights``, ``sleep`` and ``wake`` exclude each other; ``close`` ends any.
     """
 
     def __init__(
@@ -236,15 +237,11 @@ class SGLangEngine:
                 the servers refuse the weights; if too few servers are left; if completions are
                 being sampled.
         """
-        if self._cannot_sample == _CLOSED:
-            raise EngineError(f"{self.name}: cannot load weights: {_CLOSED}")
-        if any(member.state is State.ASLEEP for member in self._pool.members):
-            raise EngineError(f"{self.name}: cannot load weights while it sleeps; call wake first")
-        if not self._in_use.acquire(blocking=False):
-            raise EngineError(
-                f"{self.name}: cannot load weights while completions are sampled; wait for sample"
-            )
-        try:
+        with self._unused("load weights"):
+            if any(member.state is State.ASLEEP for member in self._pool.members):
+                raise EngineError(
+                    f"{self.name}: cannot load weights while it sleeps; call wake first"
+                )
             state, self._cannot_sample = self._cannot_sample, _INCOMPLETE
             self._pool.load(
                 Weights(
@@ -254,6 +251,22 @@ class SGLangEngine:
                 )
             )
             self._cannot_sample = state if state == _PAUSED else ""
+
+    @contextmanager
+    def _unused(self, what: str) -> Iterator[None]:
+        """Keep ``sample`` out while something changes its servers.
+
+        Raises:
+            EngineError: if the engine is closed, or samples.
+        """
+        if self._cannot_sample == _CLOSED:
+            raise EngineError(f"{self.name}: cannot {what}: {_CLOSED}")
+        if not self._in_use.acquire(blocking=False):
+            raise EngineError(
+                f"{self.name}: cannot {what} while completions are sampled; wait for sample"
+            )
+        try:
+            yield
         finally:
             self._in_use.release()
 
@@ -274,21 +287,23 @@ class SGLangEngine:
             self._cannot_sample = ""
 
     def sleep(self) -> None:
-        """Give device memory back; the weights are lost. Nothing may be sampled.
+        """Give device memory back; the weights are lost.
 
         Raises:
-            EngineError: if too few servers are left.
+            EngineError: if the engine is closed, or samples; if too few servers are left.
         """
-        self._cannot_sample = _ASLEEP
-        self._pool.sleep()
+        with self._unused("sleep"):
+            self._cannot_sample = _ASLEEP
+            self._pool.sleep()
 
     def wake(self) -> None:
         """Take the weights' memory again; ``load_weights`` must follow, and takes the KV cache's.
 
         Raises:
-            EngineError: if too few servers are left.
+            EngineError: if the engine is closed; if too few servers are left.
         """
-        self._pool.wake()
+        with self._unused("wake"):
+            self._pool.wake()
 
     def take_metrics(self) -> dict[str, float]:
         """Return what the pool counted since the last call: ``engine/...`` of docs/metrics.md."""

@@ -303,3 +303,27 @@ def test_payload_leaves_no_parameter_to_the_models_defaults(
     engine.sample([request_of()], params_of(stop_token_ids=()))
 
     assert json.loads(payloads[-1])[1]["sampling_params"]["ignore_eos"]
+
+
+def test_engine_that_samples_is_not_put_to_sleep(engine: SGLangEngine, fake: FakeSGLang) -> None:
+    messages: list[str] = []
+
+    def sleep(*_counts: int) -> None:
+        with pytest.raises(EngineError) as error:
+            engine.sleep()
+        messages.append(str(error.value))
+
+    assert len(engine.sample([request_of()], params_of(), sleep)[0]) == 2
+    assert ["cannot sleep while completions are sampled" in message for message in messages] == [
+        True
+    ]
+    assert "/release_memory_occupation" not in fake.calls
+
+
+def test_closed_engine_stays_closed(engine: SGLangEngine) -> None:
+    engine.close()
+    for change in (engine.sleep, engine.wake):
+        with pytest.raises(EngineError, match="it is closed"):
+            change()
+    with pytest.raises(EngineError, match="cannot sample: it is closed"):
+        engine.sample([request_of()], params_of())

@@ -74,9 +74,11 @@ def test_what_a_checkpoint_remembers(undisturbed: Path) -> None:
             "wandb_id",
             "save_seconds",
             "inputs",
+            "rollouts",
         ),
         *("settings", "config_hash"),
     }
+    assert state.extra_state["rollouts"] == {"carried": [], "ready": None}
     assert state.extra_state["is_evaluated"] is True
     evaluation = metrics_of(undisturbed, "eval")[-1]
     assert state.metrics["eval/train/accuracy"] == evaluation["eval/train/accuracy"]

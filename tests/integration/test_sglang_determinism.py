@@ -42,7 +42,7 @@ def test_training_twice_gives_the_same_tokens_and_shows_its_key_to_nobody(
         lines = [without_clock(metrics_of(run, kind)) for run in runs]
         assert lines[0] == lines[1]
     assert sum(line["policy/was_skipped"] for line in metrics_of(runs[0], "train")) < 3
-    assert "POST /generate" in (runs[0] / "logs" / "train" / "sglang-1.log").read_text()
+    assert "POST /generate" in (runs[0] / "logs" / "train" / "sglang-0-1.log").read_text()
     written = [path for run in runs for path in run.rglob("*") if path.is_file()]
     assert [path for path in written if KEY.encode() in path.read_bytes()] == []
 

@@ -95,7 +95,7 @@ def without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             key: value
             for key, value in line.items()
             if not key.startswith(("time", "throughput/", "memory/", "balance/"))
-            and not key.endswith("_per_second")
+            and not key.endswith(("_per_second", "seconds", "/step_fraction"))
         }
         for line in lines
     ]

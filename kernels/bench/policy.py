@@ -10,11 +10,9 @@ Unlike the rest of this folder it needs the trainer (``prefixrl_mcore``).
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.environment import describe, slug
+from bench.gpu_record import write_record
 from bench.policy_case import FULL, TINY, PolicyCase, PolicyResult, run_variant
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.policy import topology
@@ -38,7 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Name -> settings of ``policy``, all in bfloat16."""
 
 _NUM_STEPS = 20
-_SCHEMA_VERSION = 1
 _LOSS_DIGITS = 4
 
 
@@ -55,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = [entry["result"] for entry in entries if entry["status"] == "ok"]
     Console(width=None if console.is_terminal else 120).print(results_table(results))
     if has_cuda:
-        console.print(f"[dim]{_write(case, entries, options)}")
+        console.print(
+            f"[dim]{write_record('policy', case, {'variants': _as_json(entries)}, options)}"
+        )
     else:
         console.print("no CUDA device: nothing written")
     return int(any(entry["status"] == "failed" for entry in entries))
@@ -107,26 +106,12 @@ def _run(
     return {"variant": name, "status": "ok", "result": result}
 
 
-def _write(case: PolicyCase, entries: list[dict[str, Any]], options: argparse.Namespace) -> Path:
-    """Write the record of a GPU and return its path."""
-    environment = describe(torch.device("cuda"), options.commit)
-    started = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
-    value = {
-        "schema_version": _SCHEMA_VERSION,
-        "op": "policy",
-        "started": started,
-        "case": asdict(case),
-        "seed": options.seed,
-        "environment": asdict(environment),
-        "variants": [
-            {**entry, "result": asdict(entry["result"])} if "result" in entry else entry
-            for entry in entries
-        ],
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"policy_{slug(environment.device)}_{started}.json"
-    path.write_text(json.dumps(value, indent=1) + "\n")
-    return path
+def _as_json(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the variants for the record."""
+    return [
+        {**entry, "result": asdict(entry["result"])} if "result" in entry else entry
+        for entry in entries
+    ]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -10,15 +10,13 @@ It needs the trainer (``prefixrl_mcore``) and SGLang's environment. Never run on
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set_seed
 
-from bench.environment import describe, slug
+from bench.gpu_record import write_record
 from bench.policy_case import FULL, TINY
 from prefixrl_mcore.config.rollout import SGLangConfig, SyncConfig
 from prefixrl_mcore.records import Completion
@@ -41,9 +39,6 @@ TRANSPORTS = ("tensor", "distributed", "disk")
 
 _NUM_SYNCS = 4
 """Updates per transport; the first, which connects and warms up, is not counted."""
-
-_SCHEMA_VERSION = 1
-_SLEEP_ARGUMENT = "--enable-memory-saver"
 
 LogitsName = Literal["float32", "bfloat16"]
 
@@ -130,7 +125,8 @@ class Bench:
         self,
         transport: str | None = None,
         logits_dtype: LogitsName = "float32",
-        *extra_args: str,
+        *,
+        colocated: bool = False,
     ) -> SGLangEngine:
         """Start a server, which shares the GPU with the policy.
 
@@ -143,7 +139,6 @@ class Bench:
                 "python": self._python,
                 "memory_fraction": 0.4,
                 "sync": SyncConfig.model_validate({"transport": transport}),
-                "extra_args": extra_args,
             }
         )
         return SGLangEngine(
@@ -153,6 +148,7 @@ class Bench:
             max_total_tokens=self.case.context_tokens + self.case.completion_tokens,
             logs_folder=self._folder / f"logs-{self._num_engines}",
             device=self.device,
+            colocated=colocated,
         )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -193,7 +189,7 @@ class Bench:
         """Return the time of giving memory back and taking it again, and how much it is."""
         if self.device == "cpu":
             raise EngineError("there is no device memory to give back on a CPU")
-        engine = self.engine(None, "float32", _SLEEP_ARGUMENT)
+        engine = self.engine(colocated=True)
         try:
             self.sample(engine)
             before = torch.cuda.mem_get_info()[0]
@@ -272,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         entries = [_run(name, measure, console) for name, measure in measurements.items()]
     Console(width=None if console.is_terminal else 120).print(_table(entries))
     if has_cuda:
-        console.print(f"[dim]{_write(case, entries, options)}")
+        console.print(f"[dim]{write_record('rollout', case, {'measurements': entries}, options)}")
     else:
         console.print("no CUDA device: nothing written")
     return int(any(entry["status"] == "failed" for entry in entries))
@@ -301,25 +297,6 @@ def _table(entries: Sequence[dict[str, Any]]) -> Table:
         )
         table.add_row(entry["measurement"], text or entry["detail"].splitlines()[0])
     return table
-
-
-def _write(case: RolloutCase, entries: list[dict[str, Any]], options: argparse.Namespace) -> Path:
-    """Write the record of a GPU and return its path."""
-    environment = describe(torch.device("cuda"), options.commit)
-    started = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
-    value = {
-        "schema_version": _SCHEMA_VERSION,
-        "op": "rollout",
-        "started": started,
-        "case": asdict(case),
-        "seed": options.seed,
-        "environment": asdict(environment),
-        "measurements": entries,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"rollout_{slug(environment.device)}_{started}.json"
-    path.write_text(json.dumps(value, indent=1) + "\n")
-    return path
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

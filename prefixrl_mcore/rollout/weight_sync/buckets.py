@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
-from prefixrl_mcore.rollout.weight_sync.fused import fused_part
+from prefixrl_mcore.rollout.weight_sync.fused import fused_name
 
 _Named = tuple[str, Tensor]
 
@@ -80,7 +80,7 @@ def pack_buckets(
     """
     unit_bytes: Counter[str] = Counter()
     for name, shape in coverage.shapes.items():
-        unit_bytes[_fused_name(name)] += math.prod(shape) * dtype.itemsize
+        unit_bytes[fused_name(name)] += math.prod(shape) * dtype.itemsize
     model_bytes = unit_bytes.total()
     complete: set[str] = set()
     unit = ""
@@ -88,9 +88,9 @@ def pack_buckets(
     for name, weight in weights:
         if not coverage.is_to_load(name, tuple(weight.shape)):
             continue
-        if unit != _fused_name(name):
+        if unit != fused_name(name):
             complete.add(unit)
-            unit = _fused_name(name)
+            unit = fused_name(name)
             _check_is_new(unit, complete)
             if filling is not None and not filling.has_room(unit_bytes[unit]):
                 yield filling.bucket()
@@ -151,9 +151,3 @@ def _check_is_new(unit: str, complete: Container[str]) -> None:
             f"weights: the parts of {unit!r} do not follow each other in the stream, expected "
             "query, key and value (gate and up) one after the other"
         )
-
-
-def _fused_name(name: str) -> str:
-    """Return a name that the parts of one fused weight, and only they, have in common."""
-    part = fused_part(name)
-    return name if part is None else part.fused

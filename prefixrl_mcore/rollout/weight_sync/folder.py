@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from prefixrl_mcore.rollout.weight_sync.fused import fused_part
+from prefixrl_mcore.rollout.weight_sync.fused import fused_name
 
 
 def weights_of_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -21,11 +21,5 @@ def weights_of_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
             for path in sorted(folder.glob("*.safetensors"))
         ]
         found = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        for name in sorted(found, key=_unit):
+        for name in sorted(found, key=fused_name):
             yield name, found[name].get_tensor(name)
-
-
-def _unit(name: str) -> str:
-    """Return what all parts of a fused weight have in common, and only they."""
-    part = fused_part(name)
-    return name if part is None else part.fused

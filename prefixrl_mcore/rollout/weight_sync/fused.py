@@ -34,3 +34,9 @@ def fused_part(name: str) -> FusedPart | None:
         return None
     part = match["part"]
     return FusedPart(part=part, fused=f"{match['module']}.{_FUSED[part]}", kind=match["kind"])
+
+
+def fused_name(name: str) -> str:
+    """Return a name that the parts of one fused weight, and only they, have in common."""
+    part = fused_part(name)
+    return name if part is None else part.fused

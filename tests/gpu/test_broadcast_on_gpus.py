@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from prefixrl_mcore.config.rollout import SGLangConfig
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_names import read_weight_coverage
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast

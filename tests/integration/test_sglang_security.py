@@ -145,4 +145,4 @@ def test_key_is_in_no_file_no_command_line_and_no_answer(guarded: Guarded) -> No
         assert KEY not in " ".join(process.cmdline())
         assert KEY not in " ".join(f"{k}={v}" for k, v in process.environ().items())
     assert KEY not in json.dumps(server.client.server_info())
-    assert KEY not in repr(vars(server.client))
+    assert KEY not in repr(vars(server.client._connection))

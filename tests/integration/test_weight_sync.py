@@ -27,8 +27,10 @@ from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.records import TrainingSequence
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.client import SGLangClient, generate_payload
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
+from prefixrl_mcore.rollout.sglang.payloads import generate_payload
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_names import read_weight_coverage
 from prefixrl_mcore.rollout.weight_sync.buckets import pack_buckets
 from prefixrl_mcore.rollout.weight_sync.checksums import check_weights

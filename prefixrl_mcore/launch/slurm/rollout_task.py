@@ -15,7 +15,8 @@ from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, RunConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefixrl_mcore.records import Completion, FinishReason
 from prefixrl_mcore.rollout.engine import RolloutError
-from prefixrl_mcore.rollout.sglang.client import BadAnswer, ServerLost, WrongWeights
+from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerLost, WrongWeights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

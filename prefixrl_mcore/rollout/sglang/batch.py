@@ -22,65 +22,28 @@ from prefixrl_mcore.rollout.engine import (
     SamplingParams,
 )
 from prefixrl_mcore.rollout.sglang.answer import AnswerReader
-from prefixrl_mcore.rollout.sglang.client import (
-    BadAnswer,
-    ServerFault,
-    ServerRefusal,
-    SGLangClient,
-    generate_payload,
-)
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.determinism import sample_seeds
+from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerFault, ServerRefusal
+from prefixrl_mcore.rollout.sglang.in_flight import ROUTED, InFlight, Ticket, expected_tokens
 from prefixrl_mcore.rollout.sglang.member import Member
+from prefixrl_mcore.rollout.sglang.payloads import generate_payload
 from prefixrl_mcore.rollout.sglang.pool import Answered, ServerPool
+from prefixrl_mcore.rollout.sglang.retries import Retries
 from prefixrl_mcore.rollout.sglang.schedule import (
     CompletionLengths,
     Cost,
-    Load,
     choose_server,
     longest_first,
 )
 
 logger = logging.getLogger(__name__)
 
-_ROUTED = -1
-"""Stands for the router among the servers' indices."""
-
 _ABORT_EVERY_SECONDS = 1.0
 """A request may reach a server after the call that aborts all: the call is repeated."""
 
-_FIRST_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 30.0
-"""A request that was lost is issued again after a pause, which doubles each time: a server or a
-router that is busy for a moment must not use up all tries in it."""
-
 _ABORT_LIMIT_SECONDS = 60.0
 """Longest wait for aborted requests to come back."""
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class _Ticket:
-    """One HTTP call that is under way."""
-
-    index: int
-    """Place of its request in the batch."""
-
-    server: int
-    """Who was asked, or ``_ROUTED``."""
-
-    member: Member | None
-    """The same as a member; None where a router chooses."""
-
-    life: int
-    """The member's life when it was asked."""
-
-    tokens: float
-    """Expected of it, as charged to the server's load."""
-
-    server_id: str
-    """Its request id on the server."""
-
-    sent: float
-    """When, on the monotonic clock."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -128,15 +91,16 @@ class Batch:
 
     _costs: list[Cost] = field(default_factory=list)
     _waiting: deque[int] = field(default_factory=deque)
-    _in_flight: list[_Ticket] = field(default_factory=list)
-    _loads: dict[tuple[int, int], Load] = field(default_factory=dict)  # by server and its life
     _done: dict[int, list[Completion]] = field(default_factory=dict)
-    _num_lost: dict[int, int] = field(default_factory=dict)
-    _resting: dict[int, float] = field(default_factory=dict)  # until when, on the monotonic clock
-    _avoid: dict[int, int] = field(default_factory=dict)
+    _in_flight: InFlight = field(default_factory=InFlight)
+    _retries: Retries = field(init=False)
     _is_ending: bool = False
     _end_by: float = 0.0
     _next_abort: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Begin with nothing lost."""
+        self._retries = Retries(self.max_retries)
 
     def run(self) -> list[list[Completion]]:
         """Return the completions of each request, in the order of the requests.
@@ -157,7 +121,7 @@ class Batch:
             while len(self._done) < len(self.requests):
                 self._advance()
         finally:
-            if self._in_flight:  # nothing may go on sampling behind the caller's back
+            if self._in_flight.tickets:  # nothing may go on sampling behind the caller's back
                 self.pool.abort_all()
         return [self._done[index] for index in range(len(self.requests))]
 
@@ -170,30 +134,27 @@ class Batch:
         if self._is_ending:
             self._hurry()
         else:
-            self._wake_the_rested()
+            self._waiting.extendleft(self._retries.wake())
             self._send_what_fits()
-        busy = {ticket.member.index for ticket in self._in_flight if ticket.member is not None}
+        # A router does not say whom it asked.
         self.pool.check_health(
-            [m for m in self.pool.members if m.index in busy or self.pool.router is not None]
+            self.pool.members if self.pool.router is not None else self._in_flight.members
         )
         answered = self.pool.next_answer(waiting_for=self._outstanding())
-        if answered is not None and answered.ticket in self._in_flight:
+        if answered is not None and answered.ticket in self._in_flight.tickets:
             self._take(answered)
 
     def _send_what_fits(self) -> None:
         """Send requests, the longest first, as long as a server has room."""
-        ready = {_ROUTED: None} if self.pool.router else {m.index: m for m in self.pool.ready}
+        ready = {ROUTED: None} if self.pool.router else {m.index: m for m in self.pool.ready}
         if not self.pool.ready:
             return
-        loads = {
-            index: self._loads.setdefault(_life_of(index, member), Load())
-            for index, member in ready.items()
-        }
+        loads = {i: self._in_flight.load_of(i, member) for i, member in ready.items()}
         room = self.max_samples * (len(self.pool.ready) if self.pool.router else 1)
         while self._waiting:
             index = self._waiting[0]
             request = self.requests[index]
-            others = {i: load for i, load in loads.items() if i != self._avoid.get(index)}
+            others = {i: load for i, load in loads.items() if i != self._retries.lost_on(index)}
             server = choose_server(
                 self._costs[index],
                 request.context_token_ids,
@@ -207,20 +168,15 @@ class Batch:
             self._send(index, server, ready[server])
 
     def _send(self, index: int, server: int, member: Member | None) -> None:
-        request, load = self.requests[index], self._loads[_life_of(server, member)]
-        ticket = _Ticket(
-            index=index,
+        request = self.requests[index]
+        ticket = self._in_flight.begin(
+            index,
+            request,
+            self._costs[index],
             server=server,
             member=member,
-            life=0 if member is None else member.life,
-            tokens=load.cost_of(self._costs[index], request.context_token_ids),
-            server_id=f"{self.tag}-{self._num_lost.get(index, 0)}-{request.request_id}.",
-            sent=time.monotonic(),
+            server_id=f"{self.tag}-{self._retries.num_lost(index)}-{request.request_id}.",
         )
-        load.outstanding_tokens += ticket.tokens
-        load.outstanding_samples += request.num_samples
-        load.contexts.add(request.context_token_ids)
-        self._in_flight.append(ticket)
         client = self.pool.router if member is None else member.client
         assert client is not None, "no member means a router"
         payload = generate_payload(
@@ -236,7 +192,7 @@ class Batch:
         # hangs elsewhere may keep this one for an hour.
         threading.Thread(target=self._ask, args=(ticket, client, payload), daemon=True).start()
 
-    def _ask(self, ticket: _Ticket, client: SGLangClient, payload: Mapping[str, Any]) -> None:
+    def _ask(self, ticket: Ticket, client: SGLangClient, payload: Mapping[str, Any]) -> None:
         """In a thread: one HTTP call."""
         outcome: list[dict[str, Any]] | BaseException
         try:
@@ -248,8 +204,8 @@ class Batch:
     def _take(self, answered: Answered) -> None:
         """Take the end of a call: completions, a fault, or an error that ends the batch."""
         ticket, outcome = answered.ticket, answered.outcome
-        assert isinstance(ticket, _Ticket), "batches put tickets into events"
-        self._release(ticket)
+        assert isinstance(ticket, Ticket), "batches put tickets into events"
+        self._in_flight.end(ticket)
         if isinstance(outcome, BaseException):
             if not isinstance(outcome, ServerFault):
                 raise outcome
@@ -269,13 +225,13 @@ class Batch:
                 f"{fault}"
             ) from fault
         self._lose(ticket, str(fault))
-        self._rest(ticket.index)
+        self._retries.rest(ticket.index)
         if isinstance(fault, BadAnswer):
             self.pool.counters.num_bad_answers += 1
         if ticket.member is not None:
             self.pool.suspect(ticket.member, ticket.life, "answer", fault)
 
-    def _read(self, ticket: _Ticket, answers: list[dict[str, Any]]) -> list[Completion]:
+    def _read(self, ticket: Ticket, answers: list[dict[str, Any]]) -> list[Completion]:
         """Return the completions of an answer, once it has been checked.
 
         Raises:
@@ -300,7 +256,7 @@ class Batch:
         )
         return [reader.read(answer) for answer in answers]
 
-    def _finish(self, ticket: _Ticket, completions: list[Completion]) -> None:
+    def _finish(self, ticket: Ticket, completions: list[Completion]) -> None:
         """Note a request's completions and tell whoever wants to know."""
         if ticket.member is not None:
             ticket.member.failures["answer"] = 0
@@ -325,11 +281,11 @@ class Batch:
 
     def _end(self) -> None:
         """Begin to end the batch: what was not sent is not, and the rest is aborted."""
-        self._waiting.extend(self._resting)
-        self._resting.clear()
+        self._waiting.extend(self._retries.wake_all())
+        num_sent, num_unsent = len(self._in_flight.tickets), len(self._waiting)
         logger.debug(
             "%s: enough; %d requests are aborted, %d of them were not sent",
-            *(self.name, len(self._in_flight) + len(self._waiting), len(self._waiting)),
+            *(self.name, num_sent + num_unsent, num_unsent),
         )
         self._is_ending = True
         self._end_by = time.monotonic() + _ABORT_LIMIT_SECONDS
@@ -340,10 +296,10 @@ class Batch:
         """Tell the servers to drop what is in flight, and give up what does not come back."""
         now = time.monotonic()
         if now >= self._end_by:
-            for ticket in list(self._in_flight):
-                self._release(ticket)
+            for ticket in list(self._in_flight.tickets):
+                self._in_flight.end(ticket)
                 self._finish_unanswered(ticket.index, "it was aborted and never came back")
-        elif self._in_flight and now >= self._next_abort:
+        elif self._in_flight.tickets and now >= self._next_abort:
             self.pool.abort_all()
             self._next_abort = time.monotonic() + _ABORT_EVERY_SECONDS
 
@@ -357,17 +313,11 @@ class Batch:
         self._complete(index, [unstarted] * request.num_samples)
 
     def _take_back_of_the_dead(self) -> None:
-        """Take back what dead servers owe: their calls may hang for as long as they like."""
-        owed: dict[Member, list[_Ticket]] = {}
-        for ticket in list(self._in_flight):
-            member = ticket.member
-            if member is not None and (member.life != ticket.life or not member.is_up):
-                self._release(ticket)
-                owed.setdefault(member, []).append(ticket)
-        for member, tickets in owed.items():
+        """Take back what dead servers owe."""
+        for member, tickets in self._in_flight.end_of_the_dead().items():
             logger.warning(
                 "%s: %s owed %d requests (about %.0f tokens)%s",
-                *(self.name, member.name, len(tickets), sum(ticket.tokens for ticket in tickets)),
+                *(self.name, member.name, len(tickets), expected_tokens(tickets)),
                 "" if self._is_ending else "; they are issued again",
             )
             for ticket in tickets:
@@ -378,7 +328,7 @@ class Batch:
                     self._lose(ticket, cause, logging.DEBUG)
                     self._waiting.appendleft(ticket.index)  # at once: the others are well
 
-    def _lose(self, ticket: _Ticket, cause: str, level: int = logging.WARNING) -> None:
+    def _lose(self, ticket: Ticket, cause: str, level: int = logging.WARNING) -> None:
         """Count a lost request, as long as it may be tried again.
 
         Args:
@@ -390,8 +340,9 @@ class Batch:
             RolloutError: if it was tried often enough.
         """
         request_id = self.requests[ticket.index].request_id
-        num_lost = self._num_lost[ticket.index] = self._num_lost.get(ticket.index, 0) + 1
-        if num_lost > self.max_retries:
+        self._retries.note_loss(ticket.index, ticket.server)
+        num_lost = self._retries.num_lost(ticket.index)
+        if not self._retries.may_retry(ticket.index):
             raise RolloutError(
                 f"{self.name}: request {request_id!r} was lost after {num_lost} attempts: {cause}"
             )
@@ -401,39 +352,8 @@ class Batch:
             *(self.name, request_id, num_lost + 1, self.max_retries + 1, cause),
         )
         self.pool.counters.num_reissued += 1
-        self._avoid[ticket.index] = ticket.server
-
-    def _rest(self, index: int) -> None:
-        """Let a lost request wait before it is issued again; the others go on."""
-        pause = _FIRST_PAUSE_SECONDS * 2 ** (self._num_lost[index] - 1)
-        self._resting[index] = time.monotonic() + min(pause, _LONGEST_PAUSE_SECONDS)
-
-    def _wake_the_rested(self) -> None:
-        """Put the requests whose pause is over in front of those that wait."""
-        now = time.monotonic()
-        for index in [index for index, until in self._resting.items() if until <= now]:
-            del self._resting[index]
-            self._waiting.appendleft(index)
-
-    def _release(self, ticket: _Ticket) -> None:
-        """Take a call off the load of its server."""
-        self._in_flight.remove(ticket)
-        load = self._loads[ticket.server, ticket.life]
-        load.outstanding_tokens -= ticket.tokens
-        load.outstanding_samples -= self.requests[ticket.index].num_samples
 
     def _outstanding(self) -> str:
         """Say what is outstanding, for the heartbeat."""
-        tokens = sum(ticket.tokens for ticket in self._in_flight)
-        oldest = min((ticket.sent for ticket in self._in_flight), default=time.monotonic())
-        return (
-            f"{len(self._in_flight)} requests in flight (about {tokens:.0f} tokens, the oldest for "
-            f"{time.monotonic() - oldest:.0f} s) and {len(self._waiting) + len(self._resting)} "
-            "that wait, of "
-            f"{len(self.requests)}"
-        )
-
-
-def _life_of(server: int, member: Member | None) -> tuple[int, int]:
-    """Return whose load it is: a server that was started anew has nothing in its cache."""
-    return server, 0 if member is None else member.life
+        num_waiting = len(self._waiting) + self._retries.num_resting
+        return f"{self._in_flight} and {num_waiting} that wait, of {len(self.requests)}"

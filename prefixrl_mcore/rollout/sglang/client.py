@@ -1,17 +1,15 @@
-"""HTTP calls to a SGLang server: what is sent, what comes back, and what went wrong."""
+"""The endpoints of a SGLang server, as this project uses them, and how long each may take."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import urllib3
-
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import ApiKey
+from prefixrl_mcore.rollout.sglang.connection import Connection
+from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerFault, ServerRefusal
 from prefixrl_mcore.rollout.sglang.protocol import ServerProtocol, read_protocol
 
-_CONNECT_SECONDS = 5.0
 _HEALTH_SECONDS = 5.0
 _INFO_SECONDS = 30.0
 _CONTROL_SECONDS = 600.0
@@ -25,41 +23,6 @@ _IDLE_SECONDS = 30.0
 
 _UPDATED_NOT_FLUSHED = "but the cache was not flushed"
 """Part of a refusal that says that the weights were loaded."""
-
-_KEY_REMEDY = (
-    "; the server asks for an API key, and there is none or another one here: set "
-    "PREFIXRL_SGLANG_API_KEY or rollout.sglang.api_key_file to its key"
-)
-
-
-class ServerFault(RuntimeError):  # noqa: N818 -- not an error of the caller's
-    """A call to a server came to nothing; the kinds say how."""
-
-
-class ServerLost(ServerFault):
-    """The server did not answer: connection refused or broken, or the time ran out."""
-
-
-class BadAnswer(ServerFault):
-    """The server answered what no sound server answers; another one may do better."""
-
-
-class WrongWeights(BadAnswer):
-    """The server sampled with other weights than it was given."""
-
-
-class ServerRefusal(ServerFault):
-    """The server answered with an HTTP error."""
-
-    def __init__(self, path: str, status: int, text: str) -> None:
-        """Keep what was answered."""
-        super().__init__(path, status, text)
-        self.path, self.status, self.text = path, status, text
-
-    def __str__(self) -> str:
-        """Name the endpoint, the status and the server's words."""
-        remedy = _KEY_REMEDY if self.status == 401 else ""
-        return f"{self.path} answered {self.status}: {self.text[:1000]}{remedy}"
 
 
 class SGLangClient:
@@ -81,15 +44,18 @@ class SGLangClient:
             api_key: is brought along with every call.
             max_connections: are kept open for later calls; more are opened while they are needed.
         """
-        self.url = url.rstrip("/")
-        self._api_key = api_key
+        self._connection = Connection(url, api_key=api_key, max_connections=max_connections)
         self._request_timeout_seconds = request_timeout_seconds
-        self._pool = urllib3.PoolManager(maxsize=max_connections, retries=False)
         self._protocol: ServerProtocol | None = None
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._connection.url
 
     def close(self) -> None:
         """Close the connections that are open."""
-        self._pool.clear()
+        self._connection.close()
 
     def is_healthy(self) -> bool:
         """Return whether the HTTP process, which listens once the model is loaded, answers at once.
@@ -97,7 +63,7 @@ class SGLangClient:
         Not ``/health``: a stock server samples a token for it, which a paused one never does.
         """
         try:
-            self._call("GET", "/model_info", None, _HEALTH_SECONDS)
+            self._connection.call("GET", "/model_info", None, _HEALTH_SECONDS)
         except ServerRefusal as refusal:
             return refusal.status == 401  # the next call says what to do about the key
         except ServerFault:
@@ -110,7 +76,7 @@ class SGLangClient:
         Raises:
             EngineError: if it lets them in, or does not answer.
         """
-        if self._api_key is None:
+        if not self._connection.has_key:
             return
         stranger = SGLangClient(self.url, request_timeout_seconds=_HEALTH_SECONDS)
         try:
@@ -137,7 +103,7 @@ class SGLangClient:
         Raises:
             ServerFault: if there is none in time.
         """
-        self._call("GET", "/health_generate", None, timeout_seconds)
+        self._connection.call("GET", "/health_generate", None, timeout_seconds)
 
     def weight_version(self) -> str:
         """Return the name of the weights that the server has.
@@ -156,7 +122,7 @@ class SGLangClient:
         Raises:
             ServerFault: if it does not say.
         """
-        return self._read("/model_info")
+        return self._connection.get_object("/model_info", _INFO_SECONDS)
 
     def server_info(self) -> Mapping[str, Any]:
         """Return the server's arguments, limits and ``version``.
@@ -164,7 +130,7 @@ class SGLangClient:
         Raises:
             ServerFault: if it does not say.
         """
-        return self._read("/server_info")
+        return self._connection.get_object("/server_info", _INFO_SECONDS)
 
     @property
     def protocol(self) -> ServerProtocol:
@@ -192,7 +158,7 @@ class SGLangClient:
     def _has_endpoint(self, path: str) -> bool:
         """Return whether the server knows a path that may only be posted to, without posting."""
         try:
-            self._call("GET", path, None, _CONTROL_SECONDS)
+            self._connection.call("GET", path, None, _CONTROL_SECONDS)
         except ServerRefusal as refusal:
             if refusal.status not in (404, 405):
                 raise
@@ -207,18 +173,14 @@ class SGLangClient:
             ServerRefusal: if the payload was refused.
             BadAnswer: if the answer is not JSON objects.
         """
-        data = self._call("POST", "/generate", payload, self._request_timeout_seconds)
-        parsed = self._parse("/generate", data)
-        answers = parsed if isinstance(parsed, list) else [parsed]
-        found = [answer for answer in answers if isinstance(answer, dict)]
-        if len(found) < len(answers):
-            raise BadAnswer(f"{self.url}/generate: expected JSON objects, got {_start_of(data)}")
-        return found
+        return self._connection.post_for_objects(
+            "/generate", payload, self._request_timeout_seconds
+        )
 
     def abort(self) -> None:
         """Drop all requests, if the server still answers."""
         try:
-            self._call("POST", "/abort_request", {"abort_all": True}, _HEALTH_SECONDS)
+            self._connection.call("POST", "/abort_request", {"abort_all": True}, _HEALTH_SECONDS)
         except ServerFault:
             return
 
@@ -300,9 +262,8 @@ class SGLangClient:
 
     def checksums(self) -> Mapping[str, Any]:
         """Return a digest of every tensor of every rank, under ``ranks``."""
-        path = "/weights_checker"
-        data = self._call("POST", path, {"action": "checksum"}, _CONTROL_SECONDS)
-        return self._parse_object(path, data)
+        payload = {"action": "checksum"}
+        return self._connection.post_for_object("/weights_checker", payload, _CONTROL_SECONDS)
 
     def set_weight_version(self, name: str) -> None:
         """Name the weights; every later sample carries the name."""
@@ -328,129 +289,10 @@ class SGLangClient:
             if _UPDATED_NOT_FLUSHED not in refusal.text:
                 raise
 
-    def _read(self, path: str) -> Mapping[str, Any]:
-        return self._parse_object(path, self._call("GET", path, None, _INFO_SECONDS))
-
-    def _parse_object(self, path: str, data: bytes) -> Mapping[str, Any]:
-        parsed = self._parse(path, data)
-        if not isinstance(parsed, dict):
-            raise BadAnswer(f"{self.url}{path}: expected a JSON object, got {_start_of(data)}")
-        return parsed
-
-    def _parse(self, path: str, data: bytes) -> object:
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            raise BadAnswer(
-                f"{self.url}{path}: expected JSON, got {_start_of(data)}: {error}"
-            ) from error
-
     def _control(
         self,
         path: str,
         payload: Mapping[str, Any] | bytes,
         timeout_seconds: float = _CONTROL_SECONDS,
     ) -> None:
-        """Post; raise ServerRefusal also for an answer that says ``success: false``."""
-        data = self._call("POST", path, payload, timeout_seconds)
-        try:
-            answer = json.loads(data) if data else None
-        except json.JSONDecodeError:
-            return  # some endpoints answer in prose
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise ServerRefusal(path, 200, data.decode(errors="replace"))
-
-    def _call(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | bytes | None,
-        timeout_seconds: float,
-    ) -> bytes:
-        is_ready = payload is None or isinstance(payload, bytes)
-        headers = {"Content-Type": "application/json"}
-        if self._api_key is not None:
-            headers |= self._api_key.headers
-        try:
-            response = self._pool.request(
-                method,
-                self.url + path,
-                body=payload if is_ready else json.dumps(payload).encode(),
-                headers=headers,
-                timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=timeout_seconds),
-            )
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ServerLost(f"{self.url}{path}: {error}") from error
-        if response.status != 200:
-            raise ServerRefusal(path, response.status, response.data.decode(errors="replace"))
-        return response.data
-
-
-def _start_of(data: bytes) -> str:
-    """Render the beginning of an answer."""
-    return repr(data[:200].decode(errors="replace"))
-
-
-def tensor_update(serialized: Sequence[str]) -> bytes:
-    """Return the body of ``/update_weights_from_tensor``; one entry per tensor-parallel rank."""
-    payload = {
-        "serialized_named_tensors": list(serialized),
-        "load_format": "flattened_bucket",
-        "flush_cache": False,
-    }
-    return json.dumps(payload).encode()
-
-
-def generate_payload(
-    *,
-    context_token_ids: Sequence[int],
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    stop_token_ids: Sequence[int],
-    request_id: str,
-    seeds: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """Return the body of ``/generate`` for one context.
-
-    Every parameter that shapes the distribution is given: a model's generation config must not
-    bring its own top-p or top-k. With ``num_samples`` above 1 the server computes the context
-    first and takes it from its cache for every sample.
-
-    Args:
-        context_token_ids: [num_context_tokens].
-        num_samples: completions.
-        max_new_tokens: of each completion.
-        temperature: 0 is greedy.
-        stop_token_ids: tokens that end a completion.
-        request_id: names the request to the server; a beginning of it aborts it.
-        seeds: [num_samples] for a deterministic server: each sample is then a request of its own,
-            since those of one request share its seed.
-    """
-    parameters: dict[str, Any] = {
-        "n": num_samples,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": 1.0,
-        "top_k": -1,
-        "min_p": 0.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "stop_token_ids": list(stop_token_ids),
-        # True switches all stop tokens off, ours too.
-        "ignore_eos": not stop_token_ids,
-        "skip_special_tokens": False,
-    }
-    input_ids: list[Any] = list(context_token_ids)
-    sampling_params: Any = parameters
-    if seeds is not None:
-        input_ids = [input_ids] * num_samples
-        sampling_params = [parameters | {"n": 1, "sampling_seed": seed} for seed in seeds]
-    return {
-        "input_ids": input_ids,
-        "sampling_params": sampling_params,
-        "return_logprob": True,
-        "logprob_start_len": -1,
-        "rid": request_id,
-    }
+        self._connection.control(path, payload, timeout_seconds)

@@ -29,13 +29,14 @@ from prefixrl_mcore.rollout.request_limits import completion_limits
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.batch import Batch
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
-from prefixrl_mcore.rollout.sglang.determinism import check_determinism
-from prefixrl_mcore.rollout.sglang.identity import check_layout, check_model, check_versions
+from prefixrl_mcore.rollout.sglang.gpus import gpus_of_servers
+from prefixrl_mcore.rollout.sglang.inspection import Inspector
+from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.member import Member, State
-from prefixrl_mcore.rollout.sglang.pool import ServerPool, Weights
-from prefixrl_mcore.rollout.sglang.precision import check_logits
+from prefixrl_mcore.rollout.sglang.pool import ServerPool
 from prefixrl_mcore.rollout.sglang.schedule import CompletionLengths
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer, gpus_of_servers
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
+from prefixrl_mcore.rollout.sglang.weights import Weights, weights_name
 from prefixrl_mcore.rollout.weight_names import (
     read_config_number,
     read_end_token_ids,
@@ -90,7 +91,6 @@ class SGLangEngine:
         """
         self._model_folder = model_folder
         self._config = config
-        self._logits_dtype: LogitsDtype = logits_dtype
         self._dtype = torch.float32 if device == "cpu" else getattr(torch, config.dtype)
         self._vocab_size = read_config_number(model_folder, "vocab_size")
         self._max_positions = read_config_number(model_folder, "max_position_embeddings")
@@ -102,12 +102,9 @@ class SGLangEngine:
         self._num_calls = 0
         self._lengths = CompletionLengths()
         self._in_use = threading.Lock()
-        self._version = "of unknown version"
-        self._versions: dict[int, tuple[int, str]] = {}  # by member: its life and version
-        self._versions_lock = threading.Lock()
-        self._is_deterministic: dict[int, bool] = {}
+        self._inspector = Inspector(model_folder, config, logits_dtype=logits_dtype)
         find_api_key(config)  # fails now rather than in a thread
-        base_weights = self._weights_name(-1)
+        base_weights = weights_name(self._run, -1)
         launches: list[ServerLaunch | None] = [None] * len(config.urls)
         if not config.urls:
             launches = [
@@ -131,7 +128,7 @@ class SGLangEngine:
                     config,
                     launch=launch,
                     logs_folder=logs_folder,
-                    check=partial(self._inspect, index),
+                    check=self._inspector.inspect,
                 )
                 for index, launch in enumerate(launches)
             ],
@@ -154,12 +151,12 @@ class SGLangEngine:
     @property
     def name(self) -> str:
         """``sglang <version>``."""
-        return f"sglang {self._version}"
+        return f"sglang {self._inspector.version}"
 
     @property
     def is_seeded(self) -> bool:
         """Whether all servers are deterministic; otherwise a completion depends on its batch."""
-        return all(self._is_deterministic.values())
+        return self._inspector.all_deterministic
 
     @property
     def policy_version(self) -> int:
@@ -245,7 +242,7 @@ class SGLangEngine:
             state, self._cannot_sample = self._cannot_sample, _INCOMPLETE
             self._pool.load(
                 Weights(
-                    name=self._weights_name(policy_version),
+                    name=weights_name(self._run, policy_version),
                     policy_version=policy_version,
                     make_buckets=partial(self._buckets, stream),
                 )
@@ -345,35 +342,6 @@ class SGLangEngine:
         )
         return Syncer(transport, check=check, check_every_syncs=config.sync.checksum_every_syncs)
 
-    def _inspect(self, index: int, client: SGLangClient) -> None:
-        """Note a server's version; raise EngineError if it is not what the settings say."""
-        info = client.server_info()
-        version = client.detect_protocol(info).version
-        check_layout(info, self._config, url=client.url)
-        check_model(client.model_info(), self._model_folder, url=client.url)
-        self._check_one_version(index, version, client.url)
-        self._version = version
-        check_logits(info, self._config, self._logits_dtype)
-        check_determinism(info, self._config)
-        self._is_deterministic[index] = client.protocol.is_deterministic
-
-    def _check_one_version(self, index: int, version: str, url: str) -> None:
-        """Compare a server's version with those of the others in their present lives."""
-        members = self._pool.members
-        with self._versions_lock:  # servers come up in threads
-            check_versions(
-                version,
-                [
-                    other
-                    for place, (life, other) in self._versions.items()
-                    if place != index
-                    and members[place].life == life
-                    and members[place].state is not State.DEAD
-                ],
-                url=url,
-            )
-            self._versions[index] = (members[index].life, version)
-
     def _client_of_router(self) -> SGLangClient | None:
         if self._config.router_url is None:
             return None
@@ -383,9 +351,6 @@ class SGLangEngine:
             api_key=find_api_key(self._config),
             max_connections=self._config.max_samples_per_server * self._config.num_members,
         )
-
-    def _weights_name(self, policy_version: int) -> str:
-        return f"{self._run}:{policy_version}"
 
     def _check_stop_tokens(self, params: SamplingParams) -> None:
         """Refuse what SGLang cannot do: it stops at the model's end tokens too, or at none."""

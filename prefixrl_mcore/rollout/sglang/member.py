@@ -4,7 +4,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Literal
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
-from prefixrl_mcore.rollout.sglang.client import ServerFault, SGLangClient
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer, gpu_numbers
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.faults import ServerFault
+from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers
+from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +95,7 @@ class Member:
         *,
         launch: ServerLaunch | None,
         logs_folder: Path,
-        check: Callable[[SGLangClient], None],
+        check: Callable[["Member"], None],
     ) -> None:
         """Take the place of server ``index``, DEAD until ``revive``.
 
@@ -283,7 +287,7 @@ class Member:
         else:
             self._wait_for_url(cancelled, is_back=life > 1)
         try:
-            self._check(self.client)
+            self._check(self)
             return self.client.weight_version()
         except ServerFault as fault:
             raise EngineError(f"SGLang: {self.name}: {fault}") from fault
@@ -326,3 +330,11 @@ class Member:
             api_key=find_api_key(self._config),
             max_connections=self._config.max_samples_per_server,
         )
+
+
+def ask_all[Reply](
+    members: Sequence[Member], call: Callable[[Member], Reply]
+) -> dict[Member, Future[Reply]]:
+    """Do the same for all members at once; return what came of it when all have ended."""
+    with ThreadPoolExecutor(max(1, len(members)), "sglang-ask") as threads:
+        return {member: threads.submit(call, member) for member in members}

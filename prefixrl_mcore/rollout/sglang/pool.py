@@ -6,22 +6,17 @@ in threads that put what came of it into ``events``: starts, health checks and r
 
 import logging
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.client import (
-    ServerFault,
-    ServerLost,
-    SGLangClient,
-    WrongWeights,
-)
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
+from prefixrl_mcore.rollout.sglang.faults import ServerFault, ServerLost, WrongWeights
+from prefixrl_mcore.rollout.sglang.health import Checked, HealthWatch, find_silent, is_gone
 from prefixrl_mcore.rollout.sglang.member import (
     KV_CACHE,
     WEIGHTS,
@@ -29,11 +24,11 @@ from prefixrl_mcore.rollout.sglang.member import (
     Failure,
     Member,
     State,
+    ask_all,
 )
+from prefixrl_mcore.rollout.sglang.weights import Weights, are_usable, send_weights
 from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
-from prefixrl_mcore.rollout.weight_sync.sync import MakeBuckets, is_incomplete
 from prefixrl_mcore.rollout.weight_sync.syncer import Syncer
-from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +38,6 @@ TICK_SECONDS = 0.2
 _HEARTBEAT_SECONDS = 30.0
 _ABORT_SECONDS = 6.0
 """Longest wait for the servers to be told to drop what they do."""
-
-_PROBE_PAUSE_SECONDS = 0.5
-"""Between two probes before an update: one that is refused at once says little of the next."""
-
-_TRAINERS_NAME = re.compile(r"[0-9a-f]+:-?[0-9]+")
-"""What an engine calls weights: its run and their policy version."""
-
-_DEATH_SECONDS = 1.0
-"""Time from a broken connection until the supervisor has seen that the process is gone."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
-    """The weights that all servers have, or are to get."""
-
-    name: str
-    """What the servers call them; no other trainer's weights have this name."""
-
-    policy_version: int
-    """Optimizer steps applied to them; -1 for those that the servers began with."""
-
-    make_buckets: MakeBuckets | None
-    """Begins their stream, as often as it is called; None for those that servers began with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,15 +49,6 @@ class Answered:
 
     outcome: list[dict[str, object]] | BaseException
     """One answer per sample, or what went wrong."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Checked:
-    """The end of one health check."""
-
-    member: Member
-    life: int
-    fault: ServerFault | None
 
 
 class ServerPool:
@@ -110,12 +73,11 @@ class ServerPool:
         self.members = list(members)
         self.router = router
         self.counters = PoolCounters(num_servers=len(self.members))
-        self.events: queue.SimpleQueue[Answered | CameUp | _Checked] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[Answered | CameUp | Checked] = queue.SimpleQueue()
         self.weights = Weights(name="", policy_version=-1, make_buckets=None)
         self._config = config
         self._syncer = syncer
-        self._next_check: dict[int, float] = {}
-        self._checks: list[threading.Thread] = []
+        self._health = HealthWatch(config, self.events.put)
         self._await_load: set[Member] = set()  # came up when the weights could not be had
         self._last_heartbeat = time.monotonic()
 
@@ -145,14 +107,12 @@ class ServerPool:
             if isinstance(event.outcome, Exception):
                 raise event.outcome
             names[event.member.name] = event.member.served_weights = event.outcome
-        found = names["server 0"]
-        is_foreign = found != base_weights and _TRAINERS_NAME.fullmatch(found) is not None
-        if len(set(names.values())) > 1 or is_incomplete(found) or is_foreign:
+        if not are_usable(names.values(), own=base_weights):
             logger.warning(
                 "SGLang: the servers have different, incomplete or another run's weights: %s", names
             )
             return
-        self.weights = Weights(name=found, policy_version=-1, make_buckets=None)
+        self.weights = Weights(name=names["server 0"], policy_version=-1, make_buckets=None)
         for member in self.members:
             member.move_to(State.READY, f"has weights {self.weights.name!r}")
 
@@ -168,7 +128,9 @@ class ServerPool:
         try:
             self._handle_waiting_events()
             self._bury_the_lost()
-            self._bury_the_silent()
+            tries, up = self._config.max_failures, [m for m in self.members if m.is_up]
+            for member in find_silent(up, max_probes=tries):  # it would be waited for for minutes
+                self.bury(member, f"did not answer {tries} times before an update of its weights")
             self._update([member for member in self.members if member.is_up])
         except BaseException:
             self.weights = before
@@ -180,10 +142,8 @@ class ServerPool:
 
     def verify(self) -> None:
         """Ask every ready server for the name of its weights; bury those that have others."""
-        ready = self.ready
-        with ThreadPoolExecutor(max(1, len(ready)), "sglang-verify") as threads:
-            names = [threads.submit(member.client.weight_version) for member in ready]
-        for member, name in zip(ready, names, strict=True):
+        names = ask_all(self.ready, lambda member: member.client.weight_version())
+        for member, name in names.items():
             fault = name.exception()
             if isinstance(fault, ServerFault):
                 self.bury(member, f"did not say which weights it has: {fault}")
@@ -255,16 +215,7 @@ class ServerPool:
 
     def check_health(self, busy: Sequence[Member]) -> None:
         """Begin a health check of each server that owes answers, if one is due."""
-        now = time.monotonic()
-        for member in busy:
-            if member.state is State.READY and self._next_check.get(member.index, 0.0) <= now:
-                # Not again before this one has ended.
-                self._next_check[member.index] = now + 2 * self._config.health_timeout_seconds
-                check = threading.Thread(
-                    target=self._check, args=(member, member.life, member.client), daemon=True
-                )
-                self._checks = [one for one in self._checks if one.is_alive()] + [check]
-                check.start()
+        self._health.begin_due([member for member in busy if member.state is State.READY])
 
     def suspect(self, member: Member, life: int, kind: Failure, fault: ServerFault) -> None:
         """Take a failure into account: it may be one too many, or a sign that the server is gone.
@@ -279,7 +230,7 @@ class ServerPool:
             return
         member.failures[kind] += 1
         is_broken = kind == "answer" and isinstance(fault, ServerLost)
-        if isinstance(fault, WrongWeights) or (is_broken and _is_gone(member)):
+        if isinstance(fault, WrongWeights) or (is_broken and is_gone(member)):
             self.bury(member, str(fault))
         elif member.failures[kind] >= self._config.max_failures:
             failed = "health checks" if kind == "health" else "answers"
@@ -312,9 +263,7 @@ class ServerPool:
             EngineError: if too few servers are left.
         """
         told = [member for member in self.members if member.state in states and member.is_up]
-        with ThreadPoolExecutor(max(1, len(told)), "sglang-command") as threads:
-            results = [threads.submit(call, member) for member in told]
-        for member, result in zip(told, results, strict=True):
+        for member, result in ask_all(told, call).items():
             fault = result.exception()
             if fault is None:
                 member.move_to(to, cause)
@@ -333,9 +282,7 @@ class ServerPool:
         self.begin_to_wait()
         while any(member.state is State.STARTING and not member.is_up for member in self.members):
             self.next_answer(waiting_for="servers that start, to put them to sleep")
-        for check in self._checks:
-            check.join()  # it asks for a token
-        self._checks.clear()
+        self._health.wait()  # a check asks for a token
         self._bury_the_lost()
         awake = [State.STARTING, State.READY, State.PAUSED]
         self.command(Member.release_memory, awake, State.ASLEEP, "its memory is released")
@@ -355,9 +302,8 @@ class ServerPool:
 
     def close(self) -> None:
         """End all servers that were started; safe to call twice."""
-        with ThreadPoolExecutor(len(self.members), "sglang-close") as threads:
-            for result in [threads.submit(member.close) for member in self.members]:
-                result.result()
+        for result in ask_all(self.members, Member.close).values():
+            result.result()
         if self.router is not None:
             self.router.close()
 
@@ -369,36 +315,13 @@ class ServerPool:
         """
         if not members:
             return
-        assert self.weights.make_buckets is not None, "weights that came as a stream"
+        failed = send_weights(
+            self.weights, members, self._syncer, num_ranks=self._config.tensor_parallel_size
+        )
         for member in members:
-            member.move_to(State.UPDATING, f"to {self.weights.name!r}")
-        targets = [
-            SyncTarget(
-                client=member.client,
-                num_ranks=self._config.tensor_parallel_size,
-                name=member.name,
-                gpus=member.gpus,
-            )
-            for member in members
-        ]
-        try:
-            report = self._syncer.sync(targets, self.weights.make_buckets, self.weights.name)
-        except BaseException as error:
-            differ = isinstance(error, WeightsDifferError)
-            for member in members:
-                member.move_to(
-                    State.STARTING,
-                    "weights differ from the policy's" if differ else "its weights are incomplete",
-                )
-            raise
-        for member in members:
-            if member.name in report.failed:
-                self.bury(
-                    member,
-                    f"has not got weights {self.weights.name!r}: {report.failed[member.name]}",
-                )
-            else:
-                member.served_weights = self.weights.name
+            if member.name in failed:
+                cause = f"has not got weights {self.weights.name!r}: {failed[member.name]}"
+                self.bury(member, cause)
         self.command(  # only now, so that memory for the exported weights was left
             lambda member: member.resume_memory(KV_CACHE),
             [State.UPDATING],
@@ -428,27 +351,6 @@ class ServerPool:
             if member.has_lost_process() and member.state is not State.DEAD:
                 self.bury(member, "its process is gone")
 
-    def _bury_the_silent(self) -> None:
-        """Bury who does not answer: an update would wait for it for minutes."""
-        up = [member for member in self.members if member.is_up]
-        with ThreadPoolExecutor(max(1, len(up)), "sglang-health") as threads:
-            healthy = threads.map(self._answers_at_all, up)
-        for member, is_healthy in zip(up, healthy, strict=True):
-            if not is_healthy:
-                tries = self._config.max_failures
-                self.bury(member, f"did not answer {tries} times before an update of its weights")
-
-    def _answers_at_all(self, member: Member) -> bool:
-        """In a thread: return whether a server answers one of ``max_failures`` probes."""
-        for attempt in range(self._config.max_failures):
-            if attempt:
-                time.sleep(_PROBE_PAUSE_SECONDS)
-            if member.client.is_healthy():
-                return True
-            if member.has_lost_process():
-                return False
-        return False
-
     def _check_enough(self) -> None:
         """Raise EngineError if fewer servers than wanted are alive or may become so."""
         lost = [m for m in self.members if m.state is State.DEAD and not m.may_restart()]
@@ -468,7 +370,7 @@ class ServerPool:
             if not isinstance(event, Answered):  # of a batch that was given up
                 self._handle(event)
 
-    def _handle(self, event: CameUp | _Checked) -> None:
+    def _handle(self, event: CameUp | Checked) -> None:
         member = event.member
         if event.life != member.life or member.state is State.DEAD:
             return
@@ -480,20 +382,11 @@ class ServerPool:
             else:
                 member.served_weights = event.outcome
             return
-        self._next_check[member.index] = time.monotonic() + self._config.health_every_seconds
+        self._health.note(event)
         if event.fault is None:
             member.failures["health"] = 0
         elif member.state is State.READY:  # a paused one shows no progress
             self.suspect(member, event.life, "health", event.fault)
-
-    def _check(self, member: Member, life: int, client: SGLangClient) -> None:
-        """In a thread: check one server's health."""
-        fault = None
-        try:
-            client.check_progress(self._config.health_timeout_seconds)
-        except ServerFault as raised:
-            fault = raised
-        self.events.put(_Checked(member=member, life=life, fault=fault))
 
     def _beat(self, waiting_for: str) -> None:
         now = time.monotonic()
@@ -503,13 +396,3 @@ class ServerPool:
                 "SGLang: waiting for %s; %s",
                 *(waiting_for, "; ".join(str(member) for member in self.members)),
             )
-
-
-def _is_gone(member: Member) -> bool:
-    """Return whether a server that dropped a connection is dead, and not only busy or restless."""
-    if member.client.is_healthy():
-        return False
-    deadline = time.monotonic() + _DEATH_SECONDS
-    while member.server is not None and member.server.is_alive and time.monotonic() < deadline:
-        time.sleep(0.05)  # for its supervisor to say what it died of
-    return True

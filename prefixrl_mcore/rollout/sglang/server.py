@@ -13,33 +13,27 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from prefixrl_mcore.config.policy import LogitsDtype
-from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import (
-    API_KEY_VARIABLE,
     address_of,
     find_api_key,
     hand_over,
 )
-from prefixrl_mcore.rollout.sglang.client import ServerFault, SGLangClient
-from prefixrl_mcore.rollout.sglang.determinism import deterministic_flags
-from prefixrl_mcore.rollout.sglang.precision import logits_flags, refused_flags
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.faults import ServerFault
+from prefixrl_mcore.rollout.sglang.launch import (
+    ServerLaunch,
+    server_arguments,
+    server_environment,
+)
+from prefixrl_mcore.rollout.sglang.precision import refused_flags
 from prefixrl_mcore.rollout.sglang.supervisor import describe_exit
-from prefixrl_mcore.rollout.weight_names import read_config_number
 
 logger = logging.getLogger(__name__)
 
-_HERE = Path(__file__).resolve().parent
-_SUPERVISOR = _HERE / "supervisor.py"
-LAUNCHER = _HERE / "launcher" / "serve.py"
-_STAND_INS = _HERE / "cpu" / "stand_ins"
+_SUPERVISOR = Path(__file__).resolve().parent / "supervisor.py"
 
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 10.0
@@ -61,61 +55,6 @@ _CRASH = re.compile(r"Subprocess (\S+) \(pid=\d+\) crashed with exit code (-?\d+
 
 _PORT_ATTEMPTS = 3
 _PORT_TAKEN_WORDS = ("address already in use", "errno 98")
-
-_CPU_KV_BYTES = 1024**3
-_CPU_MAX_KV_TOKENS = 65536
-"""Size of the KV cache on a CPU machine without ``max_kv_tokens``: SGLang would take a share
-of all memory."""
-
-_CONTEXT_MARGIN = 16
-"""SGLang cuts a completion a few tokens before its context length, without a word."""
-
-_PRIVATE_VARIABLES = frozenset(
-    {
-        *("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-        API_KEY_VARIABLE,  # the server gets it through its standard input
-        *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"),
-        "CUDA_DEVICE_MAX_CONNECTIONS",  # Megatron's order of launches
-        "SGLANG_RETURN_ORIGINAL_LOGPROB",  # would give logprobs at temperature 1
-    }
-)
-_PRIVATE_BEGINNINGS = ("TORCHELASTIC_", "TORCH_NCCL_", "LOCAL_", "GROUP_", "ROLE_")
-"""The trainer's own: the server would join its process group, import its packages, show its key.
-Under torchrun, TORCHELASTIC_USE_AGENT_STORE alone has its rank 0 wait for a store for ever."""
-
-_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerLaunch:
-    """How one server is started, every time that it is."""
-
-    name: str
-    """``server 0``; names it in logs and errors."""
-
-    model_folder: Path
-    """Hugging Face folder that it serves."""
-
-    config: SGLangConfig
-    """Its settings."""
-
-    logits_dtype: LogitsDtype
-    """Precision of a bfloat16 model's logits."""
-
-    device: str
-    """``cpu`` or ``cuda``."""
-
-    gpus: tuple[str, ...]
-    """Its entries of CUDA_VISIBLE_DEVICES; empty on a CPU machine."""
-
-    max_total_tokens: int
-    """Longest context and completion together."""
-
-    weight_version: str
-    """Name of the weights in the folder, stamped on completions."""
-
-    releases_memory: bool = False
-    """Its GPU memory can be released and taken again."""
 
 
 class SGLangServer:
@@ -183,7 +122,7 @@ class SGLangServer:
             str(_SUPERVISOR),
             str(os.getpid()),
             str(python),
-            *_server_arguments(launch, port, has_key=api_key is not None),
+            *server_arguments(launch, port, has_key=api_key is not None),
         ]
         log_file.parent.mkdir(parents=True, exist_ok=True)
         logger.info(
@@ -199,7 +138,7 @@ class SGLangServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(launch),
+                env=server_environment(launch),
                 start_new_session=True,
             )
         hand_over(api_key, process)
@@ -311,115 +250,6 @@ class SGLangServer:
 
 class _PortTaken(RuntimeError):  # noqa: N818 -- not an error as long as there are other ports
     """Another process has the port that the server was to have."""
-
-
-def gpus_of_servers(config: SGLangConfig, device: str) -> list[tuple[str, ...]]:
-    """Return each child process's GPUs, as entries of CUDA_VISIBLE_DEVICES; empty on a CPU machine.
-
-    Raises:
-        EngineError: if there are too few for all servers.
-    """
-    if device == "cpu":
-        return [()] * config.num_servers
-    entries, size = _visible_gpus(), config.tensor_parallel_size
-    if config.num_servers * size > len(entries):
-        raise EngineError(
-            f"SGLang: {config.num_servers} server(s) of {size} GPU(s) each need "
-            f"{config.num_servers * size} GPUs, this machine shows {len(entries)} "
-            f"(CUDA_VISIBLE_DEVICES = {os.environ.get('CUDA_VISIBLE_DEVICES')!r}); lower "
-            "rollout.sglang.num_servers or rollout.sglang.tensor_parallel_size"
-        )
-    return [tuple(entries[i * size : (i + 1) * size]) for i in range(config.num_servers)]
-
-
-def gpu_numbers(gpus: Sequence[str]) -> tuple[int, ...] | None:
-    """Return the numbers that this process has for a server's GPUs; None for a server without."""
-    visible = _visible_gpus() if gpus else []
-    return tuple(visible.index(gpu) for gpu in gpus) or None
-
-
-def _visible_gpus() -> list[str]:
-    """Return the entries of CUDA_VISIBLE_DEVICES, in the order of this process's GPU numbers."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [str(index) for index in range(torch.cuda.device_count())]
-    return [entry.strip() for entry in visible.split(",") if entry.strip()]
-
-
-def _server_arguments(launch: ServerLaunch, port: int, *, has_key: bool) -> list[str]:
-    """Return what the interpreter is given to run."""
-    config, device = launch.config, launch.device
-    is_stock = device != "cpu" and not has_key
-    launcher = ["-m", "sglang.launch_server"] if is_stock else [str(LAUNCHER)]
-    arguments: dict[str, str] = {
-        "--model-path": str(launch.model_folder),
-        "--weight-version": launch.weight_version,
-        "--host": config.host,
-        "--port": str(port),
-        "--device": device,
-        "--dtype": config.dtype,
-        "--tensor-parallel-size": str(config.tensor_parallel_size),
-        "--mem-fraction-static": str(config.memory_fraction),
-        "--context-length": str(launch.max_total_tokens + _CONTEXT_MARGIN),
-        # Structured output is not used, and its library takes seconds to load.
-        "--grammar-backend": "none",
-    }
-    if config.max_kv_tokens is not None:
-        arguments["--max-total-tokens"] = str(config.max_kv_tokens)
-    flags = ["--skip-server-warmup", "--skip-tokenizer-init"]
-    if device == "cpu":
-        arguments["--attention-backend"] = "torch_native"
-        arguments["--sampling-backend"] = "pytorch"
-        arguments["--dtype"] = "float32"
-        # A bound only, and a loose one: other programs take memory while the server looks at it.
-        arguments["--mem-fraction-static"] = "0.5"
-        arguments.setdefault(
-            "--max-total-tokens",
-            str(_cpu_kv_tokens(launch.model_folder, launch.max_total_tokens + _CONTEXT_MARGIN)),
-        )
-        # The scheduler otherwise polls all the time, on a core that the trainer needs.
-        flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
-    flags += logits_flags(config, launch.logits_dtype, device=device)
-    flags += deterministic_flags(config, device=device)
-    if launch.releases_memory and device != "cpu":
-        flags.append("--enable-memory-saver")
-    pairs = [part for pair in arguments.items() for part in pair]
-    return [*launcher, *pairs, *flags, *config.extra_args]
-
-
-def _cpu_kv_tokens(model_folder: Path, min_tokens: int) -> int:
-    """Return how many tokens of float32 KV cache fit into its share, at least ``min_tokens``."""
-    heads = read_config_number(model_folder, "num_attention_heads")
-    hidden_size = read_config_number(model_folder, "hidden_size")
-    head_dim = read_config_number(model_folder, "head_dim", hidden_size // heads)
-    kv_heads = read_config_number(model_folder, "num_key_value_heads", heads)
-    numbers_per_token = 2 * read_config_number(model_folder, "num_hidden_layers") * kv_heads
-    tokens = _CPU_KV_BYTES // (numbers_per_token * head_dim * 4)
-    return max(min(tokens, _CPU_MAX_KV_TOKENS), min_tokens)
-
-
-def _environment(launch: ServerLaunch) -> Mapping[str, str]:
-    """Return the server's environment: the trainer's, without what would confuse it."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _PRIVATE_VARIABLES and not name.startswith(_PRIVATE_BEGINNINGS)
-    }
-    environment["HF_HUB_OFFLINE"] = "1"  # the model is a folder
-    # The margin may go past the model's positions; the requests do not.
-    environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
-    # For those who watch it from outside: /health answers without sampling a token.
-    environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
-    environment["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
-    if launch.releases_memory:
-        # The memory saver cannot release segments that expand.
-        for name in _ALLOCATOR_VARIABLES:
-            environment.pop(name, None)
-    if launch.device == "cpu":
-        environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        environment["PYTHONPATH"] = str(_STAND_INS)
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    return environment
 
 
 def _free_port() -> int:

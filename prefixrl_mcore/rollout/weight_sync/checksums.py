@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.client import ServerFault
+from prefixrl_mcore.rollout.sglang.faults import ServerFault
 from prefixrl_mcore.rollout.weight_sync.digests import CpuDigest, Digest, GpuDigest
 from prefixrl_mcore.rollout.weight_sync.fused import fused_part
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.client import ServerRefusal
+from prefixrl_mcore.rollout.sglang.faults import ServerRefusal
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
 from prefixrl_mcore.rollout.weight_sync.transport import (
     Failures,

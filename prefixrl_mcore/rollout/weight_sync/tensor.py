@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from prefixrl_mcore.rollout.sglang.client import tensor_update
+from prefixrl_mcore.rollout.sglang.payloads import tensor_update
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
 from prefixrl_mcore.rollout.weight_sync.transport import (
     DEFAULT_TIMEOUT_SECONDS,

@@ -6,7 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from prefixrl_mcore.rollout.sglang.client import ServerFault, SGLangClient
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.faults import ServerFault
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
 
 logger = logging.getLogger(__name__)

@@ -77,7 +77,7 @@ def _allow_deterministic_inference() -> None:
     """Let deterministic inference through on PyTorch's attention, with a PyTorch hash to sample.
 
     The batch-invariant Triton products are left out. What makes the results independent of the
-    batch instead are one request at a time and no prefix cache (``server.py``).
+    batch instead are one request at a time and no prefix cache (``determinism.py``).
     """
     hashes: Any = import_module("sglang.kernels.ops.sampling.murmur_hash")
     hashes.murmur_hash32 = _murmur_hash32

@@ -4,12 +4,12 @@ import pytest
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.client import generate_payload
 from prefixrl_mcore.rollout.sglang.determinism import (
     check_determinism,
     deterministic_flags,
     sample_seeds,
 )
+from prefixrl_mcore.rollout.sglang.payloads import generate_payload
 
 
 def test_seeds_of_the_samples_are_fixed_and_all_different() -> None:

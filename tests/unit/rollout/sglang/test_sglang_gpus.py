@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 
 from prefixrl_mcore.config.rollout import SGLangConfig
-from prefixrl_mcore.rollout.sglang import server
+from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers, gpus_of_servers
+from prefixrl_mcore.rollout.sglang.launch import (
+    ServerLaunch,
+    server_arguments,
+    server_environment,
+)
 from prefixrl_mcore.rollout.sglang.member import Member, State
-from prefixrl_mcore.rollout.sglang.pool import ServerPool, Weights
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, gpu_numbers, gpus_of_servers
+from prefixrl_mcore.rollout.sglang.weights import Weights, send_weights
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
 
 CONFIG = SGLangConfig(num_servers=2, tensor_parallel_size=2)
@@ -58,10 +62,9 @@ def test_weights_go_to_the_gpus_that_each_server_was_started_on(
         monkeypatch.setattr(member, "_client", SimpleNamespace())
     syncer: Any = _Syncer()
     make_buckets: Any = iter
-    pool = ServerPool(members, CONFIG, syncer=syncer, router=None)
-    pool.weights = Weights(name="new", policy_version=0, make_buckets=make_buckets)
+    weights = Weights(name="new", policy_version=0, make_buckets=make_buckets)
 
-    pool._update(members)
+    send_weights(weights, members, syncer, num_ranks=2)
 
     assert [target.rank_gpus for target in syncer.targets] == [(0, 1), (2, 3)]
 
@@ -87,7 +90,7 @@ def test_server_that_shares_gpus_is_started_so_that_its_memory_can_be_released(
         releases_memory=releases_memory,
     )
 
-    arguments = server._server_arguments(launch, 30000, has_key=False)
+    arguments = server_arguments(launch, 30000, has_key=False)
 
     assert ("--enable-memory-saver" in arguments) == releases_memory
-    assert ("PYTORCH_CUDA_ALLOC_CONF" in server._environment(launch)) != releases_memory
+    assert ("PYTORCH_CUDA_ALLOC_CONF" in server_environment(launch)) != releases_memory

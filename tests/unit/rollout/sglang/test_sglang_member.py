@@ -9,8 +9,9 @@ import pytest
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.member import Member, State
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
 
 
 def test_death_during_a_start_waits_for_the_process_of_that_start(

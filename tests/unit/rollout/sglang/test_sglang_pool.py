@@ -1,7 +1,6 @@
 """Faults of single servers of a pool, as the scripted fake shows them."""
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -16,12 +15,12 @@ import torch
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.sglang import health
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
-from prefixrl_mcore.rollout.sglang.batch import Batch
-from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
-from prefixrl_mcore.rollout.sglang.schedule import CompletionLengths, Cost, Load
+from prefixrl_mcore.rollout.sglang.in_flight import InFlight
+from prefixrl_mcore.rollout.sglang.schedule import Cost
 from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
 from tests.support.fake_sglang import SAMPLED_TOKEN, Answer, FakeSGLang, serve
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
@@ -263,7 +262,7 @@ def test_server_that_was_caught_up_with_other_weights_ends_the_run(
 def test_server_is_buried_before_an_update_after_as_many_missed_probes_as_it_may_miss(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, max_failures: int, num_ready: int
 ) -> None:
-    monkeypatch.setattr(sglang_pool, "_PROBE_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(health, "_PROBE_PAUSE_SECONDS", 0.01)
     engine = pool.engine(max_restarts=0, max_failures=max_failures)
     missed = iter([503, 503])
     answer = pool.fakes[1].answer
@@ -426,30 +425,14 @@ def test_request_that_rests_does_not_keep_the_others_waiting(pool: Pool) -> None
 
 
 def test_server_that_was_started_anew_is_not_believed_to_have_contexts_in_its_cache() -> None:
-    client = SGLangClient("http://127.0.0.1:9", request_timeout_seconds=1)
-    member: Any = SimpleNamespace(index=0, life=1, client=client)
-    stub: Any = SimpleNamespace(router=None, events=queue.SimpleQueue())
-    batch = Batch(
-        name="test",
-        tag="t",
-        pool=stub,
-        requests=requests_of(1),
-        limits=[6],
-        params=PARAMS,
-        lengths=CompletionLengths(),
-        is_seeded=False,
-        max_retries=0,
-        max_samples=8,
-        is_enough=lambda _index, _completions: False,
-        on_completed=None,
-        is_closed=lambda: False,
-    )
-    batch._costs = [Cost(context_tokens=3, completion_tokens=12.0)]
+    member: Any = SimpleNamespace(index=0, life=1)
+    in_flight = InFlight()
+    (request,) = requests_of(1)
+    cost = Cost(context_tokens=3, completion_tokens=12.0)
     expected: list[float] = []
     for member.life in (1, 1, 2):
-        batch._loads.setdefault((0, member.life), Load())
-        batch._send(0, 0, member)
-        expected.append(batch._in_flight[-1].tokens)
+        ticket = in_flight.begin(0, request, cost, server=0, member=member, server_id="r")
+        expected.append(ticket.tokens)
 
     assert expected == [15.0, 12.0, 15.0]
 

@@ -11,8 +11,9 @@ from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.precision import check_logits
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from tests.support.fake_sglang import FakeSGLang, serve
 from tests.support.tiny_models import write_tiny_qwen3
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from prefixrl_mcore.config.rollout import SGLangConfig
-from prefixrl_mcore.rollout.sglang import server
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
-from prefixrl_mcore.rollout.sglang.server import ServerLaunch, SGLangServer
+from prefixrl_mcore.rollout.sglang.launch import ServerLaunch, server_environment
+from prefixrl_mcore.rollout.sglang.server import SGLangServer
 
 
 def launch_on_gpus(*gpus: str) -> ServerLaunch:
@@ -40,14 +40,14 @@ def test_server_does_not_inherit_what_is_the_trainers(
 ) -> None:
     monkeypatch.setenv(name, "1")
 
-    assert name not in server._environment(launch_on_gpus("0"))
+    assert name not in server_environment(launch_on_gpus("0"))
 
 
 def test_server_inherits_the_rest_and_gets_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
 
-    environment = server._environment(launch_on_gpus("2", "3"))
+    environment = server_environment(launch_on_gpus("2", "3"))
 
     assert environment["NCCL_DEBUG"] == "INFO"
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
@@ -71,4 +71,4 @@ def test_only_the_end_of_a_log_is_read(tmp_path: Path) -> None:
 def test_idle_connections_are_as_many_as_requests_may_be_under_way() -> None:
     client = SGLangClient("http://a", request_timeout_seconds=1, max_connections=700)
 
-    assert client._pool.connection_pool_kw["maxsize"] == 700
+    assert client._connection._pool.connection_pool_kw["maxsize"] == 700

@@ -7,13 +7,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from prefixrl_mcore.rollout.sglang import server
+from prefixrl_mcore.rollout.sglang.launch import LAUNCHER
 
 
 @pytest.fixture(scope="module")
 def without_gpu() -> ModuleType:
     """The launcher's module, which is no part of the package: SGLang's interpreter runs it."""
-    path = server.LAUNCHER.with_name("without_gpu.py")
+    path = LAUNCHER.with_name("without_gpu.py")
     spec = importlib.util.spec_from_file_location("without_gpu", path)
     assert spec is not None
     assert spec.loader is not None

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.client import SGLangClient, tensor_update
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.payloads import tensor_update
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
 from prefixrl_mcore.rollout.weight_sync import sync, tensor
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets

@@ -1,0 +1,143 @@
+"""HTTP with JSON to one address: what is sent, what comes back, and how it can fail."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import urllib3
+
+from prefixrl_mcore.rollout.sglang.api_key import ApiKey
+from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerLost, ServerRefusal
+
+_CONNECT_SECONDS = 5.0
+
+
+class Connection:
+    """Calls to one server; may be used by many threads."""
+
+    def __init__(self, url: str, *, api_key: ApiKey | None, max_connections: int) -> None:
+        """Prepare for the server at ``url``; nothing is sent yet.
+
+        Args:
+            url: its address.
+            api_key: is brought along with every call.
+            max_connections: are kept open for later calls; more are opened while they are needed.
+        """
+        self.url = url.rstrip("/")
+        self._api_key = api_key
+        self._pool = urllib3.PoolManager(maxsize=max_connections, retries=False)
+
+    @property
+    def has_key(self) -> bool:
+        """Whether calls bring an API key."""
+        return self._api_key is not None
+
+    def close(self) -> None:
+        """Close the connections that are open."""
+        self._pool.clear()
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | bytes | None,
+        timeout_seconds: float,
+    ) -> bytes:
+        """Return what is answered.
+
+        Args:
+            method: ``GET`` or ``POST``.
+            path: of the endpoint.
+            payload: is sent as JSON; bytes are JSON already.
+            timeout_seconds: longest wait between two bytes of the answer.
+
+        Raises:
+            ServerLost: if no answer came.
+            ServerRefusal: if it has another status than 200.
+        """
+        is_ready = payload is None or isinstance(payload, bytes)
+        headers = {"Content-Type": "application/json"}
+        if self._api_key is not None:
+            headers |= self._api_key.headers
+        try:
+            response = self._pool.request(
+                method,
+                self.url + path,
+                body=payload if is_ready else json.dumps(payload).encode(),
+                headers=headers,
+                timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=timeout_seconds),
+            )
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ServerLost(f"{self.url}{path}: {error}") from error
+        if response.status != 200:
+            raise ServerRefusal(path, response.status, response.data.decode(errors="replace"))
+        return response.data
+
+    def get_object(self, path: str, timeout_seconds: float) -> Mapping[str, Any]:
+        """Return the JSON object that a GET is answered with.
+
+        Raises:
+            ServerFault: as ``call``; if it is none.
+        """
+        return self._object(path, self.call("GET", path, None, timeout_seconds))
+
+    def post_for_object(
+        self, path: str, payload: Mapping[str, Any], timeout_seconds: float
+    ) -> Mapping[str, Any]:
+        """Return the JSON object that a POST is answered with.
+
+        Raises:
+            ServerFault: as ``call``; if it is none.
+        """
+        return self._object(path, self.call("POST", path, payload, timeout_seconds))
+
+    def post_for_objects(
+        self, path: str, payload: Mapping[str, Any], timeout_seconds: float
+    ) -> list[dict[str, Any]]:
+        """Return the JSON objects that a POST is answered with; one without a list is one.
+
+        Raises:
+            ServerFault: as ``call``; if it is neither.
+        """
+        data = self.call("POST", path, payload, timeout_seconds)
+        parsed = self._parse(path, data)
+        answers = parsed if isinstance(parsed, list) else [parsed]
+        found = [answer for answer in answers if isinstance(answer, dict)]
+        if len(found) < len(answers):
+            raise BadAnswer(f"{self.url}{path}: expected JSON objects, got {_start_of(data)}")
+        return found
+
+    def control(
+        self, path: str, payload: Mapping[str, Any] | bytes, timeout_seconds: float
+    ) -> None:
+        """Post what is answered with success or not.
+
+        Raises:
+            ServerFault: as ``call``; a ServerRefusal also for an answer with ``success: false``.
+        """
+        data = self.call("POST", path, payload, timeout_seconds)
+        try:
+            answer = json.loads(data) if data else None
+        except json.JSONDecodeError:
+            return  # some endpoints answer in prose
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise ServerRefusal(path, 200, data.decode(errors="replace"))
+
+    def _object(self, path: str, data: bytes) -> Mapping[str, Any]:
+        parsed = self._parse(path, data)
+        if not isinstance(parsed, dict):
+            raise BadAnswer(f"{self.url}{path}: expected a JSON object, got {_start_of(data)}")
+        return parsed
+
+    def _parse(self, path: str, data: bytes) -> object:
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise BadAnswer(
+                f"{self.url}{path}: expected JSON, got {_start_of(data)}: {error}"
+            ) from error
+
+
+def _start_of(data: bytes) -> str:
+    """Render the beginning of an answer."""
+    return repr(data[:200].decode(errors="replace"))

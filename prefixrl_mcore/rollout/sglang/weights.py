@@ -1,0 +1,83 @@
+"""The weights that the servers are to have: what they are called, and bringing them there."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from prefixrl_mcore.rollout.sglang.member import Member, State
+from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
+from prefixrl_mcore.rollout.weight_sync.sync import MakeBuckets, is_incomplete
+from prefixrl_mcore.rollout.weight_sync.syncer import Syncer
+from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
+
+_TRAINERS_NAME = re.compile(r"[0-9a-f]+:-?[0-9]+")
+"""What ``weights_name`` returns."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """The weights that all servers have, or are to get."""
+
+    name: str
+    """What the servers call them; no other trainer's weights have this name."""
+
+    policy_version: int
+    """Optimizer steps applied to them; -1 for those that the servers began with."""
+
+    make_buckets: MakeBuckets | None
+    """Begins their stream, as often as it is called; None for those that servers began with."""
+
+
+def weights_name(run: str, policy_version: int) -> str:
+    """Return what servers call the weights of a run, whose name is hexadecimal."""
+    return f"{run}:{policy_version}"
+
+
+def are_usable(names: Collection[str], *, own: str) -> bool:
+    """Return whether servers with weights of these names may be sampled from as they are.
+
+    Args:
+        names: one of each server.
+        own: the name that this run gave to servers of its own.
+    """
+    found = next(iter(names))
+    is_foreign = found != own and _TRAINERS_NAME.fullmatch(found) is not None
+    return len(set(names)) == 1 and not is_incomplete(found) and not is_foreign
+
+
+def send_weights(
+    weights: Weights, members: Sequence[Member], syncer: Syncer, *, num_ranks: int
+) -> Mapping[str, str]:
+    """Bring weights to servers, which are UPDATING then; return who failed, by name, and why.
+
+    Args:
+        weights: what to send.
+        members: to whom.
+        syncer: brings it.
+        num_ranks: tensor-parallel ranks of each server.
+
+    Raises:
+        EngineError: if the stream is not the model's weights, or servers hold others than they were
+            sent; all of them are STARTING then.
+    """
+    assert weights.make_buckets is not None, "weights that came as a stream"
+    for member in members:
+        member.move_to(State.UPDATING, f"to {weights.name!r}")
+    targets = [
+        SyncTarget(client=member.client, num_ranks=num_ranks, name=member.name, gpus=member.gpus)
+        for member in members
+    ]
+    try:
+        report = syncer.sync(targets, weights.make_buckets, weights.name)
+    except BaseException as error:
+        differ = isinstance(error, WeightsDifferError)
+        for member in members:
+            member.move_to(
+                State.STARTING,
+                "weights differ from the policy's" if differ else "its weights are incomplete",
+            )
+        raise
+    for member in members:
+        if member.name not in report.failed:
+            member.served_weights = weights.name
+    return report.failed

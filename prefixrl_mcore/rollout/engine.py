@@ -76,7 +76,12 @@ is valid until the next one is asked for. The stream may be left half-way by clo
 
 
 class RolloutEngine(Protocol):
-    """What the trainer needs of an inference engine; one contract-test suite runs on each."""
+    """What the trainer needs of an inference engine; one contract-test suite runs on each.
+
+    Calls may come from different threads. Those that sample wait for each other; those that change
+    the engine (``load_weights``, ``pause``, ``resume``, ``sleep``, ``wake``) are refused with an
+    EngineError while completions are sampled; ``close`` ends whatever goes on.
+    """
 
     @property
     def name(self) -> str:
@@ -142,7 +147,7 @@ class RolloutEngine(Protocol):
         ...
 
     def pause(self) -> None:
-        """Finish or hold what is in flight; no new sampling until ``resume``."""
+        """Have the engine compute nothing: no sampling until ``resume``."""
         ...
 
     def resume(self) -> None:

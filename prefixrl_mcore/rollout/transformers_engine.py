@@ -5,7 +5,6 @@ one computation of its context, and finished rows leave the batch.
 """
 
 import logging
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.collected import Collected
 from prefixrl_mcore.rollout.decoding import BatchDecoder, Row
 from prefixrl_mcore.rollout.engine import (
-    EngineError,
     IsEnough,
     OnCompleted,
     SampleRequest,
@@ -30,6 +28,7 @@ from prefixrl_mcore.rollout.engine import (
     WeightStream,
 )
 from prefixrl_mcore.rollout.float32_head import use_float32_head
+from prefixrl_mcore.rollout.guard import EngineGuard
 from prefixrl_mcore.rollout.request_limits import completion_limits
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
 
@@ -78,8 +77,7 @@ class TransformersEngine:
             use_float32_head(self._model)
         self._weights, self._tied_names = _weights_by_name(self._model)
         self._policy_version = -1
-        self._cannot_sample = ""
-        self._in_use = threading.Lock()
+        self._guard = EngineGuard(lambda: self.name)
 
     @property
     def name(self) -> str:
@@ -126,8 +124,17 @@ class TransformersEngine:
             ValueError: if a request or ``params`` makes no sense.
             EngineError: if the engine is closed, paused, or without complete weights.
         """
-        if self._cannot_sample:
-            raise EngineError(f"{self.name}: cannot sample: {self._cannot_sample}")
+        with self._guard.sampling():
+            return self._sample(requests, params, is_enough, on_completed)
+
+    def _sample(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        is_enough: IsEnough,
+        on_completed: OnCompleted | None,
+    ) -> list[list[Completion]]:
+        """Do the work of ``sample_until``."""
         limits = completion_limits(
             requests,
             params,
@@ -143,13 +150,12 @@ class TransformersEngine:
         ]
         collected = Collected(requests, is_enough, on_completed)
         size, version = self._config.max_batch_size, self._policy_version
-        with self._in_use:
-            for first in range(0, len(rows), size):
-                if collected.is_enough:
-                    break
-                batch = rows[first : first + size]
-                decoder = BatchDecoder(self._model, batch, params, policy_version=version)
-                decoder.run(lambda index, one, batch=batch: collected.add(batch[index], one))
+        for first in range(0, len(rows), size):
+            if collected.is_enough:
+                break
+            batch = rows[first : first + size]
+            decoder = BatchDecoder(self._model, batch, params, policy_version=version)
+            decoder.run(lambda index, one, batch=batch: collected.add(batch[index], one))
         return collected.in_order(policy_version=version)
 
     @torch.no_grad()
@@ -161,51 +167,54 @@ class TransformersEngine:
                 engine then refuses to sample until a complete set is loaded. If completions are
                 being sampled; nothing is changed then.
         """
-        if self._model is None:
-            raise EngineError(f"{self.name}: cannot load weights: the engine is closed")
-        if not self._in_use.acquire(blocking=False):
-            raise EngineError(
-                f"{self.name}: cannot load weights while completions are sampled; wait for sample"
-            )
-        try:
-            self._load_weights(stream, policy_version)
-        finally:
-            self._in_use.release()
-
-    def _load_weights(self, stream: WeightStream, policy_version: int) -> None:
-        """Do the work of ``load_weights``."""
-        paused = self._cannot_sample if self._cannot_sample == _PAUSED else ""
-        self._cannot_sample = "its weights are incomplete; load_weights failed or did not finish"
-        shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
-        coverage = WeightCoverage(shapes=shapes, tied_names=self._tied_names)
-        for name, weight in stream():
-            if coverage.is_to_load(name, tuple(weight.shape)):
-                self._weights[name].copy_(weight)
-        coverage.check_complete()
-        self._policy_version = policy_version
-        self._cannot_sample = paused
+        with self._guard.changing("load weights"), self._guard.replacing_weights():
+            shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+            coverage = WeightCoverage(shapes=shapes, tied_names=self._tied_names)
+            for name, weight in stream():
+                if coverage.is_to_load(name, tuple(weight.shape)):
+                    self._weights[name].copy_(weight)
+            coverage.check_complete()
+            self._policy_version = policy_version
 
     def pause(self) -> None:
-        """Refuse to sample until ``resume``; nothing is in flight between calls."""
-        if not self._cannot_sample:
-            self._cannot_sample = _PAUSED
+        """Refuse to sample until ``resume``.
+
+        Raises:
+            EngineError: if the engine is closed, or samples.
+        """
+        with self._guard.changing("pause"):
+            self._guard.pause()
 
     def resume(self) -> None:
-        """Accept requests again."""
-        if self._cannot_sample == _PAUSED:
-            self._cannot_sample = ""
+        """Accept requests again.
+
+        Raises:
+            EngineError: if the engine is closed, or samples.
+        """
+        with self._guard.changing("resume"):
+            self._guard.resume()
 
     def sleep(self) -> None:
-        """Move the weights to host memory; ``load_weights`` must follow after ``wake``."""
-        self._cannot_sample = "it slept; call wake and load_weights first"
-        self._model.to("cpu")
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Move the weights to host memory; ``load_weights`` must follow after ``wake``.
+
+        Raises:
+            EngineError: if the engine is closed, or samples.
+        """
+        with self._guard.changing("sleep"):
+            self._guard.sleep()
+            self._model.to("cpu")
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Take device memory again."""
-        self._model.to(self._device)
-        self._weights, self._tied_names = _weights_by_name(self._model)
+        """Take device memory again.
+
+        Raises:
+            EngineError: if the engine is closed, or samples.
+        """
+        with self._guard.changing("wake"):
+            self._model.to(self._device)
+            self._weights, self._tied_names = _weights_by_name(self._model)
 
     def take_metrics(self) -> dict[str, float]:
         """Return nothing: what is measured is in the completions."""
@@ -213,16 +222,13 @@ class TransformersEngine:
 
     def is_healthy(self) -> bool:
         """Return whether ``sample`` would be accepted."""
-        return not self._cannot_sample
+        return self._guard.can_sample
 
     def close(self) -> None:
         """Free the model; safe to call twice."""
-        self._cannot_sample = "it is closed"
+        self._guard.close()
         self._model = None
         self._weights = {}
-
-
-_PAUSED = "it is paused; call resume first"
 
 
 def _weights_by_name(model: nn.Module) -> tuple[dict[str, Tensor], frozenset[str]]:

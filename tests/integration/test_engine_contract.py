@@ -274,22 +274,29 @@ def test_enough_aborts_what_is_in_flight_and_keeps_its_tokens(
     assert_logprobs_are_those_of(setting.model_a, requests, groups, temperature=1.0)
 
 
-def test_weights_stay_while_completions_are_sampled(
-    setting: Setting, engine: RolloutEngine
-) -> None:
+def test_engine_that_samples_is_not_changed(setting: Setting, engine: RolloutEngine) -> None:
     messages: list[str] = []
 
-    def load(*_counts: int) -> None:
-        try:
-            engine.load_weights(lambda: iter(weights_of(setting.model_b)), 9)
-        except EngineError as error:
-            messages.append(str(error))
+    def change(*_counts: int) -> None:
+        for call in (
+            lambda: engine.load_weights(lambda: iter(weights_of(setting.model_b)), 9),
+            engine.pause,
+            engine.resume,
+            engine.sleep,
+            engine.wake,
+        ):
+            with pytest.raises(EngineError) as error:
+                call()
+            messages.append(str(error.value))
 
     requests = [request_of(0, 9), request_of(1, 5)]
-    groups = engine.sample(requests, params_of(), load)
+    groups = engine.sample(requests, params_of(), change)
 
-    assert len(messages) == 2
-    assert "while completions are sampled" in messages[0]
+    verbs = ("load weights", "pause", "resume", "sleep", "wake") * len(requests)
+    assert len(messages) == len(verbs)
+    for verb, message in zip(verbs, messages, strict=True):
+        assert f"cannot {verb} while completions are sampled" in message
+    assert engine.is_healthy()
     assert engine.policy_version == 0
     assert_logprobs_are_those_of(setting.model_a, requests, groups, temperature=1.0)
 

@@ -5,10 +5,8 @@ checked before it is believed: lengths, finish reasons, logprobs and the name of
 """
 
 import logging
-import threading
 import uuid
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from prefixrl_mcore.rollout.engine import (
     SamplingParams,
     WeightStream,
 )
+from prefixrl_mcore.rollout.guard import EngineGuard
 from prefixrl_mcore.rollout.request_limits import completion_limits
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.batch import Batch
@@ -49,16 +48,11 @@ from prefixrl_mcore.rollout.weight_sync.syncer import Syncer
 
 logger = logging.getLogger(__name__)
 
-_PAUSED = "it is paused; call resume first"
-_ASLEEP = "it slept; call wake and load_weights first"
-_INCOMPLETE = "its weights are incomplete; load_weights failed"
-_CLOSED = "it is closed"
-
 
 class SGLangEngine:
     """Samples on a pool of SGLang servers; one that dies is started again with the same weights.
 
-    ``sample``, ``load_weights``, ``sleep`` and ``wake`` exclude each other; ``close`` ends any.
+    ``sample`` and what changes the engine exclude each other; ``close`` ends any of them.
     """
 
     def __init__(
@@ -98,10 +92,9 @@ class SGLangEngine:
         read_weight_coverage(model_folder)  # fails now rather than at the first update
         # Names of weights are this engine's own: another trainer's update is noticed.
         self._run = uuid.uuid4().hex[:8]
-        self._cannot_sample = ""
+        self._guard = EngineGuard(lambda: self.name)
         self._num_calls = 0
         self._lengths = CompletionLengths()
-        self._in_use = threading.Lock()
         self._inspector = Inspector(model_folder, config, logits_dtype=logits_dtype)
         find_api_key(config)  # fails now rather than in a thread
         base_weights = weights_name(self._run, -1)
@@ -142,7 +135,7 @@ class SGLangEngine:
             self._pool.close()
             raise
         if not self._pool.ready:
-            self._cannot_sample = (
+            self._guard.forbid(
                 "its servers have different, incomplete or another run's weights, left by another "
                 "trainer; call load_weights (the commands eval and collect never do: start the "
                 "servers of rollout.sglang.urls again, with the model that is to be sampled)"
@@ -199,13 +192,11 @@ class SGLangEngine:
             EngineError: if the engine is closed or paused, has no complete weights, or too few
                 servers are left.
         """
-        if self._cannot_sample:
-            raise EngineError(f"{self.name}: cannot sample: {self._cannot_sample}")
-        limits = completion_limits(
-            requests, params, vocab_size=self._vocab_size, max_positions=self._max_positions
-        )
-        self._check_stop_tokens(params)
-        with self._in_use:
+        with self._guard.sampling():
+            limits = completion_limits(
+                requests, params, vocab_size=self._vocab_size, max_positions=self._max_positions
+            )
+            self._check_stop_tokens(params)
             self._num_calls += 1
             self._pool.verify()
             batch = Batch(
@@ -221,7 +212,7 @@ class SGLangEngine:
                 max_samples=self._config.max_samples_per_server,
                 is_enough=is_enough,
                 on_completed=on_completed,
-                is_closed=lambda: self._cannot_sample == _CLOSED,
+                is_closed=lambda: self._guard.is_closed,
             )
             return batch.run()
 
@@ -234,54 +225,42 @@ class SGLangEngine:
                 the servers refuse the weights; if too few servers are left; if completions are
                 being sampled.
         """
-        with self._unused("load weights"):
+        with self._guard.changing("load weights"):
             if any(member.state is State.ASLEEP for member in self._pool.members):
                 raise EngineError(
                     f"{self.name}: cannot load weights while it sleeps; call wake first"
                 )
-            state, self._cannot_sample = self._cannot_sample, _INCOMPLETE
-            self._pool.load(
-                Weights(
-                    name=weights_name(self._run, policy_version),
-                    policy_version=policy_version,
-                    make_buckets=partial(self._buckets, stream),
-                )
+            weights = Weights(
+                name=weights_name(self._run, policy_version),
+                policy_version=policy_version,
+                make_buckets=partial(self._buckets, stream),
             )
-            self._cannot_sample = state if state == _PAUSED else ""
-
-    @contextmanager
-    def _unused(self, what: str) -> Iterator[None]:
-        """Keep ``sample`` out while something changes its servers.
-
-        Raises:
-            EngineError: if the engine is closed, or samples.
-        """
-        if self._cannot_sample == _CLOSED:
-            raise EngineError(f"{self.name}: cannot {what}: {_CLOSED}")
-        if not self._in_use.acquire(blocking=False):
-            raise EngineError(
-                f"{self.name}: cannot {what} while completions are sampled; wait for sample"
-            )
-        try:
-            yield
-        finally:
-            self._in_use.release()
+            with self._guard.replacing_weights():
+                self._pool.load(weights)
 
     def pause(self) -> None:
-        """Hold what is in flight; ``sample`` refuses until ``resume``."""
-        if not self._cannot_sample:
-            self._cannot_sample = _PAUSED
-            self._pool.command(
-                lambda member: member.client.pause(), [State.READY], State.PAUSED, "pause"
-            )
+        """Have the servers compute nothing; ``sample`` refuses until ``resume``.
+
+        Raises:
+            EngineError: if the engine is closed, or samples; if too few servers are left.
+        """
+        with self._guard.changing("pause"):
+            if self._guard.pause():
+                self._pool.command(
+                    lambda member: member.client.pause(), [State.READY], State.PAUSED, "pause"
+                )
 
     def resume(self) -> None:
-        """Go on with what is in flight, and accept requests again."""
-        if self._cannot_sample == _PAUSED:
-            self._pool.command(
-                lambda member: member.client.resume(), [State.PAUSED], State.READY, "resume"
-            )
-            self._cannot_sample = ""
+        """Accept requests again.
+
+        Raises:
+            EngineError: if the engine is closed; if too few servers are left.
+        """
+        with self._guard.changing("resume"):
+            if self._guard.resume():
+                self._pool.command(
+                    lambda member: member.client.resume(), [State.PAUSED], State.READY, "resume"
+                )
 
     def sleep(self) -> None:
         """Give device memory back; the weights are lost.
@@ -289,8 +268,8 @@ class SGLangEngine:
         Raises:
             EngineError: if the engine is closed, or samples; if too few servers are left.
         """
-        with self._unused("sleep"):
-            self._cannot_sample = _ASLEEP
+        with self._guard.changing("sleep"):
+            self._guard.sleep()
             self._pool.sleep()
 
     def wake(self) -> None:
@@ -299,7 +278,7 @@ class SGLangEngine:
         Raises:
             EngineError: if the engine is closed; if too few servers are left.
         """
-        with self._unused("wake"):
+        with self._guard.changing("wake"):
             self._pool.wake()
 
     def take_metrics(self) -> dict[str, float]:
@@ -308,11 +287,11 @@ class SGLangEngine:
 
     def is_healthy(self) -> bool:
         """Return whether ``sample`` would be accepted, and a server answers."""
-        return not self._cannot_sample and any(m.client.is_healthy() for m in self._pool.ready)
+        return self._guard.can_sample and any(m.client.is_healthy() for m in self._pool.ready)
 
     def close(self) -> None:
         """End the servers that this engine started; safe to call twice."""
-        self._cannot_sample = _CLOSED
+        self._guard.close()
         self._pool.close()
 
     def _buckets(self, stream: WeightStream) -> Generator[Bucket]:

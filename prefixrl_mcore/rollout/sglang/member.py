@@ -44,7 +44,7 @@ class State(Enum):
     """It has the current weights and samples."""
 
     PAUSED = "paused"
-    """It has the current weights and holds what is in flight."""
+    """It has the current weights and computes nothing."""
 
     UPDATING = "updating"
     """Weights are on their way to it."""

@@ -1,5 +1,7 @@
 import json
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -305,24 +307,39 @@ def test_payload_leaves_no_parameter_to_the_models_defaults(
     assert json.loads(payloads[-1])[1]["sampling_params"]["ignore_eos"]
 
 
-def test_engine_that_samples_is_not_put_to_sleep(engine: SGLangEngine, fake: FakeSGLang) -> None:
+@pytest.mark.parametrize("change", ["pause", "resume", "sleep", "wake"])
+def test_engine_that_samples_is_not_changed_by_another_thread(
+    engine: SGLangEngine, fake: FakeSGLang, change: str
+) -> None:
+    fake.hold = threading.Event()
     messages: list[str] = []
 
-    def sleep(*_counts: int) -> None:
-        with pytest.raises(EngineError) as error:
-            engine.sleep()
-        messages.append(str(error.value))
+    def change_it() -> None:
+        while "/generate" not in fake.calls:
+            time.sleep(0.01)
+        try:
+            getattr(engine, change)()
+        except EngineError as error:
+            messages.append(str(error))
+        assert fake.hold is not None
+        fake.hold.set()
 
-    assert len(engine.sample([request_of()], params_of(), sleep)[0]) == 2
-    assert ["cannot sleep while completions are sampled" in message for message in messages] == [
-        True
-    ]
-    assert "/release_memory_occupation" not in fake.calls
+    changer = threading.Thread(target=change_it)
+    changer.start()
+    (group,) = engine.sample([request_of()], params_of())
+    changer.join()
+
+    assert [len(one.token_ids) for one in group] == [6, 6]
+    assert [f"cannot {change} while completions are sampled" in one for one in messages] == [True]
+    assert not {"/pause_generation", "/release_memory_occupation weights kv_cache"} & set(
+        fake.calls
+    )
+    assert engine.is_healthy()
 
 
 def test_closed_engine_stays_closed(engine: SGLangEngine) -> None:
     engine.close()
-    for change in (engine.sleep, engine.wake):
+    for change in (engine.pause, engine.resume, engine.sleep, engine.wake):
         with pytest.raises(EngineError, match="it is closed"):
             change()
     with pytest.raises(EngineError, match="cannot sample: it is closed"):

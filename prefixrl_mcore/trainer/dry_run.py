@@ -16,7 +16,7 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.policy.packed import MIN_FILL
 from prefixrl_mcore.records import TrainingSequence
 from prefixrl_mcore.trainer.memory import highest_peak, reset_peaks
-from prefixrl_mcore.trainer.out_of_memory import describe_batch, describe_bytes, explained
+from prefixrl_mcore.trainer.out_of_memory import describe_batch, describe_bytes
 from prefixrl_mcore.trainer.session import Session
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,8 @@ def _pass(name: str, session: Session, sequences: Sequence[TrainingSequence]) ->
     """Run one batch, and log its time and the highest peak of memory so far."""
     batch = session.pack_sequences(sequences, aggregation="token_mean")
     start = time.perf_counter()
-    with explained(
-        session.config,
-        session.topology,
-        session.phases,
-        what=f"the dry-run step before step 0 ({name})",
-        batch=batch,
-        predicted_bytes=session.predicted_bytes,
-        snapshots=session.folder.profile,
-    ):
+    what = f"the dry-run step before step 0 ({name})"
+    with session.memory_explained(what=what, batch=batch):
         session.policy.dry_run(batch)
     seconds = time.perf_counter() - start
     rank, peak = highest_peak(session.topology)

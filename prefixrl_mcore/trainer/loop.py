@@ -23,7 +23,7 @@ def train(session: Session, stop: StopSignal) -> None:
     session.begin_steps()
     for step in range(session.first_step, session.config.trainer.num_steps):
         with session.step(step):
-            with session.saved_if_engine_is_lost(step):
+            with session.saves.if_engine_is_lost(step):
                 session.sync_weights()
                 rollouts = session.supply.sample(step)
             batch = session.pack(rollouts)
@@ -43,11 +43,11 @@ def has_steps_to_take(session: Session) -> bool:
         session.evaluate(first_step)
         if session.config.checkpoint.keep_best is not None:
             # Saved without its metrics, it was never the best.
-            session.checkpoint(first_step, is_last=False, is_due=True)
+            session.saves.checkpoint(first_step, is_last=False, is_due=True)
     if not session.is_over_budget():
         return True
-    if not session.has_checkpoint():
-        session.checkpoint(first_step, is_last=True)
+    if not session.saves.has_any():
+        session.saves.checkpoint(first_step, is_last=True)
     logger.info("no step to take: %d done, trainer.max_flops is spent", first_step)
     return False
 
@@ -58,11 +58,11 @@ def ends_after(session: Session, stop: StopSignal, done: int) -> bool:
     All ranks call this.
     """
     is_last = done == session.config.trainer.num_steps or session.is_over_budget()
-    is_stopping = not is_last and stop.is_set(session.saver.seconds_to_stop)
-    with session.saved_if_engine_is_lost(done):
+    is_stopping = not is_last and stop.is_set(session.saves.saver.seconds_to_stop)
+    with session.saves.if_engine_is_lost(done):
         if is_last or (session.is_evaluation_due(done) and not is_stopping):
             session.evaluate(done)
-        session.checkpoint(done, is_last=is_last or is_stopping)
+        session.saves.checkpoint(done, is_last=is_last or is_stopping)
     if not (is_last or is_stopping):
         return False
     session.log_outside(done)

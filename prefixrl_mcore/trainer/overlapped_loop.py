@@ -19,7 +19,7 @@ def train_overlapped(session: Session, stop: StopSignal) -> None:
     session.begin_steps()
     for step in range(session.first_step, num_steps):
         with session.step(step):
-            with session.saved_if_engine_is_lost(step):
+            with session.saves.if_engine_is_lost(step):
                 if not session.supply.is_begun:
                     session.sync_weights()
                     session.supply.begin(step)

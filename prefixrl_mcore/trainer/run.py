@@ -1,46 +1,29 @@
 """``prefixrl train``: build a session on this rank, resume if asked, train, leave it tidy."""
 
-import itertools
 import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
-from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
-from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.save_load import clean_up, latest_checkpoint, load_checkpoint
-from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.continuation import check_same_inputs, check_saved_settings
-from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
-from prefixrl_mcore.data.prefixes import read_prefixes
-from prefixrl_mcore.data.prompts import PromptRenderer
-from prefixrl_mcore.data.source import MixtureSource, original_problems, union
-from prefixrl_mcore.data.traces import TraceStore
-from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
+from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.observability.heartbeat import Heartbeat, last_request
 from prefixrl_mcore.observability.lease import Lease
 from prefixrl_mcore.observability.metrics import MetricsWriter
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
-from prefixrl_mcore.policy.serving import CollectiveServices
-from prefixrl_mcore.policy.topology import Topology, initialize, run_on_first, shut_down
-from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
+from prefixrl_mcore.policy.topology import initialize, run_on_first, shut_down
 from prefixrl_mcore.trainer import dry_run
-from prefixrl_mcore.trainer.agreement import GapAlarm
-from prefixrl_mcore.trainer.generation import Generator
+from prefixrl_mcore.trainer.build import build_session, read_sft_traces
 from prefixrl_mcore.trainer.initial_model import provide_initial_model, with_initial_model
 from prefixrl_mcore.trainer.loop import train
 from prefixrl_mcore.trainer.overlapped_loop import train_overlapped
-from prefixrl_mcore.trainer.profiling import StepProfiler
-from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
-from prefixrl_mcore.trainer.run_policy import build_policy
-from prefixrl_mcore.trainer.session import EXPORT, Session
+from prefixrl_mcore.trainer.session import Session
 from prefixrl_mcore.trainer.sft import run_sft
 from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
-from prefixrl_mcore.trainer.step_metrics import read_hardware
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +89,7 @@ def run_training(
             dry_run.take_dry_run_step(session)
         if checkpoint is None:
             if config.method == "sft_then_rl":
-                run_sft(session, _read_sft_traces(config, session.renderer), stop)
+                run_sft(session, read_sft_traces(config, session.renderer), stop)
             if not stop.is_stopping():
                 session.evaluate(0)
         if stop.is_stopping():
@@ -182,152 +165,6 @@ def _count_logged_steps(metrics_file: Path) -> int:
     return sum('"kind": "train"' in line for line in metrics_file.read_text().splitlines())
 
 
-def build_session(
-    config: RunConfig,
-    folder: RunFolder,
-    topology: Topology,
-    stack: ExitStack,
-    *,
-    phases: Phases,
-    predicted_bytes: float | None = None,
-) -> Session:
-    """Build this rank's session at step 0; rank 0 also starts the engine and the verifier.
-
-    ``phases`` become the policy's.
-    """
-    renderer = PromptRenderer(config.model.path, config.data.prompt)
-    sets = read_evaluation_sets(config)
-    originals = original_problems(renderer.render(problem) for problem in sets["train"])
-    prefixed: list[PrefixedProblem] = []
-    if config.method == "prefixrl":
-        prefixed = _read_prefixed(config, renderer, sets["train"])
-    policy = build_policy(config)
-    profiler = stack.enter_context(StepProfiler(config.profile, folder.profile, topology))
-    policy.phases = phases
-    phases.annotate = profiler.annotate
-    evaluator = None
-    if topology.is_first:
-        evaluator = stack.enter_context(
-            build_evaluator(
-                config,
-                renderer=renderer,
-                model_folder=config.model.path,
-                temperature=config.evaluation.temperature,
-                logs_folder=folder.logs / "train",
-                problems=itertools.chain.from_iterable(sets.values()),
-                is_synced=True,
-            )
-        )
-    source = MixtureSource(union(prefixed, originals), seed=config.seed)
-    meter = FlopsMeter(
-        num_parameters=count_parameters(config.model.path),
-        collect_flops=_collect_flops(config, renderer),
-    )
-    services = CollectiveServices({EXPORT: policy.export_weights})
-    supply = RolloutSupply(
-        None if evaluator is None else Generator(evaluator, source, config),
-        source,
-        services=services,
-        meter=meter,
-        phases=phases,
-    )
-    stack.callback(supply.close)
-    return Session(
-        config=config,
-        folder=folder,
-        topology=topology,
-        renderer=renderer,
-        policy=policy,
-        services=services,
-        source=source,
-        supply=supply,
-        meter=meter,
-        saver=CheckpointSaver(
-            folder.checkpoints,
-            _retention(config.checkpoint),
-            in_background=config.checkpoint.in_background,
-        ),
-        evaluation_sets=sets,
-        evaluator=evaluator,
-        metrics=None,
-        progress=Progress("train", total=config.trainer.num_steps, enabled=False),
-        phases=phases,
-        profiler=profiler,
-        predicted_bytes=predicted_bytes,
-        hardware=read_hardware(
-            topology, dtype=config.policy.dtype, configured_peak=config.trainer.peak_flops
-        ),
-        gap_alarm=GapAlarm(config.rollout, warns=topology.is_first),
-        stack=stack,
-        input_digests=run_on_first(lambda: _digest_inputs(config, renderer)),
-    )
-
-
-def _retention(config: CheckpointConfig) -> Retention:
-    """Return the rules of ``[checkpoint]``."""
-    best = config.keep_best
-    return Retention(
-        keep_last=config.keep_last,
-        keep_every_steps=config.keep_every_steps,
-        keep_best=None if best is None else KeepBest(**best.model_dump()),
-    )
-
-
-def _digest_inputs(config: RunConfig, renderer: PromptRenderer) -> dict[str, str]:
-    """Return the digests of what must stay the same although its path may change."""
-    digests = {"tokenizer": renderer.tokenizer_hash, "prompts": renderer.chat_template_hash}
-    if config.loss.kl != "none":
-        reference = config.loss.reference_path or config.model.path
-        digests["reference"] = digest_of_weights(reference)
-    return digests
-
-
-def _read_prefixed(
-    config: RunConfig, renderer: PromptRenderer, problems: list[Problem]
-) -> list[PrefixedProblem]:
-    """Return the prefixed problems that ``prefixrl prefixes`` wrote."""
-    prefixed = read_prefixes(
-        config.prefixes_folder,
-        problems,
-        tokenizer_hash=renderer.tokenizer_hash,
-        chat_template_hash=renderer.chat_template_hash,
-        config=config.prefixes,
-        max_total_tokens=config.rollout.max_total_tokens,
-    )
-    if not prefixed:
-        raise ConfigError(
-            f"{config.prefixes_folder}: holds no prefix of a training problem, so prefixrl would "
-            "be plain RL; collect traces of these problems, or say --method rl"
-        )
-    return prefixed
-
-
-def _collect_flops(config: RunConfig, renderer: PromptRenderer) -> float:
-    """Return what the traces cost; 0 for a method that uses none."""
-    if config.method == "rl":
-        return 0.0
-    store = TraceStore.open(
-        config.traces_folder,
-        tokenizer_hash=renderer.tokenizer_hash,
-        chat_template_hash=renderer.chat_template_hash,
-    )
-    return store.total_flops()
-
-
-def _read_sft_traces(config: RunConfig, renderer: PromptRenderer) -> list[Trace]:
-    """Return one trace per problem of the store.
-
-    Raises:
-        ConfigError: if there is no store.
-    """
-    traces = read_traces(config, renderer)
-    if not traces:
-        raise ConfigError(
-            f"method sft_then_rl: no traces in {config.traces_folder}; run prefixrl collect first"
-        )
-    return list(traces.values())
-
-
 def restore(session: Session, checkpoint: Path) -> None:
     """Put the session into the state of a checkpoint; all ranks call this.
 
@@ -338,14 +175,16 @@ def restore(session: Session, checkpoint: Path) -> None:
     """
     step, state = load_checkpoint(checkpoint, session.policy)
     check_saved_settings(state, session.config, where=str(checkpoint))
-    check_same_inputs(state.get("inputs", {}), session.input_digests, where=str(checkpoint))
+    check_same_inputs(state.get("inputs", {}), session.saves.input_digests, where=str(checkpoint))
     session.source.load_state(state["source"])
     if "rollouts" in state:  # a checkpoint of an earlier version has none
         session.supply.load_state(state["rollouts"])
     session.meter.load_state(state["flops"])
     session.first_step = step
-    session.saver.resume_from(step)
-    session.saver.longest_seconds = state.get("save_seconds", 0.0)  # an earlier version has none
+    session.saves.saver.resume_from(step)
+    session.saves.saver.longest_seconds = state.get(
+        "save_seconds", 0.0
+    )  # an earlier version has none
     session.owes_evaluation = session.is_evaluation_due(step) and not state["is_evaluated"]
     num_steps = session.config.trainer.num_steps
     logger.info("resumed from %s: %d of %d steps done", checkpoint, step, num_steps)
@@ -384,3 +223,5 @@ def _open_outputs(session: Session, *, is_continued: bool) -> None:
     )
     session.progress.update(session.first_step)
     session.supply.on_wait = lambda what: session.progress.update(waiting_for=what)
+    session.saves.on_wait = session.supply.on_wait
+    session.saves.wandb_id = session.metrics.wandb_id

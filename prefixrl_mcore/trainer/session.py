@@ -2,20 +2,15 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from prefixrl_mcore.accounting.flops import FlopsMeter, sampling_flops
 from prefixrl_mcore.accounting.model_flops import ModelFlops
-from prefixrl_mcore.checkpoint.manifest import SaveError
-from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint, step_folder
-from prefixrl_mcore.checkpoint.saver import CheckpointSaver
-from prefixrl_mcore.config.continuation import describe_settings
 from prefixrl_mcore.config.policy import LossConfig
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.packing import Aggregation, PackedBatch, pack
@@ -32,16 +27,16 @@ from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.policy.topology import Topology, run_on_first
 from prefixrl_mcore.records import Problem, TrainingSequence, UpdateResult
-from prefixrl_mcore.rollout.engine import EngineError, RolloutError
+from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.trainer.agreement import GapAlarm, LogprobGapError
 from prefixrl_mcore.trainer.dumps import SFT_FOLDER, dump_and_explain
 from prefixrl_mcore.trainer.generation import Generated, StalenessError, staleness_metrics
 from prefixrl_mcore.trainer.groups import training_sequences
 from prefixrl_mcore.trainer.memory import give_back_cached_memory, reset_peaks
-from prefixrl_mcore.trainer.out_of_memory import explained
 from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.rollout_log import rollout_rows, write_rollouts
 from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
+from prefixrl_mcore.trainer.run_saves import RunSaves
 from prefixrl_mcore.trainer.step_metrics import (
     Hardware,
     batch_metrics,
@@ -59,7 +54,7 @@ EXPORT = "export"
 
 @dataclass(kw_only=True, slots=True)
 class Session:
-    """One rank's view of a training run; built by ``trainer.build``.
+    """One rank's view of a training run; built by ``build_session``.
 
     The evaluator (engine, verifier) and the metrics writer exist on rank 0 only. What they find
     out is broadcast, so that every rank packs the same batch.
@@ -92,8 +87,8 @@ class Session:
     meter: FlopsMeter
     """Charged FLOPs and tokens so far; in the same state on every rank."""
 
-    saver: CheckpointSaver
-    """Writes the run's checkpoints."""
+    saves: RunSaves
+    """The run's checkpoints."""
 
     evaluation_sets: dict[str, list[Problem]]
     """Name → problems evaluated without a prefix; ``train`` first."""
@@ -119,17 +114,14 @@ class Session:
     predicted_bytes: float | None
     """Memory of a rank that ``prefixrl check`` predicts; None when nothing was predicted."""
 
+    memory_explained: Callable[..., AbstractContextManager[None]]
+    """``out_of_memory.explained`` for this run and rank; takes what is known of the moment."""
+
     gap_alarm: GapAlarm
     """Tells when engine and policy disagree."""
 
     stack: ExitStack
     """Closes engine, verifier, metrics and progress."""
-
-    input_digests: dict[str, str] = field(default_factory=dict)
-    """Digests of what a resumed run must find again, by name: tokenizer, prompts, reference."""
-
-    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Step → metrics of the newest evaluation, on rank 0; empty on the other ranks."""
 
     staleness: dict[str, float] = field(default_factory=dict)
     """Metrics of the staleness of the batch packed last."""
@@ -142,9 +134,6 @@ class Session:
 
     engine_sleeps: bool = False
     """The engine has given its device memory back, and its weights with it; equal on all ranks."""
-
-    num_failed_saves: int = 0
-    """Saves that the storage refused since this start."""
 
     def begin_steps(self) -> None:
         """Write the times so far, and count time and memory from here on."""
@@ -160,12 +149,11 @@ class Session:
         A check that ends the run on every rank alike leaves no save under way.
         """
         self.phases.begin_step(step)
-        with self._memory_explained(), self.profiler.step(step):
+        with self.memory_explained(), self.profiler.step(step):
             try:
                 yield
             except (LogprobGapError, StalenessError):
-                with self.phases.phase("save"):
-                    self._complete_save()
+                self.saves.complete()
                 raise
 
     def sync_weights(self) -> None:
@@ -198,8 +186,7 @@ class Session:
             with self.phases.phase("sync"):
                 run_on_first(lambda: self._evaluator.engine.sleep())
         except EngineError:
-            with self.phases.phase("save"):
-                self._complete_save()
+            self.saves.complete()
             raise
         self.engine_sleeps = True
 
@@ -275,11 +262,11 @@ class Session:
         """Do the work of an update, and dump one that is not finite."""
         try:
             self.release_engine_memory()
-            with self._memory_explained(batch):
+            with self.memory_explained(batch=batch):
                 return self.policy.update(batch, loss=loss)
         except NonFiniteError as error:
+            self.saves.complete()  # the older state is worth more than the dump
             with self.phases.phase("save"):
-                self._complete_save()  # the older state is worth more than the dump
                 explained_error = dump_and_explain(
                     error,
                     self.policy,
@@ -287,58 +274,9 @@ class Session:
                     loss=loss,
                     folder=dumps,
                     step=step,
-                    state=self.state(step),
+                    state=self.saves.state(step),
                 )
             raise explained_error from error
-
-    @contextmanager
-    def saved_if_engine_is_lost(self, step: int) -> Iterator[None]:
-        """Save what ``step`` begins with if no rollout can be had for it; all ranks call this.
-
-        To surround only what fails on every rank alike, because saving is a collective. The error
-        goes on. Who failed to sample has given the problems back to the source.
-        """
-        try:
-            yield
-        except (EngineError, RolloutError):
-            with self.phases.phase("save"):
-                self._complete_save()
-                self._save_in_need(step)
-            raise
-
-    def _save_in_need(self, step: int) -> None:
-        """Save, unless it is saved already; how that fails is logged, as by ``_complete_save``."""
-        newest = run_on_first(lambda: latest_checkpoint(self.folder.checkpoints))
-        if newest == step_folder(self.folder.checkpoints, step):
-            return
-        logger.warning("no rollouts can be had: saving the state at step %d", step)
-        try:
-            with self.refusal_counted():
-                metrics = self.evaluations.get(step)
-                state = self.state(step) | {"rollouts": self.supply.state()}
-                self.saver.start(step, self.policy, state, metrics=metrics)
-        except RuntimeError as error:
-            logger.error("%s. The run ends with another error; this save is lost", error)
-        self._complete_save()
-
-    def _complete_save(self) -> None:
-        """Complete a save under way; how it fails is logged, because it must not hide an error."""
-        try:
-            with self.refusal_counted():
-                self.saver.finish(wait=True)
-        except RuntimeError as error:  # of the read-back or of a writer, on every rank
-            logger.error("%s. The run ends with another error; this save is lost", error)
-
-    def _memory_explained(self, batch: PackedBatch | None = None) -> AbstractContextManager[None]:
-        """Return a context that says what to turn when memory runs out."""
-        return explained(
-            self.config,
-            self.topology,
-            self.phases,
-            batch=batch,
-            predicted_bytes=self.predicted_bytes,
-            snapshots=self.folder.profile,
-        )
 
     def log_step(
         self, step: int, rollouts: Generated, batch: PackedBatch, update: UpdateResult
@@ -377,7 +315,7 @@ class Session:
             **batch_metrics(batch),
             **self.gap_alarm.metrics(update.metrics),
             **self.meter.metrics(),
-            "checkpoint/num_failed_saves": float(self.num_failed_saves + self.saver.num_untidy),
+            "checkpoint/num_failed_saves": float(self.saves.num_refused),
             **throughput_metrics(update, self.hardware, step_seconds=figures["time/step_seconds"]),
             **figures,
         }
@@ -402,7 +340,7 @@ class Session:
 
     def evaluate(self, step: int) -> None:
         """Evaluate policy version ``step`` and write an ``eval`` line; all ranks call this."""
-        with self._memory_explained():
+        with self.memory_explained():
             self.supply.drain()
             self.sync_weights()
             with self.phases.phase("eval"):
@@ -415,78 +353,14 @@ class Session:
         values = evaluate_in_training(
             self._evaluator, self.evaluation_sets, self.config.evaluation, label=f"eval/{step}"
         )
-        self.evaluations = {step: {k: v for k, v in values.items() if math.isfinite(v)}}
+        self.saves.evaluations = {step: {k: v for k, v in values.items() if math.isfinite(v)}}
         values |= self.meter.metrics()
         self.metrics.write("eval", step, values)
         self.progress.update(train_accuracy=values["eval/train/accuracy"])
 
-    def checkpoint(self, step: int, *, is_last: bool, is_due: bool = False) -> None:
-        """Complete a save under way, and begin one if it is due; all ranks call this every step.
-
-        Due is the last one, one of a step that ``checkpoint.every_steps`` divides, and ``is_due``.
-
-        A save that the storage refuses is logged and counted, and the next one that is due tries
-        again: the run goes on with its older checkpoints.
-
-        Raises:
-            SaveError: if the storage refuses the last save.
-        """
-        is_due = is_due or is_last or step % self.config.checkpoint.every_steps == 0
-        if not is_due and not self.saver.is_under_way:
-            return
-        if is_due:
-            self.supply.drain()
-        with self._memory_explained(), self.phases.phase("save"):
-            with self.refusal_counted():
-                self.saver.finish(wait=is_due)
-            if not is_due:
-                return
-            self.progress.update(waiting_for="checkpoint")
-            with nullcontext() if is_last else self.refusal_counted():
-                self.saver.start(
-                    step,
-                    self.policy,
-                    self.state(step) | {"rollouts": self.supply.state()},
-                    metrics=self.evaluations.get(step),
-                )
-                if is_last or not self.config.checkpoint.in_background:
-                    self.saver.finish(wait=True)
-
-    @contextmanager
-    def refusal_counted(self) -> Iterator[None]:
-        """Go on after a save that the storage refused; the next one that is due tries again."""
-        try:
-            yield
-        except SaveError as error:
-            self.num_failed_saves += 1
-            if self.topology.is_first:
-                logger.error(
-                    "%s. The older checkpoints are as they were; the next save that is due tries "
-                    "again. Make room, or the run may lose its work",
-                    error,
-                )
-
     def is_evaluation_due(self, step: int) -> bool:
         """Return whether policy version ``step`` is one that is evaluated in training."""
         return step % self.config.evaluation.every_steps == 0
-
-    def has_checkpoint(self) -> bool:
-        """Return whether the run has a complete checkpoint; all ranks call this."""
-        return run_on_first(lambda: latest_checkpoint(self.folder.checkpoints) is not None)
-
-    def state(self, step: int) -> dict[str, Any]:
-        """Return what a resumed run needs besides policy and unused rollouts, as JSON."""
-        return {
-            "step": step,
-            "method": self.config.method,
-            "source": self.supply.source_state(),
-            "flops": self.meter.state(),
-            **describe_settings(self.config),
-            "is_evaluated": step in self.evaluations,
-            "inputs": self.input_digests,
-            "save_seconds": self.saver.longest_seconds,
-            "wandb_id": None if self.metrics is None else self.metrics.wandb_id,
-        }
 
     def is_over_budget(self) -> bool:
         """Return whether the FLOPs of the steps taken have reached ``trainer.max_flops``.

@@ -132,7 +132,7 @@ def _end_epoch(
     _log_epoch(session, epoch, loss)
     if config.keep == "last" or loss < at.best_loss:
         # A refused epoch is not kept: the next one that is better than the kept one is saved.
-        with nullcontext() if epoch == config.max_epochs else session.refusal_counted():
+        with nullcontext() if epoch == config.max_epochs else session.saves.refusal_counted():
             seconds = _save_epoch(session, folder, epoch, loss)
             at.best_loss, at.best_epoch = loss, epoch
             at.save_seconds = max(at.save_seconds, seconds)
@@ -168,7 +168,7 @@ def _save_epoch(session: Session, folder: Path, epoch: int, validation_loss: flo
 def _save_step(session: Session, folder: Path, step: int) -> None:
     """Save the step at which the phase stops; a refused one is counted, and its work is lost."""
     state = {"flops": session.meter.state()}
-    with session.refusal_counted():
+    with session.saves.refusal_counted():
         save_checkpoint(
             folder / STOPPED_FOLDER, step, session.policy, state, Retention(keep_last=1)
         )

@@ -24,9 +24,11 @@ def test_an_owed_evaluation_reaches_the_checkpoint_that_the_rule_looks_at(
         first_step=3,
         owes_evaluation=True,
         evaluate=lambda step: calls.append(("evaluate", step)),
-        checkpoint=lambda step, **how: calls.append(("checkpoint", step, how)),
         is_over_budget=lambda: True,
-        has_checkpoint=lambda: True,
+        saves=SimpleNamespace(
+            checkpoint=lambda step, **how: calls.append(("checkpoint", step, how)),
+            has_any=lambda: True,
+        ),
     )
     train(session, SimpleNamespace())  # pyright: ignore[reportArgumentType]
     again = [("checkpoint", 3, {"is_last": False, "is_due": True})]
@@ -41,7 +43,11 @@ class _Recorded:
         self.config = SimpleNamespace(trainer=SimpleNamespace(num_steps=3))
         self.first_step, self.owes_evaluation = first_step, False
         self.is_saved_in_need = False
-        self.saver = SimpleNamespace(seconds_to_stop=0.0)
+        self.saves = SimpleNamespace(
+            saver=SimpleNamespace(seconds_to_stop=0.0),
+            if_engine_is_lost=self._if_engine_is_lost,
+            checkpoint=lambda step, *, is_last: None,
+        )
         self.supply = SimpleNamespace(
             is_begun=is_begun,
             begin=self._begin,
@@ -69,7 +75,7 @@ class _Recorded:
         return nullcontext()
 
     @contextmanager
-    def saved_if_engine_is_lost(self, step: int) -> Iterator[None]:
+    def _if_engine_is_lost(self, step: int) -> Iterator[None]:
         self.is_saved_in_need = True
         yield
         self.is_saved_in_need = False

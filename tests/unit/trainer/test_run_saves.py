@@ -1,4 +1,4 @@
-"""What a session saves, and does not lose, when a step ends with an error."""
+"""What a run saves, and does not lose, when a step ends with an error."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 
+from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.checkpoint.manifest import ReadBackError, SaveError
 from prefixrl_mcore.checkpoint.run_checkpoints import step_folder
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError
+from prefixrl_mcore.trainer import run_saves
 from prefixrl_mcore.trainer import session as session_module
 from prefixrl_mcore.trainer.agreement import LogprobGapError
 from prefixrl_mcore.trainer.generation import StalenessError
+from prefixrl_mcore.trainer.run_saves import RunSaves
 from prefixrl_mcore.trainer.session import Session
 from tests.support.policies import make_batch
+from tests.support.scripted_engine import scripted_config
 
 
 def raising(error: Exception) -> Any:
@@ -24,6 +28,41 @@ def raising(error: Exception) -> Any:
         raise error
 
     return fail
+
+
+class FakeSaver:
+    """Keeps what is saved."""
+
+    longest_seconds = 7.0
+    num_untidy = 0
+    is_under_way = False
+
+    def __init__(self) -> None:
+        self.saved: dict[int, Any] = {}
+        self.waits: list[bool] = []
+
+    def start(self, step: int, _policy: Any, state: Any, *, metrics: Any) -> None:
+        self.saved[step] = (state, metrics)
+
+    def finish(self, *, wait: bool) -> None:
+        self.waits.append(wait)
+
+
+def saves_into(folder: Path, saver: Any) -> RunSaves:
+    policy: Any = None
+    supply: Any = SimpleNamespace(state=lambda: "unused rollouts", source_state=lambda: "position")
+    return RunSaves(
+        config=scripted_config(2),
+        folder=folder,
+        saver=saver,
+        policy=policy,
+        supply=supply,
+        meter=FlopsMeter(num_parameters=10, collect_flops=0.0),
+        phases=Phases(),
+        warns=True,
+        input_digests={"tokenizer": "abc"},
+        evaluations={3: {"accuracy": 0.5}},
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,44 +80,40 @@ def test_a_save_that_fails_does_not_hide_an_update_that_is_not_finite(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     session: Any = object.__new__(Session)
-    session.saver = SimpleNamespace(finish=raising(refusal))
+    session.saves = saves_into(Path("checkpoints"), FakeSaver())
+    session.saves.saver.finish = raising(refusal)
     session.policy = SimpleNamespace(update=raising(NonFiniteError("loss is nan")))
-    session.topology = SimpleNamespace(is_first=True)
     session.phases = Phases()
-    session.num_failed_saves = 0
     session.config = SimpleNamespace(rollout=SimpleNamespace(colocated=False))
-    monkeypatch.setattr(Session, "_memory_explained", lambda *_: nullcontext())
-    monkeypatch.setattr(Session, "state", lambda *_: {})
+    session.memory_explained = lambda **_: nullcontext()
     dumped = NonFiniteError("dumped")
     monkeypatch.setattr(session_module, "dump_and_explain", lambda *_, **__: dumped)
     with pytest.raises(NonFiniteError, match="dumped"):
         session._update(3, make_batch(), loss=None, dumps=Path("dumps"))
-    assert session.num_failed_saves == num_failed
+    assert session.saves.num_refused == num_failed
     assert str(refusal) in caplog.text
 
 
 @pytest.mark.parametrize("error", [LogprobGapError("gap"), StalenessError("old")])
 def test_a_check_that_ends_the_run_completes_the_save_under_way(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
 ) -> None:
     session: Any = object.__new__(Session)
-    waits: list[bool] = []
-    session.saver = SimpleNamespace(finish=lambda *, wait: waits.append(wait))
+    session.saves = saves_into(Path("checkpoints"), saver := FakeSaver())
     session.phases = Phases()
     session.profiler = SimpleNamespace(step=lambda step: nullcontext())
-    monkeypatch.setattr(Session, "_memory_explained", lambda *_: nullcontext())
+    session.memory_explained = nullcontext
 
     with pytest.raises(type(error)), session.step(3):
         raise error
 
-    assert waits == [True]
+    assert saver.waits == [True]
 
 
 def test_a_colocated_engine_that_cannot_sleep_leaves_no_save_under_way() -> None:
     session: Any = object.__new__(Session)
-    waits: list[bool] = []
     session.config = SimpleNamespace(rollout=SimpleNamespace(colocated=True))
-    session.saver = SimpleNamespace(finish=lambda *, wait: waits.append(wait))
+    session.saves = saves_into(Path("checkpoints"), saver := FakeSaver())
     session.phases = Phases()
     session.engine_sleeps = False
     session.evaluator = SimpleNamespace(
@@ -88,66 +123,43 @@ def test_a_colocated_engine_that_cannot_sleep_leaves_no_save_under_way() -> None
     with pytest.raises(EngineError, match="no server is left"):
         session.release_engine_memory()
 
-    assert waits == [True]
+    assert saver.waits == [True]
     assert not session.engine_sleeps
 
 
-class FakeSaver:
-    """Keeps what is saved."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.saved: dict[int, Any] = {}
-
-    def start(self, step: int, _policy: Any, state: Any, *, metrics: Any) -> None:
-        self.saved[step] = (state, metrics)
-
-    def finish(self, *, wait: bool) -> None:
-        """Nothing is in the background."""
-
-
-def session_in_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    session: Any = object.__new__(Session)
-    session.folder = SimpleNamespace(checkpoints=tmp_path)
-    session.saver = FakeSaver(tmp_path)
-    session.policy = None
-    session.topology = SimpleNamespace(is_first=True)
-    session.phases = Phases()
-    session.evaluations = {3: {"accuracy": 0.5}}
-    session.supply = SimpleNamespace(state=lambda: "unused rollouts")
-    monkeypatch.setattr(Session, "state", lambda *_: {"step": 3})
-    return session
-
-
 @pytest.mark.parametrize("error", [EngineError("no server is left"), RolloutError("'3/0' is lost")])
-def test_a_step_without_rollouts_is_saved_as_it_began(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = session_in_need(tmp_path, monkeypatch)
+def test_a_step_without_rollouts_is_saved_as_it_began(error: Exception, tmp_path: Path) -> None:
+    saves = saves_into(tmp_path, saver := FakeSaver())
 
-    with pytest.raises(type(error)), session.saved_if_engine_is_lost(3):
+    with pytest.raises(type(error)), saves.if_engine_is_lost(3):
         raise error
 
-    expected = {"step": 3, "rollouts": "unused rollouts"}
-    assert session.saver.saved == {3: (expected, {"accuracy": 0.5})}
+    ((step, (state, metrics)),) = saver.saved.items()
+    assert step == state["step"] == 3
+    assert state["rollouts"] == "unused rollouts"
+    assert state["source"] == "position"
+    assert state["is_evaluated"] is True
+    assert state["save_seconds"] == 7.0
+    assert metrics == {"accuracy": 0.5}
+    assert saver.waits == [True, True]  # one that was under way, and this one
 
 
 def test_a_step_that_is_saved_already_is_not_saved_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = session_in_need(tmp_path, monkeypatch)
-    monkeypatch.setattr(session_module, "latest_checkpoint", lambda folder: step_folder(folder, 3))
+    monkeypatch.setattr(run_saves, "latest_checkpoint", lambda folder: step_folder(folder, 3))
+    saves = saves_into(tmp_path, saver := FakeSaver())
 
-    with pytest.raises(EngineError), session.saved_if_engine_is_lost(3):
+    with pytest.raises(EngineError), saves.if_engine_is_lost(3):
         raise EngineError("no server is left")
 
-    assert session.saver.saved == {}
+    assert saver.saved == {}
 
 
-def test_other_errors_save_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = session_in_need(tmp_path, monkeypatch)
+def test_other_errors_save_nothing(tmp_path: Path) -> None:
+    saves = saves_into(tmp_path, saver := FakeSaver())
 
-    with pytest.raises(ZeroDivisionError), session.saved_if_engine_is_lost(3):
+    with pytest.raises(ZeroDivisionError), saves.if_engine_is_lost(3):
         raise ZeroDivisionError
 
-    assert session.saver.saved == {}
+    assert saver.saved == {}

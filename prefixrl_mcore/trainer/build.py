@@ -1,0 +1,198 @@
+"""Building a session: what one rank of a training run needs, at step 0."""
+
+import itertools
+from contextlib import ExitStack
+from functools import partial
+
+from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
+from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
+from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
+from prefixrl_mcore.checkpoint.saver import CheckpointSaver
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
+from prefixrl_mcore.data.prefixes import read_prefixes
+from prefixrl_mcore.data.prompts import PromptRenderer
+from prefixrl_mcore.data.source import MixtureSource, original_problems, union
+from prefixrl_mcore.data.traces import TraceStore
+from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
+from prefixrl_mcore.observability.phases import Phases
+from prefixrl_mcore.observability.progress import Progress
+from prefixrl_mcore.observability.run_folder import RunFolder
+from prefixrl_mcore.policy.serving import CollectiveServices
+from prefixrl_mcore.policy.topology import Topology, run_on_first
+from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
+from prefixrl_mcore.trainer.agreement import GapAlarm
+from prefixrl_mcore.trainer.generation import Generator
+from prefixrl_mcore.trainer.out_of_memory import explained
+from prefixrl_mcore.trainer.profiling import StepProfiler
+from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
+from prefixrl_mcore.trainer.run_policy import build_policy
+from prefixrl_mcore.trainer.run_saves import RunSaves
+from prefixrl_mcore.trainer.session import EXPORT, Session
+from prefixrl_mcore.trainer.step_metrics import read_hardware
+
+
+def build_session(
+    config: RunConfig,
+    folder: RunFolder,
+    topology: Topology,
+    stack: ExitStack,
+    *,
+    phases: Phases,
+    predicted_bytes: float | None = None,
+) -> Session:
+    """Build this rank's session at step 0; rank 0 also starts the engine and the verifier.
+
+    ``phases`` become the policy's.
+    """
+    renderer = PromptRenderer(config.model.path, config.data.prompt)
+    sets = read_evaluation_sets(config)
+    originals = original_problems(renderer.render(problem) for problem in sets["train"])
+    prefixed: list[PrefixedProblem] = []
+    if config.method == "prefixrl":
+        prefixed = _read_prefixed(config, renderer, sets["train"])
+    policy = build_policy(config)
+    profiler = stack.enter_context(StepProfiler(config.profile, folder.profile, topology))
+    policy.phases = phases
+    phases.annotate = profiler.annotate
+    evaluator = None
+    if topology.is_first:
+        evaluator = stack.enter_context(
+            build_evaluator(
+                config,
+                renderer=renderer,
+                model_folder=config.model.path,
+                temperature=config.evaluation.temperature,
+                logs_folder=folder.logs / "train",
+                problems=itertools.chain.from_iterable(sets.values()),
+                is_synced=True,
+            )
+        )
+    source = MixtureSource(union(prefixed, originals), seed=config.seed)
+    meter = FlopsMeter(
+        num_parameters=count_parameters(config.model.path),
+        collect_flops=_collect_flops(config, renderer),
+    )
+    services = CollectiveServices({EXPORT: policy.export_weights})
+    supply = RolloutSupply(
+        None if evaluator is None else Generator(evaluator, source, config),
+        source,
+        services=services,
+        meter=meter,
+        phases=phases,
+    )
+    stack.callback(supply.close)
+    memory_explained = partial(
+        explained,
+        config,
+        topology,
+        phases,
+        predicted_bytes=predicted_bytes,
+        snapshots=folder.profile,
+    )
+    saves = RunSaves(
+        config=config,
+        folder=folder.checkpoints,
+        saver=CheckpointSaver(
+            folder.checkpoints,
+            _retention(config.checkpoint),
+            in_background=config.checkpoint.in_background,
+        ),
+        policy=policy,
+        supply=supply,
+        meter=meter,
+        phases=phases,
+        warns=topology.is_first,
+        input_digests=run_on_first(lambda: _digest_inputs(config, renderer)),
+        memory_explained=memory_explained,
+    )
+    return Session(
+        config=config,
+        folder=folder,
+        topology=topology,
+        renderer=renderer,
+        policy=policy,
+        services=services,
+        source=source,
+        supply=supply,
+        meter=meter,
+        saves=saves,
+        evaluation_sets=sets,
+        evaluator=evaluator,
+        metrics=None,
+        progress=Progress("train", total=config.trainer.num_steps, enabled=False),
+        phases=phases,
+        profiler=profiler,
+        predicted_bytes=predicted_bytes,
+        memory_explained=memory_explained,
+        hardware=read_hardware(
+            topology, dtype=config.policy.dtype, configured_peak=config.trainer.peak_flops
+        ),
+        gap_alarm=GapAlarm(config.rollout, warns=topology.is_first),
+        stack=stack,
+    )
+
+
+def _retention(config: CheckpointConfig) -> Retention:
+    """Return the rules of ``[checkpoint]``."""
+    best = config.keep_best
+    return Retention(
+        keep_last=config.keep_last,
+        keep_every_steps=config.keep_every_steps,
+        keep_best=None if best is None else KeepBest(**best.model_dump()),
+    )
+
+
+def _digest_inputs(config: RunConfig, renderer: PromptRenderer) -> dict[str, str]:
+    """Return the digests of what must stay the same although its path may change."""
+    digests = {"tokenizer": renderer.tokenizer_hash, "prompts": renderer.chat_template_hash}
+    if config.loss.kl != "none":
+        reference = config.loss.reference_path or config.model.path
+        digests["reference"] = digest_of_weights(reference)
+    return digests
+
+
+def _read_prefixed(
+    config: RunConfig, renderer: PromptRenderer, problems: list[Problem]
+) -> list[PrefixedProblem]:
+    """Return the prefixed problems that ``prefixrl prefixes`` wrote."""
+    prefixed = read_prefixes(
+        config.prefixes_folder,
+        problems,
+        tokenizer_hash=renderer.tokenizer_hash,
+        chat_template_hash=renderer.chat_template_hash,
+        config=config.prefixes,
+        max_total_tokens=config.rollout.max_total_tokens,
+    )
+    if not prefixed:
+        raise ConfigError(
+            f"{config.prefixes_folder}: holds no prefix of a training problem, so prefixrl would "
+            "be plain RL; collect traces of these problems, or say --method rl"
+        )
+    return prefixed
+
+
+def _collect_flops(config: RunConfig, renderer: PromptRenderer) -> float:
+    """Return what the traces cost; 0 for a method that uses none."""
+    if config.method == "rl":
+        return 0.0
+    store = TraceStore.open(
+        config.traces_folder,
+        tokenizer_hash=renderer.tokenizer_hash,
+        chat_template_hash=renderer.chat_template_hash,
+    )
+    return store.total_flops()
+
+
+def read_sft_traces(config: RunConfig, renderer: PromptRenderer) -> list[Trace]:
+    """Return one trace per problem of the store.
+
+    Raises:
+        ConfigError: if there is no store.
+    """
+    traces = read_traces(config, renderer)
+    if not traces:
+        raise ConfigError(
+            f"method sft_then_rl: no traces in {config.traces_folder}; run prefixrl collect first"
+        )
+    return list(traces.values())

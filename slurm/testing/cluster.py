@@ -20,6 +20,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import cgroups
 from networks import inside, kill_network, make_networks, remove_networks
 from processes import Daemons, say, wait_for
 from settings import Cluster, read_cluster, write_settings
@@ -27,7 +28,6 @@ from settings import Cluster, read_cluster, write_settings
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo")
 _DATABASE_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 _SOCKET_PATH_BYTES = 107
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def main() -> int:
@@ -37,7 +37,11 @@ def main() -> int:
     try:
         if arguments.command == "up":
             _check_machine(arguments, folder)
-            _up(_cluster(arguments, folder))
+            cluster = _cluster(arguments, folder)
+            if cluster.has_cgroups:
+                cgroups.check_unused(cluster.node_names)
+                cgroups.remove(cluster.node_names)  # of a cluster that died
+            _up(cluster)
             return 0
         cluster = read_cluster(folder)
         if cluster is None:
@@ -130,7 +134,7 @@ def _check_machine(arguments: argparse.Namespace, folder: Path) -> None:
         tried = subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False)
         if tried.returncode or shutil.which("ip") is None:
             raise RuntimeError("this machine has no network namespaces; say --no-networks")
-    if not arguments.no_cgroups and not _can_use_cgroups():
+    if not arguments.no_cgroups and not cgroups.can_use():
         raise RuntimeError("control groups cannot be written on this machine; say --no-cgroups")
     length = len(bytes(folder / "run" / "mariadb.socket"))
     if length > _SOCKET_PATH_BYTES:
@@ -140,12 +144,6 @@ def _check_machine(arguments: argparse.Namespace, folder: Path) -> None:
     running = Daemons(folder).alive()
     if running:
         raise RuntimeError(f"{folder}: {', '.join(running)} run already; say down first")
-
-
-def _can_use_cgroups() -> bool:
-    """Return whether slurmd can make control groups here."""
-    memory = _CGROUPS / "memory" if (_CGROUPS / "memory").is_dir() else _CGROUPS
-    return os.access(memory, os.W_OK)
 
 
 def _up(cluster: Cluster) -> None:
@@ -323,18 +321,8 @@ def _down(cluster: Cluster) -> None:
     if cluster.has_networks:
         remove_networks(cluster)
     if cluster.has_cgroups:
-        for node in cluster.node_names:
-            _remove_cgroups(node)
+        cgroups.remove(cluster.node_names)
     say(f"the cluster of {cluster.folder} is down")
-
-
-def _remove_cgroups(node: str) -> None:
-    """Remove the control groups that a node's slurmd leaves behind."""
-    for pattern in (f"slurm_{node}", f"*/slurm_{node}"):
-        for top in _CGROUPS.glob(pattern):
-            for folder, _, _ in os.walk(top, topdown=False):
-                with suppress(OSError):
-                    Path(folder).rmdir()
 
 
 def _status(cluster: Cluster) -> int:

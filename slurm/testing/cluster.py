@@ -25,9 +25,11 @@ from networks import inside, kill_network, make_networks, remove_networks
 from processes import Daemons, say, wait_for
 from settings import Cluster, read_cluster, write_settings
 
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "gcc")
 _DATABASE_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 _SOCKET_PATH_BYTES = 107
+_CONTAINERS = Path(__file__).resolve().parent / "pyxis" / "stand_in.c"
+_SPANK = Path("/usr/include/slurm/spank.h")
 
 
 def main() -> int:
@@ -128,6 +130,7 @@ def _check_machine(arguments: argparse.Namespace, folder: Path) -> None:
         raise RuntimeError("the local cluster must be started as root")
     programs = _PROGRAMS + (_DATABASE_PROGRAMS if arguments.accounting else ())
     missing = [program for program in programs if shutil.which(program) is None]
+    missing += [] if _SPANK.exists() else [str(_SPANK)]
     if missing:
         raise RuntimeError(f"not installed: {', '.join(missing)}; run slurm/testing/install.sh")
     if not arguments.no_networks:
@@ -149,13 +152,14 @@ def _check_machine(arguments: argparse.Namespace, folder: Path) -> None:
 def _up(cluster: Cluster) -> None:
     """Start all daemons, each when the one before answers; nothing is left if one does not."""
     folder = cluster.folder
-    for name in ("etc", "run", "log", "state", "spool", "dev"):
+    for name in ("etc", "run", "log", "state", "spool", "dev", "lib", "root"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number in range(cluster.gpus):
         device = folder / "dev" / f"gpu{number}"
         if not device.exists():
             os.mknod(device, 0o020666, os.makedev(195, number))
     write_settings(cluster)
+    _build_containers(cluster)
     say(f"starting a Slurm cluster of {cluster.nodes} nodes in {folder}")
     daemons = Daemons(folder)
     try:
@@ -170,6 +174,12 @@ def _up(cluster: Cluster) -> None:
         _down(cluster)
         raise
     say(f'ready; for a shell: eval "$(python3 {sys.argv[0]} env --dir {folder})"')
+
+
+def _build_containers(cluster: Cluster) -> None:
+    """Compile the plugin that gives ``srun --container-image`` a meaning; settings name it."""
+    flags = ("-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror")
+    _run(["gcc", *flags, "-o", str(cluster.container_plugin), str(_CONTAINERS)])
 
 
 def _start_munge(cluster: Cluster, daemons: Daemons) -> None:

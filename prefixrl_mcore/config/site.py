@@ -45,6 +45,17 @@ class ContainerConfig(Config):
     environment: tuple[str, ...] = ()
     """Names of variables whose value from outside wins over the image's own."""
 
+    @field_validator("mounts")
+    @classmethod
+    def _a_mount_has_two_sides(cls, mounts: tuple[str, ...]) -> tuple[str, ...]:
+        for mount in mounts:
+            sides = mount.split(":")
+            if len(sides) not in (2, 3) or not all(side.startswith("/") for side in sides[:2]):
+                raise ValueError(
+                    f"{mount!r} must be host:container or host:container:flags, both absolute"
+                )
+        return mounts
+
 
 class RequeueConfig(Config):
     """When a job goes back into the queue instead of ending."""

@@ -20,14 +20,16 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import cgroups
 from networks import inside, kill_network, make_networks, remove_networks
 from processes import Daemons, say, wait_for
 from settings import Cluster, read_cluster, write_settings
 
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "gcc")
 _DATABASE_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 _SOCKET_PATH_BYTES = 107
-_CGROUPS = Path("/sys/fs/cgroup")
+_CONTAINERS = Path(__file__).resolve().parent / "pyxis" / "stand_in.c"
+_SPANK = Path("/usr/include/slurm/spank.h")
 
 
 def main() -> int:
@@ -37,7 +39,11 @@ def main() -> int:
     try:
         if arguments.command == "up":
             _check_machine(arguments, folder)
-            _up(_cluster(arguments, folder))
+            cluster = _cluster(arguments, folder)
+            if cluster.has_cgroups:
+                cgroups.check_unused(cluster.node_names)
+                cgroups.remove(cluster.node_names)  # of a cluster that died
+            _up(cluster)
             return 0
         cluster = read_cluster(folder)
         if cluster is None:
@@ -124,13 +130,14 @@ def _check_machine(arguments: argparse.Namespace, folder: Path) -> None:
         raise RuntimeError("the local cluster must be started as root")
     programs = _PROGRAMS + (_DATABASE_PROGRAMS if arguments.accounting else ())
     missing = [program for program in programs if shutil.which(program) is None]
+    missing += [] if _SPANK.exists() else [str(_SPANK)]
     if missing:
         raise RuntimeError(f"not installed: {', '.join(missing)}; run slurm/testing/install.sh")
     if not arguments.no_networks:
         tried = subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False)
         if tried.returncode or shutil.which("ip") is None:
             raise RuntimeError("this machine has no network namespaces; say --no-networks")
-    if not arguments.no_cgroups and not _can_use_cgroups():
+    if not arguments.no_cgroups and not cgroups.can_use():
         raise RuntimeError("control groups cannot be written on this machine; say --no-cgroups")
     length = len(bytes(folder / "run" / "mariadb.socket"))
     if length > _SOCKET_PATH_BYTES:
@@ -142,22 +149,17 @@ def _check_machine(arguments: argparse.Namespace, folder: Path) -> None:
         raise RuntimeError(f"{folder}: {', '.join(running)} run already; say down first")
 
 
-def _can_use_cgroups() -> bool:
-    """Return whether slurmd can make control groups here."""
-    memory = _CGROUPS / "memory" if (_CGROUPS / "memory").is_dir() else _CGROUPS
-    return os.access(memory, os.W_OK)
-
-
 def _up(cluster: Cluster) -> None:
     """Start all daemons, each when the one before answers; nothing is left if one does not."""
     folder = cluster.folder
-    for name in ("etc", "run", "log", "state", "spool", "dev"):
+    for name in ("etc", "run", "log", "state", "spool", "dev", "lib", "root"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number in range(cluster.gpus):
         device = folder / "dev" / f"gpu{number}"
         if not device.exists():
             os.mknod(device, 0o020666, os.makedev(195, number))
     write_settings(cluster)
+    _build_containers(cluster)
     say(f"starting a Slurm cluster of {cluster.nodes} nodes in {folder}")
     daemons = Daemons(folder)
     try:
@@ -172,6 +174,12 @@ def _up(cluster: Cluster) -> None:
         _down(cluster)
         raise
     say(f'ready; for a shell: eval "$(python3 {sys.argv[0]} env --dir {folder})"')
+
+
+def _build_containers(cluster: Cluster) -> None:
+    """Compile the plugin that gives ``srun --container-image`` a meaning; settings name it."""
+    flags = ("-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror")
+    _run(["gcc", *flags, "-o", str(cluster.container_plugin), str(_CONTAINERS)])
 
 
 def _start_munge(cluster: Cluster, daemons: Daemons) -> None:
@@ -323,18 +331,8 @@ def _down(cluster: Cluster) -> None:
     if cluster.has_networks:
         remove_networks(cluster)
     if cluster.has_cgroups:
-        for node in cluster.node_names:
-            _remove_cgroups(node)
+        cgroups.remove(cluster.node_names)
     say(f"the cluster of {cluster.folder} is down")
-
-
-def _remove_cgroups(node: str) -> None:
-    """Remove the control groups that a node's slurmd leaves behind."""
-    for pattern in (f"slurm_{node}", f"*/slurm_{node}"):
-        for top in _CGROUPS.glob(pattern):
-            for folder, _, _ in os.walk(top, topdown=False):
-                with suppress(OSError):
-                    Path(folder).rmdir()
 
 
 def _status(cluster: Cluster) -> int:

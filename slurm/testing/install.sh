@@ -2,7 +2,7 @@
 # Install what the local test cluster needs, on Debian or Ubuntu as root. Does nothing the second time.
 set -euo pipefail
 
-packages=(slurm-wlm munge iproute2 slurmdbd mariadb-server-core mariadb-client-core)
+packages=(slurm-wlm munge iproute2 slurmdbd mariadb-server-core mariadb-client-core libslurm-dev gcc libc6-dev)
 
 missing=()
 for package in "${packages[@]}"; do

@@ -46,6 +46,10 @@ PartitionName=batch Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF MaxTim
 PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=5 MaxTime=INFINITE State=UP
 """
 
+_PLUGINS = """\
+required {container_plugin} root={folder}/root log={folder}/log/containers.log
+"""
+
 _WITH_CGROUPS = """\
 ProctrackType=proctrack/cgroup
 TaskPlugin=task/cgroup
@@ -142,6 +146,11 @@ class Cluster:
         return f"{zlib.crc32(str(self.folder).encode()) & 0xFFFF:04x}"
 
     @property
+    def container_plugin(self) -> Path:
+        """What stands in for Pyxis."""
+        return self.folder / "lib" / "pyxis_stand_in.so"
+
+    @property
     def bridge(self) -> str:
         """Network interface that connects the nodes with this machine."""
         return f"slurm{self.mark}"
@@ -192,6 +201,9 @@ def write_settings(cluster: Cluster) -> None:
             memory_mb=cluster.memory_mb,
             gres=f"Gres=gpu:fake:{cluster.gpus}" if cluster.gpus else "",
         )
+    )
+    (etc / "plugstack.conf").write_text(
+        _PLUGINS.format(container_plugin=cluster.container_plugin, folder=cluster.folder)
     )
     devices = cluster.folder / "dev" / f"gpu[0-{cluster.gpus - 1}]"
     gres = f"NodeName=n[1-{cluster.nodes}] Name=gpu Type=fake File={devices}\n"

@@ -3,12 +3,13 @@
 import json
 import os
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import missing_for_slurm, run_cluster
+from tests.slurm.conftest import CLUSTER, missing_for_slurm, run_cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -85,6 +86,38 @@ def test_down_leaves_no_process_and_no_network(tmp_path: Path) -> None:
     assert run_cluster("up", folder, "--nodes", "2", "--no-cgroups").returncode == 0  # again
     assert run_cluster("wipe", folder).returncode == 0
     assert not folder.exists()
+
+
+def test_a_second_cluster_with_control_groups_is_refused(slurm: Path, tmp_path: Path) -> None:
+    second = run_cluster("up", tmp_path / "second")
+    assert second.returncode == 1
+    assert "another cluster with control groups runs here: slurmd of n" in second.stderr
+    assert f"of {slurm}/etc/slurm.conf" in second.stderr
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.skipif(missing_for_slurm() is not None, reason="no local cluster can run here")
+def test_what_a_dead_cluster_left_blocks_only_while_its_tasks_run(tmp_path: Path) -> None:
+    root = Path("/sys/fs/cgroup")
+    controller = root / "freezer" if (root / "freezer").is_dir() else root
+    group = controller / "slurm_n9" / "uid_0" / "job_1"
+    group.mkdir(parents=True)
+    # Not through `up`: the cluster of the other tests may run.
+    asks = "import cgroups; cgroups.check_unused(['n9']); cgroups.remove(['n9'])"
+    command = [sys.executable, "-c", asks]
+    task = subprocess.Popen(["sleep", "600"])
+    try:
+        (group / "cgroup.procs").write_text(str(task.pid))
+        refused = subprocess.run(
+            command, cwd=CLUSTER.parent, capture_output=True, text=True, check=False
+        )
+    finally:
+        task.kill()
+        task.wait()
+    assert refused.returncode == 1
+    assert f"nodes with these names: processes {task.pid}." in refused.stderr
+    assert subprocess.run(command, cwd=CLUSTER.parent, check=False).returncode == 0
+    assert not (controller / "slurm_n9").exists()
 
 
 def _mark(folder: Path) -> str:

@@ -14,6 +14,7 @@ from prefixrl_mcore.launch.check import check_layout, read_shape
 from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
 from prefixrl_mcore.launch.slurm.layout import ONE_TASK, JobLayout, Shape, explain, lay_out
+from prefixrl_mcore.launch.slurm.mounts import check_mounts, needed_paths, paths_on_nodes
 from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.submission import TRAINER, describe, submit
 from prefixrl_mcore.observability.run_folder import RunFolder
@@ -124,6 +125,8 @@ def submit_run(
         logger.info("%s: %s", name, explain(config, site, layout))
     else:
         layout = ONE_TASK
+    needed = needed_paths(config, site, Path.cwd())
+    check_mounts(site, needed)
     folder = JobFolder.make(site.job_folder, name)
     folder.config.write_text(dump_json(config), encoding="utf-8")
     task = TaskFile(
@@ -136,7 +139,16 @@ def submit_run(
             config.rollout.sglang.tensor_parallel_size if layout.rollout_gpus_per_node else 0
         ),
     )
-    submission = describe(name, site, layout, folder, dry_run=how.dry_run, role=stage, after=after)
+    submission = describe(
+        name,
+        site,
+        layout,
+        folder,
+        dry_run=how.dry_run,
+        role=stage,
+        after=after,
+        needed=paths_on_nodes(needed),
+    )
     folder.write(task, submission)
     job_id = submit(site, folder)
     if job_id is not None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def describe(
     dry_run: bool,
     role: str = TRAINER,
     after: str | None = None,
+    needed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return what ``nemo/submit.py`` is asked to submit.
 
@@ -50,6 +52,7 @@ def describe(
         dry_run: write the batch script alone.
         role: of the first step's tasks.
         after: number of the job that must have completed before.
+        needed: paths that every node must have, by setting; None checks none.
     """
     return {
         "title": name,
@@ -59,7 +62,7 @@ def describe(
         "is_heterogeneous": layout.shape == "heterogeneous",
         "executor": _executor(site, after),
         "tasks": _tasks(site, layout, folder, role),
-        "precheck": expectations(site, layout),
+        "precheck": expectations(site, layout, needed or {}),
         "template": {
             "logs": str(folder.logs),
             "trainer_nodes": layout.trainer_nodes,

@@ -16,7 +16,12 @@ from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
 from prefixrl_mcore.launch.slurm.precheck.exchange import Listener, ask, clock_offset
 from prefixrl_mcore.launch.slurm.precheck.gpus import check_gpus
-from prefixrl_mcore.launch.slurm.precheck.node import check_canary, check_free, check_ports
+from prefixrl_mcore.launch.slurm.precheck.node import (
+    check_canary,
+    check_free,
+    check_needed,
+    check_ports,
+)
 from prefixrl_mcore.launch.slurm.precheck.verdict import Finding, Verdict, decide
 from prefixrl_mcore.launch.slurm.rank_environment import master_port
 
@@ -68,6 +73,32 @@ def test_nodes_of_another_role_may_differ() -> None:
 def test_the_same_fault_everywhere_is_the_sites_and_excludes_nobody() -> None:
     assert _decide(_good(*NODES, faults=["no GPU"])).outcome == "fail"
     assert _decide(_good("a", faults=["no GPU"]), ["a"]).outcome == "exclude"
+
+
+def test_a_path_that_the_only_node_lacks_is_the_sites_and_that_of_one_node_the_nodes() -> None:
+    assert _decide(_good("a", site_faults=["no model"]), ["a"]).outcome == "fail"
+    findings = _good("a", "b") | _good("c", site_faults=["no model"])
+    verdict = _decide(findings)
+    assert (verdict.outcome, verdict.bad) == ("exclude", {"c": ["no model"]})
+
+
+def test_a_path_that_is_not_on_a_node_is_named_with_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    needed = {"run_folder": f"{tmp_path}/here", "data.problems": f"{tmp_path}/gone"}
+    (fault,) = check_needed(needed, is_in_container=False)
+    assert fault == f"data.problems {tmp_path}/gone is not there"
+    (fault,) = check_needed(needed, is_in_container=True)
+    assert fault.endswith(f'; container.mounts of the site lacks "{tmp_path}/gone:{tmp_path}/gone"')
+
+
+def test_a_link_of_a_model_that_leads_nowhere_is_named_others_are_nobodys(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "weights").symlink_to("../blobs/1f")
+    (fault,) = check_needed({"model.path": str(model)}, is_in_container=False)
+    assert fault == f"model.path {model} has a link to {tmp_path}/blobs/1f, which is not there"
+    assert check_needed({"the working directory": str(model)}, is_in_container=False) == []
 
 
 def test_a_job_leaves_out_so_many_nodes_and_no_more() -> None:
@@ -207,6 +238,8 @@ def _run_tasks(folder: JobFolder, nodes: list[str], hosts: str, **limits: Any) -
     precheck = {
         "limits": site.precheck.model_copy(update=small).model_dump(exclude={"enabled"}),
         "roles": {"trainer": {"gpus": 0, "num_server_ports": 0}},
+        "needed": {},
+        "is_in_container": False,
     }
     folder.file.write_text(json.dumps({"submission": {"precheck": precheck}}))
     tasks = [

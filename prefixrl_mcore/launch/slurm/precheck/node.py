@@ -6,7 +6,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ _CACHE_SECONDS = 20.0
 
 _POLL_SECONDS = 0.2
 _SHARED_MEMORY = Path("/dev/shm")
+_MODELS = ("model.path", "loss.reference_path")
 
 
 def check_node(
@@ -61,6 +62,37 @@ def check_canary(folder: Path, canary: str, *, seconds: float = _CACHE_SECONDS) 
             what = "is not there" if content is None else "is another one"
             return [f"job_folder is not shared: {file}, which the first node wrote, {what} here"]
         time.sleep(_POLL_SECONDS)
+
+
+def check_needed(needed: Mapping[str, str], *, is_in_container: bool) -> list[str]:
+    """Return the paths of the config that are not here, and links of them that lead nowhere.
+
+    Args:
+        needed: paths that the launching machine has, by setting.
+        is_in_container: the remedy is a mount.
+    """
+    faults = []
+    for name, text in needed.items():
+        path = Path(text)
+        missing = path if not path.exists() else _missing_target(path, name)
+        if missing is None:
+            continue
+        what = "is not there" if missing == path else f"has a link to {missing}, which is not there"
+        folder = missing if missing == path else missing.parent
+        remedy = f'; container.mounts of the site lacks "{folder}:{folder}"'
+        faults.append(f"{name} {path} {what}{remedy if is_in_container else ''}")
+    return faults
+
+
+def _missing_target(folder: Path, name: str) -> Path | None:
+    """Return where the first broken link of a model's folder leads; None if there is none.
+
+    Hugging Face's cache is folders of links to files that lie elsewhere.
+    """
+    if name not in _MODELS or not folder.is_dir():
+        return None
+    broken = (entry for entry in sorted(folder.iterdir()) if not entry.exists())
+    return next((entry.resolve() for entry in broken), None)
 
 
 def check_ports(ports: Iterable[int]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ _START_SECONDS = 600
 _END_SECONDS = 30
 
 
-def expectations(site: SiteConfig, layout: JobLayout) -> dict[str, Any]:
+def expectations(site: SiteConfig, layout: JobLayout, needed: Mapping[str, str]) -> dict[str, Any]:
     """Return what the first node tells the others to check."""
     return {
         "limits": site.precheck.model_dump(exclude={"enabled"}),
+        "needed": dict(needed),
+        "is_in_container": site.container is not None,
         "roles": {
             "trainer": {"gpus": site.gpus_per_node, "num_server_ports": 0},
             "rollout": {

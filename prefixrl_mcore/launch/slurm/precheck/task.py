@@ -20,7 +20,7 @@ from typing import Any
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
 from prefixrl_mcore.launch.slurm.precheck.exchange import Listener, ask, clock_offset
 from prefixrl_mcore.launch.slurm.precheck.exit_codes import EXCLUDE, FAIL
-from prefixrl_mcore.launch.slurm.precheck.node import check_node
+from prefixrl_mcore.launch.slurm.precheck.node import check_needed, check_node
 from prefixrl_mcore.launch.slurm.precheck.verdict import Finding, Verdict, decide
 from prefixrl_mcore.launch.slurm.rank_environment import master_port, server_port
 from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
@@ -79,12 +79,14 @@ def _tell(job: Job, deadline: float) -> int:
             num_gpus=own["gpus"],
             ports=[server_port(job.id, index) for index in range(own["num_server_ports"])],
         )
+        absent = check_needed(expected["needed"], is_in_container=expected["is_in_container"])
         finding = Finding(
             node=job.node,
             role=role,
             clock_offset_seconds=offset,
             facts=facts,
-            faults=faults,
+            faults=faults if expected["is_in_container"] else [*faults, *absent],
+            site_faults=absent if expected["is_in_container"] else [],
         )
         try:
             write_json_atomic(job.findings / f"{job.node}.json", asdict(finding))
@@ -98,7 +100,7 @@ def _tell(job: Job, deadline: float) -> int:
     except RuntimeError as error:
         sys.stdout.write(f"{job.node}: {error}\n")
         return 0
-    sys.stdout.write(f"{job.node}: {'; '.join(faults) or 'good'}\n")
+    sys.stdout.write(f"{job.node}: {'; '.join([*faults, *absent]) or 'good'}\n")
     return 0
 
 

@@ -27,6 +27,10 @@ class Finding:
     faults: list[str] = field(default_factory=list)
     """What is wrong with it; empty if nothing is."""
 
+    site_faults: list[str] = field(default_factory=list)
+    """What is wrong with the site's settings, as far as one node can tell: another in its place
+    would hardly do better."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
@@ -61,7 +65,10 @@ def decide(
         max_excluded: nodes that all starts together may exclude.
         timeout_seconds: how long nodes had, for the words.
     """
-    faults = {name: list(findings[name].faults) if name in findings else [] for name in nodes}
+    faults = {
+        name: [*findings[name].faults, *findings[name].site_faults] if name in findings else []
+        for name in nodes
+    }
     for name in nodes:
         if name not in findings:
             faults[name].append(
@@ -73,8 +80,9 @@ def decide(
     bad = {name: found for name, found in faults.items() if found}
     if not bad:
         return Verdict(outcome="go", bad=bad, why=f"{len(nodes)} nodes are good")
-    if len(bad) == len(nodes) > 1:
-        why = f"all {len(nodes)} nodes have faults, so others would too: look at site and limits"
+    of_site = any(finding.site_faults for finding in findings.values())
+    if len(bad) == len(nodes) and (len(nodes) > 1 or of_site):
+        why = "no node is good, so others would not be: look at the site's settings and limits"
         return Verdict(outcome="fail", bad=bad, why=why)
     if num_excluded_before + len(bad) > max_excluded:
         why = (

@@ -47,7 +47,8 @@ def _script(folder: Path, site: SiteConfig, shape: Shape, *settings: str) -> str
         gpus_per_server=0,
     )
     job.write(task, describe("golden", site, layout, job, dry_run=True))
-    assert submit(site, job) is None
+    submit(site, [job])
+    assert job.job_id is None
     script = job.script.read_text().replace(str(job.path), "/jobs/golden-1")
     return re.sub(r"golden_\d{10,}", "golden_1", script) + "\n"
 

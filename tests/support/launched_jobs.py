@@ -28,6 +28,20 @@ def submit_program(
 ) -> tuple[JobFolder, str]:
     """Submit other programs than the trainer's in a layout; return folder and number."""
     site = site or load_site("ci-local")
+    job = prepare_program(site, layout, *commands, name=name)
+    submit(site, [job])
+    assert job.job_id is not None
+    return job, job.job_id
+
+
+def prepare_program(
+    site: SiteConfig,
+    layout: JobLayout,
+    *commands: list[str],
+    name: str = "program",
+    after: JobFolder | None = None,
+) -> JobFolder:
+    """Write a job of other programs than the trainer's, which waits for ``after``."""
     job = JobFolder.make(site.job_folder, name)
     task = TaskFile(
         config="",
@@ -37,13 +51,11 @@ def submit_program(
         num_servers=0,
         gpus_per_server=0,
     )
-    submission = describe(name, site, layout, job, dry_run=False)
+    submission = describe(name, site, layout, job, dry_run=False, after=after)
     for step, command in zip(submission["tasks"], commands, strict=True):
         step["command"] = command
     job.write(task, submission)
-    job_id = submit(site, job)
-    assert job_id is not None
-    return job, job_id
+    return job
 
 
 def end_of(job: JobFolder) -> tuple[int, str]:

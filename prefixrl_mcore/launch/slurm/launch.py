@@ -62,13 +62,16 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
         SlurmError: if the submission fails.
     """
     site, config = read_run(config_file, settings, site_name)
-    folder, job_id = submit_run(config, site, how)
-    if job_id is None:
+    folder = prepare_run(config, site, how)
+    submit(site, [folder])
+    if how.dry_run:
         logger.info("dry run: nothing is submitted; sbatch --requeue %s would", folder.script)
         sys.stdout.write(folder.script.read_text())
         return 0
     if how.detach:
         return 0
+    job_id = folder.job_id
+    assert job_id is not None, "it was submitted"
     try:
         return follow(folder, job_id)
     except KeyboardInterrupt:
@@ -93,26 +96,25 @@ def read_run(
     return site, validate(RunConfig, values, where=str(config_file))
 
 
-def submit_run(
+def prepare_run(
     config: RunConfig,
     site: SiteConfig,
     how: LaunchOptions,
     *,
     stage: str = TRAINER,
-    after: str | None = None,
-) -> tuple[JobFolder, str | None]:
-    """Check and submit one job; return its folder, and its number unless this is a dry run.
+    after: JobFolder | None = None,
+) -> JobFolder:
+    """Check one job and write its folder, for ``submit``.
 
     Args:
         config: the run.
         site: where.
         how: everything else.
         stage: of the recipe; all but training take one task on one node.
-        after: number of the job that must have completed before.
+        after: the job that must have completed before.
 
     Raises:
         ConfigError: if config and site do not fit.
-        SlurmError: if the submission fails.
     """
     name = how.name or config.run_folder.name
     if stage == TRAINER:
@@ -150,10 +152,7 @@ def submit_run(
         needed=paths_on_nodes(needed),
     )
     folder.write(task, submission)
-    job_id = submit(site, folder)
-    if job_id is not None:
-        logger.info("job %s (%s) is submitted; its folder is %s", job_id, name, folder.path)
-    return folder, job_id
+    return folder
 
 
 def _check_servers(config: RunConfig, layout: JobLayout) -> None:

@@ -5,8 +5,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from rich.table import Table
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.slurm.follow import report_end
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
-from prefixrl_mcore.launch.slurm.launch import LaunchOptions, read_run, submit_run
-from prefixrl_mcore.launch.slurm.states import JobState, cancel_job, job_state
-from prefixrl_mcore.launch.slurm.submission import TRAINER
+from prefixrl_mcore.launch.slurm.launch import LaunchOptions, prepare_run, read_run
+from prefixrl_mcore.launch.slurm.states import JobState, job_state
+from prefixrl_mcore.launch.slurm.submission import TRAINER, submit
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +44,13 @@ def launch_recipe(
     site, config = read_run(config_file, settings, site_name)
     name = how.name or config.run_folder.name
     jobs: list[Job] = []
-    after: str | None = None
-    with _all_or_none(jobs):
-        for stage, needs_gpus in RECIPE.items():
-            own_site = site if needs_gpus else site.model_copy(update={"gpus_per_node": 0})
-            own = replace(how, name=f"{name}.{'train' if stage == TRAINER else stage}")
-            folder, after_this = submit_run(config, own_site, own, stage=stage, after=after)
-            jobs.append((stage, folder))
-            # A dry run has no numbers.
-            after = after_this or f"JOB_OF_{stage.upper()}"
+    after: JobFolder | None = None
+    for stage, needs_gpus in RECIPE.items():
+        own_site = site if needs_gpus else site.model_copy(update={"gpus_per_node": 0})
+        own = replace(how, name=f"{name}.{'train' if stage == TRAINER else stage}")
+        after = prepare_run(config, own_site, own, stage=stage, after=after)
+        jobs.append((stage, after))
+    submit(site, [folder for _, folder in jobs])
     return _end(jobs, how)
 
 
@@ -92,10 +89,10 @@ def launch_sweep(
     if len(set(folders)) < len(folders):
         raise ConfigError(f"--sweep: two runs would have one folder: {sorted(map(str, folders))}")
     jobs: list[Job] = []
-    with _all_or_none(jobs):
-        for label, config in runs:
-            own = replace(how, name=config.run_folder.name)
-            jobs.append((label, submit_run(config, site, own)[0]))
+    for label, config in runs:
+        own = replace(how, name=config.run_folder.name)
+        jobs.append((label, prepare_run(config, site, own)))
+    submit(site, [folder for _, folder in jobs])
     return _end(jobs, how)
 
 
@@ -148,19 +145,6 @@ def follow_all(
     results = [ended[label] for label, _ in jobs]
     failed = [s.result for s in results if s.result and s.state != "CANCELLED"]
     return next(iter([*failed, *(s.result for s in results if s.result)]), 0)
-
-
-@contextmanager
-def _all_or_none(jobs: Sequence[Job]) -> Iterator[None]:
-    """Cancel what was submitted if a later submission fails."""
-    try:
-        yield
-    except BaseException:
-        for label, folder in jobs:
-            if folder.job_id is not None:
-                logger.error("%s: job %s is cancelled again", label, folder.job_id)
-                cancel_job(folder.job_id)
-        raise
 
 
 def _end(jobs: Sequence[Job], how: LaunchOptions) -> int:

@@ -1,13 +1,14 @@
 """From a run, a site and a layout to a job of Slurm, through NeMo-Run."""
 
 import json
+import logging
 import os
 import secrets
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.layout import JobLayout
 from prefixrl_mcore.launch.slurm.precheck.step import expectations, precheck_step
-from prefixrl_mcore.launch.slurm.states import SlurmError
+from prefixrl_mcore.launch.slurm.states import SlurmError, cancel_job
 from prefixrl_mcore.rollout.sglang.api_key import API_KEY_VARIABLE
 
+logger = logging.getLogger(__name__)
+
 _SUBMIT = Path(__file__).resolve().parents[1] / "nemo" / "submit.py"
+_ANSWER = "prefixrl-submitted: "
+"""Begins a line of its output that says which job has which number."""
+
 _TASK = "prefixrl_mcore.launch.slurm.task"
 _END_SECONDS = 120
 """How long tasks may go on after the first of their step has ended. They are not killed at once:
 ranks that have saved together do not end at the same moment (rank 0 may upload metrics), and a
 killed one would change the job's exit code. Rollout servers that are left serve on."""
-
 
 TRAINER = "trainer"
 """Role of the tasks that train."""
@@ -39,7 +44,7 @@ def describe(
     *,
     dry_run: bool,
     role: str = TRAINER,
-    after: str | None = None,
+    after: JobFolder | None = None,
     needed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return what ``nemo/submit.py`` is asked to submit.
@@ -51,7 +56,7 @@ def describe(
         folder: its folder.
         dry_run: write the batch script alone.
         role: of the first step's tasks.
-        after: number of the job that must have completed before.
+        after: the job that must have completed before, submitted together with this one.
         needed: paths that every node must have, by setting; None checks none.
     """
     return {
@@ -60,7 +65,8 @@ def describe(
         "logs": str(folder.logs),
         "dry_run": dry_run,
         "is_heterogeneous": layout.shape == "heterogeneous",
-        "executor": _executor(site, after),
+        "after": None if after is None else str(after.file),
+        "executor": _executor(site),
         "tasks": _tasks(site, layout, folder, role),
         "precheck": expectations(site, layout, needed or {}),
         "template": {
@@ -73,15 +79,16 @@ def describe(
     }
 
 
-def submit(site: SiteConfig, folder: JobFolder) -> str | None:
-    """Let NeMo-Run write the batch script and, unless it is a dry run, submit it.
+def submit(site: SiteConfig, jobs: Sequence[JobFolder]) -> None:
+    """Let NeMo-Run write the batch scripts and, unless this is a dry run, submit them, in order.
 
-    Returns:
-        Slurm's number of the job; None after a dry run.
+    Args:
+        site: where.
+        jobs: all jobs of one launch, each behind those that it waits for.
 
     Raises:
         ConfigError: if there is no environment with NeMo-Run, or no Slurm.
-        SlurmError: if the submission failed, with what was said.
+        SlurmError: if a submission failed, with what was said; none is left in the queue then.
     """
     python = site.launch_python.absolute()
     if not os.access(python, os.X_OK):
@@ -89,33 +96,60 @@ def submit(site: SiteConfig, folder: JobFolder) -> str | None:
             f"launch_python {python}: does not exist; run `make setup-launch`, or let the "
             "site's launch_python name an environment that has NeMo-Run"
         )
-    is_dry_run = json.loads(folder.file.read_text())["submission"]["dry_run"]
+    is_dry_run = json.loads(jobs[0].file.read_text())["submission"]["dry_run"]
     if not is_dry_run and shutil.which("sbatch") is None:
         raise ConfigError(
             "sbatch is not on PATH: launch from a login node of the cluster, or say --dry-run"
         )
+    try:
+        _run_nemo(python, jobs)
+    except BaseException:
+        for job in jobs:
+            if job.job_id is not None:
+                logger.error("job %s (%s) is cancelled again", job.job_id, job.path.name)
+                cancel_job(job.job_id)
+        raise
+
+
+def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
+    """Submit all jobs in one process, and keep the number of each as soon as it is known.
+
+    Raises:
+        SlurmError: if a submission failed.
+    """
     # -E: PYTHONPATH is the trainer's, and the job's, which inherits this environment with its
     # secrets; they are written nowhere. Servers on nodes of their own want a key.
-    environment = {API_KEY_VARIABLE: secrets.token_hex(32), **os.environ}
-    done = subprocess.run(
-        [str(python), "-W", "ignore", "-E", str(_SUBMIT), str(folder.file)],
-        env=environment,
+    process = subprocess.Popen(
+        [str(python), "-W", "ignore", "-E", str(_SUBMIT), *(str(job.file) for job in jobs)],
+        env={API_KEY_VARIABLE: secrets.token_hex(32), **os.environ},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
     )
-    (folder.path / "nemo.log").write_text(done.stdout + done.stderr)
-    if done.returncode:
+    by_file, said = {str(job.file): job for job in jobs}, []
+    with process:
+        assert process.stdout is not None, "it is a pipe"
+        for line in process.stdout:
+            if not line.startswith(_ANSWER):
+                said.append(line)
+                continue
+            answer = json.loads(line.removeprefix(_ANSWER))
+            job = by_file.pop(answer["file"])
+            shutil.copyfile(answer["script"], job.script)
+            if answer["job_id"] is not None:
+                job.write_submitted(answer["job_id"])
+                logger.info("job %s is submitted; its folder is %s", job.job_id, job.path)
+            (job.path / "nemo.log").write_text("".join(said))
+            said.clear()
+    if by_file:
+        failed = next(iter(by_file.values()))
+        log = failed.path / "nemo.log"
+        log.write_text("".join(said))
         raise SlurmError(
-            f"the submission failed: {_cause(done.stdout + done.stderr)}\n"
-            f"All that NeMo-Run said is in {folder.path / 'nemo.log'}"
+            f"the submission of {failed.path.name} failed: {_cause(''.join(said))}\n"
+            f"All that NeMo-Run said is in {log}"
         )
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
-    shutil.copyfile(answer["script"], folder.script)
-    if answer["job_id"] is not None:
-        folder.write_submitted(answer["job_id"])
-    return answer["job_id"]
 
 
 def _cause(said: str) -> str:
@@ -125,7 +159,7 @@ def _cause(said: str) -> str:
     return "; ".join(told) or (lines[-1] if lines else "nothing was said")
 
 
-def _executor(site: SiteConfig, after: str | None) -> dict[str, Any]:
+def _executor(site: SiteConfig) -> dict[str, Any]:
     """Return what all tasks of a job share, in the names of NeMo-Run's SlurmExecutor."""
     seconds = site.requeue.signal_seconds
     container = site.container
@@ -141,11 +175,7 @@ def _executor(site: SiteConfig, after: str | None) -> dict[str, Any]:
         "signal": None if seconds is None else f"USR1@{seconds}",
         "setup_lines": "\n".join(site.setup_lines) or None,
         # A child of a failed job would wait for ever.
-        "additional_parameters": {
-            "kill_on_invalid_dep": "yes",
-            **({"dependency": f"afterok:{after}"} if after else {}),
-            **site.sbatch,
-        },
+        "additional_parameters": {"kill_on_invalid_dep": "yes", **site.sbatch},
         "job_name_prefix": "prefixrl.",  # else it is made of the account, which may be None
         "container_image": shlex.quote(container.image) if container else None,
         "container_mounts": [shlex.quote(m) for m in container.mounts] if container else [],

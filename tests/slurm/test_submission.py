@@ -1,0 +1,91 @@
+"""Several jobs submitted in one go by the real NeMo-Run, to a pretended sbatch."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, find_jobs
+from prefixrl_mcore.launch.slurm.sites import load_site
+from prefixrl_mcore.launch.slurm.states import SlurmError
+from prefixrl_mcore.launch.slurm.submission import submit
+from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.support.launched_jobs import colocated, prepare_program
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(not LAUNCH_PYTHON.exists(), reason="NeMo-Run: run make setup-launch"),
+]
+
+SBATCH = """#!/bin/bash
+if grep -q -- --job-name=refused "${@: -1}"; then
+    echo "sbatch: error: no more today" >&2
+    exit 1
+fi
+echo >>"$SAID/submitted"
+echo $((100 + $(wc -l <"$SAID/submitted")))
+"""
+COUNTED = """#!/bin/bash
+echo >>"$SAID/processes"
+exec {python} "$@"
+"""
+
+
+def _program(file: Path, text: str) -> Path:
+    file.write_text(text)
+    file.chmod(0o755)
+    return file
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put sbatch and scancel first on PATH; return where they keep what they were told."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    _program(programs / "sbatch", SBATCH)
+    _program(programs / "scancel", '#!/bin/bash\necho "$@" >>"$SAID/cancelled"\n')
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("SAID", str(tmp_path))
+    return tmp_path
+
+
+def _submit(folder: Path, *names: str) -> list[JobFolder]:
+    """Submit jobs that wait for each other; return them."""
+    python = _program(folder / "python", COUNTED.format(python=LAUNCH_PYTHON))
+    site = load_site("ci-local").model_copy(
+        update={"job_folder": folder / "jobs", "launch_python": python}
+    )
+    jobs: list[JobFolder] = []
+    for name in names:
+        after = jobs[-1] if jobs else None
+        command = [sys.executable, "--version"]
+        jobs.append(prepare_program(site, colocated(1, 1), command, name=name, after=after))
+    submit(site, jobs)
+    return jobs
+
+
+@pytest.mark.slow
+def test_all_jobs_of_a_launch_are_submitted_by_one_process_each_behind_the_one_before(
+    pretended: Path,
+) -> None:
+    jobs = _submit(pretended, "first", "second", "third")
+    assert [job.job_id for job in jobs] == ["101", "102", "103"]
+    lines = [
+        [line for line in job.script.read_text().splitlines() if "--dependency" in line]
+        for job in jobs
+    ]
+    after = "#SBATCH --dependency=afterok:10"
+    assert lines == [[], [f"{after}1"], [f"{after}2"]]
+    for job in jobs:
+        assert f"mkdir -p {job.logs}/start-$start" in job.script.read_text()
+    assert (pretended / "processes").read_text() == "\n"
+
+
+@pytest.mark.slow
+def test_a_refused_job_takes_those_before_it_out_of_the_queue(pretended: Path) -> None:
+    with pytest.raises(SlurmError, match=r"submission of refused-.* failed: sbatch: error: no mo"):
+        _submit(pretended, "first", "second", "refused", "fourth")
+    assert (pretended / "cancelled").read_text().split() == ["101", "102"]
+    left = [job.path.name for job in find_jobs(pretended / "jobs")]
+    assert [name.partition("-")[0] for name in left] == ["first", "second"]

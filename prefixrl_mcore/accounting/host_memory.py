@@ -5,7 +5,7 @@ Symbols are those of ``memory.py``. Python itself, the rollout engine and the ba
 
 from dataclasses import dataclass
 
-from prefixrl_mcore.accounting.parameters import rank_parameters, replicas
+from prefixrl_mcore.accounting.parameters import rank_parameters, stepped_parameters
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import PolicyConfig
 
@@ -53,8 +53,7 @@ def estimate_host(shape: ModelShape, policy: PolicyConfig, *, has_reference: boo
     parameters = max(
         (rank_parameters(shape, parallel, stage) for stage in stages), key=lambda p: p.total
     )
-    shared, experts = replicas(parallel) if optimizer.use_distributed_optimizer else (1, 1)
-    stepped = parameters.shared / shared + parameters.experts / experts
+    stepped = stepped_parameters(policy, parameters)
     width = 2 if policy.dtype == "bfloat16" else 4
     is_sharded = optimizer.use_distributed_optimizer
     saved_bytes = _STATE_BYTES

@@ -18,11 +18,10 @@ from prefixrl_mcore.accounting.activations import (
     kept_bytes,
 )
 from prefixrl_mcore.accounting.parameters import (
-    RankParameters,
     feed_forward_parts,
     rank_parameters,
-    replicas,
     stage_layers,
+    stepped_parameters,
 )
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import LogitsDtype, PolicyConfig
@@ -208,7 +207,7 @@ def _estimate_stage(
     chunk = tokens * layers * (layer.hidden_bytes if is_full else kept)
     last_matrix = shape.hidden_size * shape.ffn_hidden_size
     last_matrix //= feed_forward_parts(shape, parallel)
-    stepped = _stepped_parameters(policy, parameters)
+    stepped = stepped_parameters(policy, parameters)
     is_last = stage == parallel.pipeline_model_parallel_size - 1
     vocabulary = shape.padded_vocab_size(parallel.tensor_model_parallel_size)
     vocabulary //= parallel.tensor_model_parallel_size
@@ -250,14 +249,6 @@ def _state_bytes(policy: PolicyConfig) -> float:
 def _step_bytes(policy: PolicyConfig, stepped: float) -> float:
     """Return what AdamW needs for a while on a GPU."""
     return 0.0 if policy.optimizer.use_precision_aware_optimizer else 4 * stepped
-
-
-def _stepped_parameters(policy: PolicyConfig, parameters: RankParameters) -> float:
-    """Return the parameters whose optimizer state is on this rank."""
-    if not policy.optimizer.use_distributed_optimizer:
-        return parameters.total
-    shared, experts = replicas(policy.parallel)
-    return parameters.shared / shared + parameters.experts / experts
 
 
 def _buffer_bytes(layer: LayerShape, workload: Workload, tokens: float, in_flight: int) -> float:

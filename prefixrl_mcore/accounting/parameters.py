@@ -9,7 +9,7 @@ to; ``tp``, ``pp``, ``cp``, ``ep``, ``etp`` (expert tensor), ``dp`` the parallel
 from dataclasses import dataclass
 
 from prefixrl_mcore.config.model_shape import ModelShape
-from prefixrl_mcore.config.policy import ParallelConfig
+from prefixrl_mcore.config.policy import ParallelConfig, PolicyConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +138,14 @@ def replicas(parallel: ParallelConfig) -> tuple[int, int]:
     parts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     experts = parallel.tensor_model_parallel_size * shared // parts
     return shared, experts
+
+
+def stepped_parameters(policy: PolicyConfig, parameters: RankParameters) -> float:
+    """Return the parameters whose optimizer state is on this rank."""
+    if not policy.optimizer.use_distributed_optimizer:
+        return parameters.total
+    shared, experts = replicas(policy.parallel)
+    return parameters.shared / shared + parameters.experts / experts
 
 
 def feed_forward_parts(shape: ModelShape, parallel: ParallelConfig) -> int:

@@ -1,8 +1,11 @@
 """GPU memory of a SGLang server, predicted: its room for sequences, and how fast it reads them.
 
 Symbols are those of ``parameters.py``; ``w`` is bytes of an element, ``tp`` the server's own GPUs.
-Nothing here is measured. CUDA graphs and the activations of a batch live in what
-``memory_fraction`` leaves free and are not counted.
+Nothing here is measured. What a server needs beside its static memory is SGLang's own rule, by
+which it chooses ``--mem-fraction-static`` itself (``server_args.py`` of 0.5.17, the heuristics of
+``mem_fraction_static`` and ``reserve_for_graph_mb``): 512 MiB, ``tp / 8`` GiB, 2 MiB for each
+sequence of the largest graph of decoding, 8 MiB for each graph of prefilling, and 1.5 MiB of
+activations for each token that is prefilled together.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,25 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 MEMORY_EFFICIENCY = 0.6
 """Share of the GPU's bandwidth that decoding is assumed to reach."""
 
+_MIB = 1024**2
+
+_CONSTANT_MIB = 512
+_PARALLEL_MIB = 1024 / 8
+_DECODE_GRAPH_MIB = 2
+_PREFILL_GRAPH_MIB = 8
+_PREFILL_TOKEN_MIB = 1.5
+
+_PREFILL_TOKENS = 8192
+"""``--chunked-prefill-size`` that SGLang takes on GPUs of 60 to 160 GB."""
+
+_PREFILL_GRAPHS = 58
+"""Sizes up to ``_PREFILL_TOKENS`` that it makes graphs of."""
+
+
+def _decode_sequences(tensor: int) -> int:
+    """Return the sequences of the largest decoding graph that SGLang makes on those GPUs."""
+    return 256 if tensor < 4 else 512
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerMemory:
@@ -25,13 +47,32 @@ class ServerMemory:
     """``w P / tp``: every matrix is cut, vocabulary and experts too."""
 
     static: float
-    """``memory_fraction`` of what is free when the server starts: weights and KV cache."""
+    """``memory_fraction`` of what is free when the server starts: weights and KV cache. SGLang
+    leaves the other share of it free, whatever else takes from there later."""
 
     kv_bytes_per_token: float
     """``2 w L K max(1, G / tp)``: a key-value head is copied where there are more GPUs."""
 
     max_kv_tokens: int | None
     """``rollout.sglang.max_kv_tokens``."""
+
+    asleep: float
+    """What stays when weights and KV cache are released: attention's and NCCL's buffers and the
+    graphs, which the memory saver leaves alone (``SGLANG_MEMORY_SAVER_CUDA_GRAPH`` is off). The
+    CUDA context comes on top, as every process's."""
+
+    activations: float
+    """Of the tokens that are prefilled together; a server that goes to sleep gives them back."""
+
+    @property
+    def kv_cache(self) -> float:
+        """Bytes of the KV cache."""
+        return self.kv_tokens * self.kv_bytes_per_token
+
+    @property
+    def awake(self) -> float:
+        """All that a server holds while it samples."""
+        return self.weights + self.kv_cache + self.asleep + self.activations
 
     @property
     def kv_tokens(self) -> int:
@@ -81,9 +122,13 @@ def estimate_server(
         )
     width = 2 if sglang.dtype == "bfloat16" else 4
     heads = max(1, groups // tensor)
+    asleep = _CONSTANT_MIB + _PARALLEL_MIB * tensor
+    asleep += _DECODE_GRAPH_MIB * _decode_sequences(tensor) + _PREFILL_GRAPH_MIB * _PREFILL_GRAPHS
     return ServerMemory(
         weights=width * model_size(shape).num_parameters / tensor,
         static=sglang.memory_fraction * gpu_memory_bytes,
         kv_bytes_per_token=2 * width * shape.num_layers * shape.kv_channels * heads,
         max_kv_tokens=sglang.max_kv_tokens,
+        asleep=asleep * _MIB,
+        activations=_PREFILL_TOKENS * _PREFILL_TOKEN_MIB * _MIB,
     )

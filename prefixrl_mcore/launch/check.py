@@ -5,7 +5,6 @@ Memory and time are arithmetic (``accounting.memory``, ``accounting.step_time``)
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +15,7 @@ from prefixrl_mcore.accounting.hardware import peak_flops
 from prefixrl_mcore.accounting.host_memory import estimate_host
 from prefixrl_mcore.accounting.layouts import Plan, full_workload, make_plan, search
 from prefixrl_mcore.accounting.memory import estimate_stages
-from prefixrl_mcore.accounting.parameters import ModelSize, model_size, rank_parameters
-from prefixrl_mcore.accounting.server_memory import ServerMemory, estimate_server
+from prefixrl_mcore.accounting.parameters import ModelSize, model_size
 from prefixrl_mcore.accounting.step_time import StepWork
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.layout import (
@@ -41,9 +39,15 @@ from prefixrl_mcore.launch.plan_report import (
     host_line,
     knob_lines,
     memory_table,
-    server_lines,
     suggestion_lines,
     time_lines,
+)
+from prefixrl_mcore.launch.server_plan import (
+    own_server_lines,
+    predict_server,
+    share_gpus,
+    shared_server_lines,
+    with_sampling,
 )
 
 
@@ -213,54 +217,17 @@ def _print_plan(
 def _print_servers(
     config: RunConfig, shape: ModelShape, plan: Plan, machine: Machine, console: Console
 ) -> None:
-    """Print what a SGLang server has room for, and whether it fits beside the trainer."""
+    """Print what a SGLang server has room for, and whether it fits, beside the trainer or alone."""
     if config.rollout.engine == "transformers":
         return
-    lines = server_lines(
-        predict_server(config, shape, machine),
-        config.rollout,
-        own_gpus=machine.own_gpus(config.rollout.sglang),
-        trainer_bytes=plan.peak_bytes,
-        usable_bytes=machine.usable_bytes,
-    )
+    server = predict_server(config, shape, machine)
+    own_gpus = machine.own_gpus(config.rollout.sglang)
+    if own_gpus is not None:
+        _print_lines(own_server_lines(server, config.rollout, own_gpus, machine), console)
+        return
+    shared = share_gpus(config, shape, plan.stages, machine)
+    lines = shared_server_lines(server, config.rollout, shared, plan.stages, machine)
     _print_lines(lines, console)
-
-
-def predict_server(config: RunConfig, shape: ModelShape, machine: Machine) -> ServerMemory:
-    """Return the memory of a SGLang server; on the trainer's GPUs weights and gradients come first.
-
-    Raises:
-        ConfigError: if the model's heads do not divide over the server's GPUs.
-    """
-    free = machine.memory_bytes
-    if machine.own_gpus(config.rollout.sglang) is None:
-        parallel, width = config.policy.parallel, 2 if config.policy.dtype == "bfloat16" else 4
-        stages = range(parallel.pipeline_model_parallel_size)
-        parameters = min(rank_parameters(shape, parallel, stage).total for stage in stages)
-        free = max(0.0, free - (width + 4) * parameters)
-    return estimate_server(shape, config.rollout.sglang, gpu_memory_bytes=free)
-
-
-def with_sampling(
-    config: RunConfig, shape: ModelShape, work: StepWork, machine: Machine
-) -> Machine:
-    """Return the machine with the GPUs that sample, and the least time that they take.
-
-    Raises:
-        ConfigError: if servers leave GPUs over, or the model does not divide over one.
-    """
-    rollout, speed = config.rollout, machine.memory_bytes_per_second
-    if rollout.engine == "transformers":
-        assumptions = replace(machine.assumptions, rollout_gpus=1)
-        return replace(machine, assumptions=assumptions)
-    size = rollout.sglang.tensor_parallel_size
-    gpus = machine.own_gpus(rollout.sglang) or rollout.sglang.num_members * size
-    seconds = 0.0
-    if speed is not None:
-        server = predict_server(config, shape, machine)
-        seconds = server.decode_seconds(work, num_servers=gpus // size, bytes_per_second=speed)
-    assumptions = replace(machine.assumptions, rollout_gpus=gpus, decode_seconds=seconds)
-    return replace(machine, assumptions=assumptions)
 
 
 def _plan(config: RunConfig, shape: ModelShape, work: StepWork, machine: Machine) -> Plan:

@@ -1,6 +1,5 @@
 """Predicted memory and time as tables and lines of ``prefixrl check``."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table
@@ -8,10 +7,8 @@ from rich.table import Table
 from prefixrl_mcore.accounting.host_memory import HostMemory
 from prefixrl_mcore.accounting.layouts import Plan
 from prefixrl_mcore.accounting.memory import StageMemory
-from prefixrl_mcore.accounting.server_memory import ServerMemory
 from prefixrl_mcore.accounting.step_time import Assumptions, StepTime
 from prefixrl_mcore.config.policy import ParallelConfig, PolicyConfig
-from prefixrl_mcore.config.rollout import RolloutConfig
 
 _GIB = 1024**3
 
@@ -65,59 +62,6 @@ def host_line(host: HostMemory, num_ranks: int) -> str:
         f"{_gib(host.written)} until the save is on disk), besides Python and the engine; "
         f"{num_ranks} rank(s) a machine take up to {_gib(num_ranks * host.total)}"
     )
-
-
-def server_lines(
-    server: ServerMemory,
-    rollout: RolloutConfig,
-    *,
-    own_gpus: int | None,
-    trainer_bytes: float,
-    usable_bytes: float,
-) -> Iterator[str]:
-    """Yield what a rollout server holds, and whether it fits beside the trainer.
-
-    Args:
-        server: its prediction.
-        rollout: servers, longest sequence.
-        own_gpus: GPUs of the servers' own; None shares the trainer's.
-        trainer_bytes: the trainer's peak.
-        usable_bytes: what trainer and server together may take of a GPU.
-    """
-    size, fraction = rollout.sglang.tensor_parallel_size, rollout.sglang.memory_fraction
-    longest = server.kv_tokens // rollout.max_total_tokens
-    yield (
-        f"SGLang server on {size} GPU(s): weights {_gib(server.weights)} GiB of each GPU's "
-        f"{_gib(server.static)} (rollout.sglang.memory_fraction {fraction:g}), a KV cache of "
-        f"{server.kv_tokens} tokens: {longest} of the longest sequences at a time"
-    )
-    if longest == 0:
-        yield (
-            "  not even one: raise rollout.sglang.tensor_parallel_size, memory_fraction or "
-            "max_kv_tokens, or lower rollout.max_total_tokens"
-        )
-    if own_gpus is not None:
-        yield f"  {own_gpus // size} server(s) on {own_gpus} GPUs of their own"
-        return
-    if rollout.colocated:
-        yield (
-            "  on GPUs of the trainer, which it leaves for every update (rollout.colocated); while "
-            "it samples, the trainer's weights, gradients and optimizer are beside it"
-        )
-        return
-    together = trainer_bytes + server.static
-    verdict = "fits" if together <= usable_bytes else "too large"
-    yield (
-        f"  {rollout.sglang.num_members} server(s) on GPUs of the trainer, sharing them in every "
-        f"phase: {_gib(together)} GiB of {_gib(usable_bytes)}, {verdict} (servers on GPUs of their "
-        "own: --rollout-gpus N)"
-    )
-    possible = (usable_bytes - trainer_bytes) / (server.static / fraction) if server.static else 0
-    if together > usable_bytes and possible >= 0.01:
-        yield (
-            f"  rollout.sglang.memory_fraction = {math.floor(100 * possible) / 100:g} would leave "
-            "the trainer its room"
-        )
 
 
 def time_lines(time: StepTime, assumptions: Assumptions) -> Iterator[str]:

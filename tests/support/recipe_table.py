@@ -1,12 +1,11 @@
 """``python -m tests.support.recipe_table``: the tables of ``docs/recipes.md``.
 
-Predictions of ``prefixrl check`` for the recipes under ``configs/recipes`` and for the layouts
-beside them that were not chosen; why not is worked out from the figures. With ``--write FILE`` the
-text between the file's marks is replaced.
+Predictions of ``prefixrl check`` for the recipes under ``configs/recipes``, for the layouts beside
+them that were not chosen (why not is worked out from the figures), and on other GPUs. With
+``--write FILE`` the text between the file's marks is replaced.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,22 +19,17 @@ from prefixrl_mcore.accounting.host_memory import estimate_host
 from prefixrl_mcore.accounting.layouts import Plan, make_plan
 from prefixrl_mcore.accounting.parameters import model_size
 from prefixrl_mcore.accounting.server_memory import ServerMemory
+from prefixrl_mcore.accounting.shared_gpu import SharedGpu, sync_export_bytes
 from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import ParallelConfig
 from prefixrl_mcore.config.run import RunConfig
-from prefixrl_mcore.launch.check import (
-    check_layout,
-    gpu_flops,
-    predict_server,
-    read_shape,
-    step_work,
-    with_sampling,
-)
+from prefixrl_mcore.launch.check import check_layout, gpu_flops, read_shape, step_work
 from prefixrl_mcore.launch.machine import Machine
 from prefixrl_mcore.launch.plan_report import layout_name
-from tests.support.released_configs import RELEASED
+from prefixrl_mcore.launch.server_plan import predict_server, share_gpus, with_sampling
+from tests.support.released_configs import write_shape
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -43,6 +37,9 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 GPUS_PER_NODE = 8
 MEAN_TOKENS = 10_000
 """``--mean-tokens``: between what the paper's FLOPs give for Llama (6,500) and Qwen (13,400)."""
+
+MEMORY_GIB = {"H100": 80.0, "A100": 80.0, "H200": 131.0}
+"""``--gpu`` and ``--gpu-memory``; the H200 has 141e9 bytes."""
 
 USABLE_GIB = 72.0
 """Of 80 GiB, a tenth reserved: the defaults of ``prefixrl check``."""
@@ -88,16 +85,18 @@ RECIPES = (
         release="Qwen3-4B-Instruct-2507",
         rollout_nodes=0,
         neighbours=(
-            "server1 f65",
-            "server4 f65",
-            "tp4 dp2 selective f40",
-            "tp4 dp2 none f20",
-            "tp2 dp4 full f60",
-            "tp8 selective f55",
-            "tp2 cp4 selective f45",
-            "cp8 full f55",
-            "nodes1 server1 f85 tp4 dp2 selective",
-            "nodes1 server1 f85 tp2 cp4 none",
+            "awake f50",
+            "full awake f45",
+            "server1 f55",
+            "server4 f50",
+            "none",
+            "full",
+            "tp2 dp4 full f50",
+            "tp8 none f55",
+            "tp2 cp4 selective f50",
+            "cp8 full f50",
+            "nodes1 server1 f80",
+            "nodes1 server4 f80",
         ),
     ),
     Recipe(
@@ -105,57 +104,74 @@ RECIPES = (
         release="Llama-3.1-8B",
         rollout_nodes=0,
         neighbours=(
-            "server2 f50",
-            "server8 f50",
-            "tp4 dp2 selective f25",
-            "tp2 dp4 full f30",
-            "tp8 selective f45",
-            "tp8 full f55",
-            "tp4 cp2 selective f45",
-            "nodes1 server2 f85 tp4 dp2 selective",
-            "nodes1 server2 f85 tp4 cp2 none",
+            "awake f45",
+            "tp8 full awake f35",
+            "server2 f45",
+            "server8 f45",
+            "selective",
+            "tp4 dp2 selective f40",
+            "tp4 dp2 none f40",
+            "tp2 dp4 full f35",
+            "tp4 cp2 selective f40",
+            "nodes1 server4 f80",
+            "nodes1 server4 f80 tp4 dp2 selective",
         ),
     ),
     Recipe(
         name="qwen3_32b",
         release="Qwen3-32B",
-        rollout_nodes=4,
+        rollout_nodes=2,
         neighbours=(
-            "tp8 pp2 dp2 none",
-            "tp8 pp2 dp2 selective",
-            "tp8 pp2 dp2 full",
-            "tp4 pp4 dp2 selective",
-            "tp4 pp4 dp2 full",
-            "tp4 dp8 full",
-            "tp8 dp4 full",
-            "tp4 pp4 cp2 selective",
-            "tp8 cp4 none",
-            "tp4 pp4 full",
-            "nodes2",
-            "nodes6",
+            "nodes0 tp8 pp2 full server8 f25",
+            "nodes0 tp8 pp4 selective server8 f45",
+            "nodes1",
+            "nodes4",
             "server2",
             "server8",
+            "tp4 pp4 full",
+            "tp8 pp2 full",
+            "tp8 pp2 selective",
+            "tp4 pp4 selective",
+            "tp2 pp4 cp2 full",
+            "nodes4 tp2 pp8 dp2 full",
+            "nodes4 tp8 pp2 dp2 selective",
+            "nodes2 tp8 pp4 selective",
+            "nodes4 tp8 cp4 none",
         ),
     ),
     Recipe(
         name="llama3_3_70b",
         release="Llama-3.3-70B-Instruct",
-        rollout_nodes=6,
+        rollout_nodes=3,
         neighbours=(
-            "tp8 pp4 dp2 selective",
-            "tp8 pp4 dp2 full",
-            "tp4 pp8 dp2 selective",
-            "tp8 dp8 full",
-            "tp4 pp4 dp4 full",
-            "tp8 pp4 cp2 selective",
-            "tp4 pp4 cp4 selective",
-            "tp4 pp8 full",
+            "nodes0 tp4 pp8 full server8 f25",
+            "nodes0 tp8 pp8 full server8 f40",
+            "nodes2",
             "nodes4",
-            "nodes8",
             "server4",
+            "tp8 pp4 full",
+            "tp8 pp4 selective",
+            "tp4 pp4 cp2 full",
+            "nodes6 tp4 pp8 dp2 full",
+            "nodes6 tp8 pp4 dp2 full",
+            "nodes6 tp4 pp4 dp4 full",
+            "nodes4 tp4 pp8 dp2 full",
         ),
     ),
 )
+
+ELSEWHERE = (
+    ("qwen3_4b", "A100", ""),
+    ("qwen3_4b", "H200", "f65"),
+    ("llama3_1_8b", "A100", ""),
+    ("llama3_1_8b", "H200", "f60"),
+    ("qwen3_32b", "A100", ""),
+    ("qwen3_32b", "H200", ""),
+    ("qwen3_32b", "H200", "nodes0 tp8 full server8 f20"),
+    ("llama3_3_70b", "A100", ""),
+    ("llama3_3_70b", "H200", ""),
+)
+"""Recipe, other GPU, and the change that it allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +193,12 @@ class Prediction:
     server: ServerMemory
     """Memory of a server."""
 
+    shared: SharedGpu | None
+    """The GPU that trainer and server share which needs most; None if servers have their own."""
+
+    gpu: str
+    """``--gpu``."""
+
     host_gib: float
     """Of one trainer node, in a save."""
 
@@ -187,9 +209,24 @@ class Prediction:
 
     @property
     def gpu_gib(self) -> float:
-        """The trainer's peak, with a server's share of the GPU beside it."""
-        server = self.server.static if self.is_colocated else 0.0
-        return (self.plan.peak_bytes + server) / _GIB
+        """The most of a GPU that has a trainer rank."""
+        shared = self.shared.peak if self.shared else 0.0
+        return max(self.plan.peak_bytes, shared) / _GIB
+
+    @property
+    def phases(self) -> str:
+        """GiB of a GPU in sampling, sync and update; of two GPUs if servers have their own."""
+        if self.shared:
+            gpu = self.shared
+            return " | ".join(
+                f"{value / _GIB:.1f}" for value in (gpu.sampling, gpu.sync, gpu.update)
+            )
+        resident = max(stage.resident for stage in self.plan.stages)
+        exported = sync_export_bytes(self.shape, self.config.rollout.sglang)
+        return (
+            f"{self.server.awake / _GIB:.1f} (server's own) | "
+            f"{(resident + exported) / _GIB:.1f} | {self.plan.peak_bytes / _GIB:.1f}"
+        )
 
     @property
     def trainer_nodes(self) -> int:
@@ -220,16 +257,25 @@ class Prediction:
         return self.config.trainer.num_steps * self.plan.time.total * gpus / 3600
 
     @property
-    def row(self) -> str:
-        """Cells that both tables have."""
+    def days(self) -> float:
+        """Of all steps."""
+        return self.config.trainer.num_steps * self.plan.time.total / 86400
+
+    @property
+    def cost(self) -> str:
+        """Servers, their room, and time: cells that all tables have."""
         time = self.plan.time
         return (
-            f"{self.trainer_nodes} + {self.rollout_nodes} | "
-            f"{layout_name(self.config.policy.parallel)} | {self.config.policy.recompute} | "
-            f"{self.gpu_gib:.1f} | {self.host_gib:.0f} | {self.num_servers} x "
-            f"{self.server_gpus} GPU | {self.num_longest} | "
-            f"{time.rollout:.0f} + {time.update:.0f} | {self.gpu_hours:.0f}"
+            f"{self.num_servers} x {self.server_gpus} GPU | {self.num_longest} | "
+            f"{time.rollout:.0f} + {time.update:.0f} | {self.days:.1f} | {self.gpu_hours:.0f}"
         )
+
+    @property
+    def layout(self) -> str:
+        """Nodes, layout, recomputation: cells that all tables have."""
+        parallel = self.config.policy.parallel
+        nodes = f"{self.trainer_nodes} + {self.rollout_nodes}"
+        return f"{nodes} | {layout_name(parallel)} | {self.config.policy.recompute}"
 
 
 def recipe_file(recipe: Recipe) -> Path:
@@ -243,47 +289,50 @@ def load_recipe(recipe: Recipe) -> RunConfig:
 
 
 @cache
-def predict(recipe: Recipe, neighbour: str = "") -> Prediction:
-    """Return the prediction of a recipe, or of a layout beside it.
+def predict(recipe: Recipe, neighbour: str = "", gpu: str = "H100") -> Prediction:
+    """Return the prediction of a recipe, or of a layout beside it, on a GPU of ``MEMORY_GIB``.
 
     Raises:
         ConfigError: if training would refuse it.
     """
     config, rollout_nodes = changed(load_recipe(recipe), recipe.rollout_nodes, neighbour)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(RELEASED[recipe.release]))
-        model = config.model.model_copy(update={"path": Path(folder)})
+        path = write_shape(recipe.release, Path(folder))
+        model = config.model.model_copy(update={"path": path})
         shape = read_shape(config.model_copy(update={"model": model}))
     check_layout(config, shape)
     work = step_work(config, MEAN_TOKENS)
-    machine = with_sampling(config, shape, work, _machine(config, rollout_nodes))
+    machine = with_sampling(config, shape, work, _machine(config, rollout_nodes, gpu))
     host = estimate_host(shape, config.policy, has_reference=False)
+    plan = make_plan(
+        shape,
+        config.policy,
+        work,
+        machine.assumptions,
+        logits_dtype=config.model.logits_dtype,
+    )
     return Prediction(
         config=config,
         shape=shape,
         rollout_nodes=rollout_nodes,
-        plan=make_plan(
-            shape,
-            config.policy,
-            work,
-            machine.assumptions,
-            logits_dtype=config.model.logits_dtype,
-        ),
+        plan=plan,
         server=predict_server(config, shape, machine),
+        shared=None if rollout_nodes else share_gpus(config, shape, plan.stages, machine),
+        gpu=gpu,
         host_gib=host.total * GPUS_PER_NODE / _GIB,
     )
 
 
-def _machine(config: RunConfig, rollout_nodes: int) -> Machine:
+def _machine(config: RunConfig, rollout_nodes: int, gpu: str) -> Machine:
     """Return what ``prefixrl check`` assumes with the options in the recipe's file."""
     return Machine(
         num_gpus=None,
-        memory_gib=80.0,
+        memory_gib=MEMORY_GIB[gpu],
         reserved_fraction=0.1,
-        assumptions=Assumptions(peak_flops=gpu_flops(config, "H100")),
+        assumptions=Assumptions(peak_flops=gpu_flops(config, gpu)),
         mean_tokens=MEAN_TOKENS,
         rollout_gpus=rollout_nodes * GPUS_PER_NODE or None,
-        memory_bytes_per_second=memory_bandwidth("H100"),
+        memory_bytes_per_second=memory_bandwidth(gpu),
     )
 
 
@@ -294,18 +343,23 @@ def changed(config: RunConfig, rollout_nodes: int, change: str) -> tuple[RunConf
         config: the recipe.
         rollout_nodes: of the recipe.
         change: words; sizes that are not 1 (``tp2 cp4``, in place of the whole layout), the
-            recomputation, ``nodesN`` rollout nodes, ``serverN`` GPUs of a server, ``fN`` its
-            ``memory_fraction`` in percent.
+            recomputation, ``nodesN`` rollout nodes (0: servers on the trainer's first node, which
+            sleep during the update), ``awake`` where they do not sleep, ``serverN`` GPUs of a
+            server, ``fN`` its ``memory_fraction`` in percent.
     """
     names = {"tp": "tensor_model", "pp": "pipeline_model", "cp": "context", "dp": "data"}
     sizes: dict[str, Any] = {}
     policy: dict[str, Any] = {}
     sglang: dict[str, Any] = {}
+    rollout: dict[str, Any] = {}
     for word in change.split():
         if word[:2] in names:
             sizes[f"{names[word[:2]]}_parallel_size"] = int(word[2:])
         elif word.startswith("nodes"):
             rollout_nodes = int(word.removeprefix("nodes"))
+            rollout["colocated"] = rollout_nodes == 0
+        elif word == "awake":
+            rollout["colocated"] = False
         elif word.startswith("server"):
             sglang["tensor_parallel_size"] = int(word.removeprefix("server"))
         elif word in ("none", "selective", "full"):
@@ -317,10 +371,10 @@ def changed(config: RunConfig, rollout_nodes: int, change: str) -> tuple[RunConf
         policy["parallel"] = ParallelConfig(**sizes)
     size = sglang.get("tensor_parallel_size", config.rollout.sglang.tensor_parallel_size)
     sglang["num_servers"] = 1 if rollout_nodes else GPUS_PER_NODE // size
-    servers = config.rollout.sglang.model_copy(update=sglang)
+    rollout["sglang"] = config.rollout.sglang.model_copy(update=sglang)
     update = {
         "policy": config.policy.model_copy(update=policy),
-        "rollout": config.rollout.model_copy(update={"sglang": servers}),
+        "rollout": config.rollout.model_copy(update=rollout),
     }
     return config.model_copy(update=update), rollout_nodes
 
@@ -328,7 +382,7 @@ def changed(config: RunConfig, rollout_nodes: int, change: str) -> tuple[RunConf
 def objections(other: Prediction, chosen: Prediction) -> list[str]:
     """Return what speaks against a layout, in comparison with the one that was chosen."""
     found: list[str] = []
-    if other.gpu_gib > USABLE_GIB:
+    if other.gpu_gib > USABLE_GIB or other.server.awake > MEMORY_GIB["H100"] * _GIB:
         found.append("does not fit")
     elif other.gpu_gib > MARGIN_GIB:
         found.append("fits without margin")
@@ -349,36 +403,57 @@ def objections(other: Prediction, chosen: Prediction) -> list[str]:
 
 
 def tables() -> str:
-    """Return both tables."""
-    return "\n".join([*_chosen(), "", *_neighbours()])
+    """Return all three tables."""
+    return "\n".join([*_chosen(), "", *_neighbours(), "", *_elsewhere()])
+
+
+_PHASES = "sampling | sync | update"
+_COST = "servers | longest at a time | step, s | days | GPU-hours"
+
+
+def _header(*cells: str) -> Iterator[str]:
+    """Yield the head of a table."""
+    names = " | ".join(cells)
+    yield f"| {names} |"
+    yield "|---" * len(names.split(" | ")) + "|"
 
 
 def _chosen() -> Iterator[str]:
     """Yield the table of the recipes."""
-    yield (
-        "| recipe | parameters | nodes, trainer + rollout | layout | recompute | GPU, GiB | "
-        "host, GiB | servers | longest at a time | step, s | GPU-hours |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    nodes = "nodes, trainer + rollout | layout | recompute"
+    yield from _header("recipe | parameters", nodes, _PHASES, "host, GiB", _COST)
     for recipe in RECIPES:
         found = predict(recipe)
         billions = model_size(found.shape).num_parameters / 1e9
         link = f"[{recipe.name}](../configs/recipes/{recipe.name}.toml)"
-        yield f"| {link} | {billions:.1f}e9 | {found.row} |"
+        cells = f"{found.layout} | {found.phases} | {found.host_gib:.0f} | {found.cost}"
+        yield f"| {link} | {billions:.1f}e9 | {cells} |"
 
 
 def _neighbours() -> Iterator[str]:
     """Yield the table of what was not chosen."""
-    yield (
-        "| instead of | nodes | layout | recompute | GPU, GiB | host, GiB | servers | "
-        "longest at a time | step, s | GPU-hours | why not |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    what = "instead of | nodes | layout | recompute | engine"
+    yield from _header(what, "GPU, GiB | host, GiB", _COST, "why not")
     for recipe in RECIPES:
         chosen = predict(recipe)
         for neighbour in recipe.neighbours:
             other = predict(recipe, neighbour)
-            yield f"| {recipe.name} | {other.row} | {', '.join(objections(other, chosen))} |"
+            engine = "sleeps" if other.config.rollout.colocated else "awake"
+            cells = f"{other.layout} | {engine} | {other.gpu_gib:.1f} | {other.host_gib:.0f}"
+            why = ", ".join(objections(other, chosen))
+            yield f"| {recipe.name} | {cells} | {other.cost} | {why} |"
+
+
+def _elsewhere() -> Iterator[str]:
+    """Yield the table of other GPUs."""
+    nodes = "nodes | layout | recompute | memory_fraction"
+    yield from _header("recipe | on", nodes, _PHASES, "usable, GiB", _COST)
+    recipes = {recipe.name: recipe for recipe in RECIPES}
+    for name, gpu, change in ELSEWHERE:
+        found = predict(recipes[name], change, gpu)
+        fraction = found.config.rollout.sglang.memory_fraction
+        cells = f"{found.layout} | {fraction:g} | {found.phases} | {0.9 * MEMORY_GIB[gpu]:.0f}"
+        yield f"| {name} | {gpu} | {cells} | {found.cost} |"
 
 
 def written_tables(text: str) -> str:

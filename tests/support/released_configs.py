@@ -9,6 +9,8 @@ tugot17/tokenomics-from-first-principles; the others with ``sglang/Model_Config.
 citsjtu2020/LLM-Prof.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 _QWEN: dict[str, Any] = {
@@ -212,3 +214,11 @@ RELEASED: dict[str, dict[str, Any]] = {
     },
 }
 """By the name of the release."""
+
+
+def write_shape(release: str, folder: Path) -> Path:
+    """Return a folder with nothing but the ``config.json`` of a release."""
+    model = folder / release
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(RELEASED[release]), encoding="utf-8")
+    return model

@@ -54,7 +54,30 @@ def test_heads_that_do_not_divide_are_refused(size: int) -> None:
         _server(tensor_parallel_size=size)
 
 
-HELD = ServerMemory(weights=8e9, static=18e9, kv_bytes_per_token=1e5, max_kv_tokens=None)
+def test_what_a_server_keeps_asleep_is_sglangs_own_rule() -> None:
+    # MiB: constant, tp / 8 GiB, 2 a sequence of the largest decoding graph, 8 a prefill graph;
+    # those come in steps of 4 to 32, 16 to 256, 32 to 512, 64 to 1024, 256 to 4096, 512 to 8192
+    # tokens: 8 + 14 + 8 + 8 + 12 + 8 = 58.
+    assert _server(tensor_parallel_size=2).asleep == (512 + 256 + 2 * 256 + 8 * 58) * 1024**2
+    assert _server(tensor_parallel_size=8).asleep == (512 + 1024 + 2 * 512 + 8 * 58) * 1024**2
+
+
+def test_an_awake_server_has_activations_besides() -> None:
+    server = _server(memory_fraction=0.5, tensor_parallel_size=2)
+    assert server.activations == 12 * 1024**3  # 8192 tokens of 1.5 MiB
+    assert server.kv_cache == server.kv_tokens * 147_456 / 2
+    held = server.awake - server.asleep - server.activations
+    assert 40 * 1024**3 - 147_456 / 2 < held <= 40 * 1024**3
+
+
+HELD = ServerMemory(
+    weights=8e9,
+    static=18e9,
+    kv_bytes_per_token=1e5,
+    max_kv_tokens=None,
+    asleep=2e9,
+    activations=12e9,
+)
 WORK = StepWork(
     num_rollouts=64, mean_tokens=10_000, mean_completion_tokens=4_000, stream_tokens=10_000
 )

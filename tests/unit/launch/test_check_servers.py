@@ -4,19 +4,44 @@ from dataclasses import replace
 
 import pytest
 
+from prefixrl_mcore.accounting.memory import StageMemory
 from prefixrl_mcore.accounting.server_memory import ServerMemory
+from prefixrl_mcore.accounting.shared_gpu import share_gpu
 from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig
-from prefixrl_mcore.launch.check import predict_server, step_work, with_sampling
+from prefixrl_mcore.launch.check import step_work
 from prefixrl_mcore.launch.machine import Machine
-from prefixrl_mcore.launch.plan_report import server_lines
+from prefixrl_mcore.launch.server_plan import (
+    own_server_lines,
+    predict_server,
+    shared_server_lines,
+    with_sampling,
+)
 from tests.support.recipe_table import RECIPES, load_recipe
 from tests.support.shapes import QWEN3_4B
 
 GIB = 1024**3
 SERVER = ServerMemory(
-    weights=10 * GIB, static=60 * GIB, kv_bytes_per_token=GIB / 1024, max_kv_tokens=None
+    weights=10 * GIB,
+    static=60 * GIB,
+    kv_bytes_per_token=GIB / 1024,
+    max_kv_tokens=None,
+    asleep=2 * GIB,
+    activations=8 * GIB,
+)
+STAGE = StageMemory(
+    stage=0,
+    weights=GIB,
+    gradients=2 * GIB,
+    optimizer=3 * GIB,
+    activations=14 * GIB,
+    buffers=0,
+    head=0,
+    backward=0,
+    embedding=0,
+    optimizer_step=0,
+    last_activations=14 * GIB,
 )
 ROLLOUT = RolloutConfig(
     max_completion_tokens=10,
@@ -25,17 +50,16 @@ ROLLOUT = RolloutConfig(
 )
 
 
-def _lines(
-    server: ServerMemory = SERVER, *, own_gpus: int | None, trainer_gib: float = 20
-) -> list[str]:
-    lines = server_lines(
-        server,
-        ROLLOUT,
-        own_gpus=own_gpus,
-        trainer_bytes=trainer_gib * GIB,
-        usable_bytes=72 * GIB,
-    )
-    return list(lines)
+def _own_lines(server: ServerMemory = SERVER) -> list[str]:
+    return list(own_server_lines(server, ROLLOUT, 8, _machine(8)))
+
+
+def _shared_lines(server: ServerMemory = SERVER, *, colocated: bool = False) -> list[str]:
+    """Return all but the table; the fraction 0.75 is of 80 GiB."""
+    rollout = ROLLOUT.model_copy(update={"colocated": colocated})
+    shared = share_gpu(STAGE, server, is_released=colocated, export_bytes=0.0)
+    lines = shared_server_lines(server, rollout, shared, [STAGE], _machine(None))
+    return [line for line in lines if isinstance(line, str)]
 
 
 def _machine(rollout_gpus: int | None) -> Machine:
@@ -50,28 +74,46 @@ def _machine(rollout_gpus: int | None) -> Machine:
 
 
 def test_a_server_of_its_own_says_how_many_sequences_it_runs() -> None:
-    first, second = _lines(own_gpus=8)
+    first, second = _own_lines()
     assert "weights 10.00 GiB of each GPU's 60.00" in first
     assert "a KV cache of 51200 tokens: 4 of the longest sequences at a time" in first
-    assert second == "  4 server(s) on 8 GPUs of their own"
+    assert second.startswith("  4 server(s) on 8 GPUs of their own: with 10.00 GiB of buffers")
+    assert second.endswith("activations 70.00 of 80.00, fits")
 
 
-def test_beside_the_trainer_both_are_added_and_the_fraction_that_fits_is_named() -> None:
-    _, together, remedy = _lines(own_gpus=None)
-    assert "80.00 GiB of 72.00, too large" in together
-    assert "memory_fraction = 0.65 would leave" in remedy  # (72 - 20) / 80
-    assert "72.00 GiB of 72.00, fits" in _lines(own_gpus=None, trainer_gib=12)[1]
-    assert len(_lines(own_gpus=None, trainer_gib=12)) == 2
+def test_a_server_of_its_own_that_is_too_large_names_the_fraction_that_fits() -> None:
+    _, verdict, remedy = _own_lines(replace(SERVER, activations=19 * GIB))
+    assert verdict.endswith("81.00 of 80.00, does not fit")
+    assert "memory_fraction = 0.73 would fit" in remedy  # (60 - 1) / 80
 
 
-def test_no_fraction_is_named_where_the_trainer_alone_is_too_large() -> None:
-    assert len(_lines(own_gpus=None, trainer_gib=72)) == 2
+def test_beside_the_trainer_the_worst_phase_decides_and_remedies_are_named() -> None:
+    _, together, *remedies = _shared_lines()  # 20 + 70 in the update
+    assert "90.00 GiB of 72.00, in the update, does not fit" in together
+    assert "rollout.colocated = true" in remedies[0]
+    assert "--rollout-gpus N" in remedies[1]
+    assert "memory_fraction = 0.52 would fit" in remedies[2]  # (60 - 18) / 80
+
+
+def test_a_sleeping_server_is_judged_by_the_sampling() -> None:
+    _, together, *remedies = _shared_lines(colocated=True)  # 6 + 70
+    assert "76.00 GiB of 72.00, in the sampling, does not fit" in together
+    assert not any("colocated = true" in line for line in remedies)
+    assert "memory_fraction = 0.7 would fit" in remedies[-1]  # (60 - 4) / 80
+    small = replace(SERVER, static=56 * GIB)
+    assert "72.00 GiB of 72.00, in the sampling, fits" in _shared_lines(small, colocated=True)[1]
+    assert len(_shared_lines(small, colocated=True)) == 2
+
+
+def test_no_fraction_is_named_where_the_trainer_leaves_no_room_for_weights() -> None:
+    lines = _shared_lines(replace(SERVER, activations=60 * GIB))
+    assert not any("memory_fraction =" in line for line in lines)
 
 
 def test_a_server_without_room_for_the_longest_sequence_is_told() -> None:
-    lines = _lines(replace(SERVER, max_kv_tokens=11_999), own_gpus=2)
+    lines = _own_lines(replace(SERVER, max_kv_tokens=11_999))
     assert "0 of the longest sequences" in lines[0]
-    assert "not even one" in lines[1]
+    assert "does not fit: not even one" in lines[1]
 
 
 def test_servers_have_whole_gpus_of_rollout_nodes_or_of_their_urls() -> None:
@@ -104,9 +146,9 @@ def test_those_gpus_sample_that_have_a_server() -> None:
     assert sampling(replace(_machine(None), memory_bytes_per_second=1e12)).decode_seconds > 0
 
 
-def test_a_server_beside_the_trainer_has_what_weights_and_gradients_leave() -> None:
-    config = load_recipe(RECIPES[0])  # TP 4; each rank has all norms
+def test_a_server_beside_the_trainer_has_what_it_leaves_at_the_start() -> None:
+    config = load_recipe(RECIPES[0])  # TP 4, DP 2; each rank has all norms
     apart = predict_server(config, QWEN3_4B, _machine(8)).static
     beside = predict_server(config, QWEN3_4B, _machine(None)).static
-    assert apart == 0.65 * 80 * GIB
-    assert apart - beside == pytest.approx(0.65 * 6 * 4_022_468_096 / 4, rel=1e-3)
+    assert apart == 0.5 * 80 * GIB
+    assert apart - beside == pytest.approx(0.5 * (6 + 4 / 2) * 4_022_468_096 / 4, rel=1e-3)

@@ -94,7 +94,9 @@ def test_recipes_differ_in_model_layout_and_servers_only(recipe: Recipe) -> None
     )
     for content in (own, first):
         del content["run_folder"], content["model"], content["rollout"]["sglang"]
-        del content["policy"]["parallel"], content["policy"]["recompute"]
+        del content["policy"]["parallel"]
+        content["policy"].pop("recompute", None)
+        content["rollout"].pop("colocated", None)
     assert own == first
 
 
@@ -102,6 +104,7 @@ def test_recipes_differ_in_model_layout_and_servers_only(recipe: Recipe) -> None
 def test_a_recipe_fits_with_a_margin_and_holds_the_longest_sequence(recipe: Recipe) -> None:
     found = predict(recipe)
     assert found.gpu_gib <= MARGIN_GIB
+    assert found.server.awake <= 80 * 1024**3
     assert found.host_gib <= HOST_GIB
     assert found.num_longest >= found.num_servers
 
@@ -140,6 +143,7 @@ def test_launch_lays_a_recipe_out_on_whole_nodes(recipe: Recipe) -> None:
     )
     found = predict(recipe)
     assert layout.trainer_nodes == found.trainer_nodes
+    assert config.rollout.colocated == found.is_colocated
     if found.is_colocated:
         gpus = config.rollout.sglang.num_servers * found.server_gpus
         assert gpus == found.trainer_nodes * GPUS_PER_NODE == GPUS_PER_NODE
@@ -177,5 +181,5 @@ def test_an_experiment_fits_beside_its_server(path: Path) -> None:
         logits_dtype=config.model.logits_dtype,
     )
     server = estimate_server(shape, config.rollout.sglang, gpu_memory_bytes=80 * 1024**3)
-    assert plan.peak_bytes + server.static <= USABLE_GIB * 1024**3
+    assert plan.peak_bytes + server.awake <= USABLE_GIB * 1024**3
     assert server.kv_tokens >= config.rollout.max_total_tokens

@@ -15,7 +15,6 @@ import pytest
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
 from prefixrl_mcore.launch.slurm.precheck.exchange import Listener, ask, clock_offset
-from prefixrl_mcore.launch.slurm.precheck.gpus import check_gpus
 from prefixrl_mcore.launch.slurm.precheck.node import (
     check_canary,
     check_free,
@@ -145,87 +144,6 @@ def test_a_port_in_use_and_a_full_disk_are_named(tmp_path: Path) -> None:
     (fault,) = check_free(tmp_path, "job_folder", 1e9)
     assert fault.startswith("job_folder has ")
     assert check_free(tmp_path / "not" / "there", "job_folder", 0) == []
-
-
-def _driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """Let nvidia-smi be a script."""
-    program = folder / "nvidia-smi"
-    program.write_text("\n".join(["#!/bin/bash", *lines]) + "\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
-def _check(num: int, probe: dict[str, Any] | str | None = None) -> tuple[dict[str, Any], list[str]]:
-    good = {"torch": "2", "cuda": "12.9", "nccl": "2.27", "num_gpus": num, "faults": {}}
-    said = probe if isinstance(probe, str) else json.dumps({**good, **(probe or {})})
-    command = ["bash", "-c", said if isinstance(probe, str) else f"echo '{said}'"]
-    return check_gpus(num, max_memory_used_gib=2, probe_seconds=5, probe=command)
-
-
-def test_good_gpus_tell_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _driver(tmp_path, monkeypatch, "echo '0, H100, 550.1, 4, 0'", "echo '1, H100, 550.1, 4, [N/A]'")
-    facts, faults = _check(2)
-    assert faults == []
-    versions = {"torch": "2", "cuda": "12.9", "nccl": "2.27"}
-    assert facts == {"gpus": ["H100"], "driver": ["550.1"], **versions}
-
-
-@pytest.mark.parametrize(
-    ("lines", "fault"),
-    [
-        pytest.param(
-            ["echo 'NVIDIA-SMI has failed' >&2; exit 9"],
-            "nvidia-smi fails with exit code 9: NVIDIA-SMI has failed",
-            id="driver",
-        ),
-        pytest.param(["echo '0, H100, 550.1, 4, 0'"], "1 GPUs, 2 were asked for", id="lost"),
-        pytest.param(
-            ["echo '0, H100, 550.1, 4, 0'", "echo '1, H100, 550.1, [Unknown Error], 0'"],
-            "GPU 1: the driver cannot read memory.used",
-            id="unknown-error",
-        ),
-        pytest.param(
-            ["echo '0, H100, 550.1, 4, 0'", "echo '1, H100, 550.1, 4, 3'"],
-            "GPU 1: 3 uncorrected memory errors",
-            id="memory-errors",
-        ),
-        pytest.param(
-            ["echo '0, H100, 550.1, 30720, 0'", "echo '1, H100, 550.1, 4, 0'"],
-            "GPU 0: 30.0 GiB are in use, at most 2 may be",
-            id="in-use",
-        ),
-    ],
-)
-def test_bad_gpus_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], fault: str
-) -> None:
-    _driver(tmp_path, monkeypatch, *lines)
-    (said,) = _check(2)[1]
-    assert said.startswith(fault)
-
-
-@pytest.mark.parametrize(
-    ("probe", "fault"),
-    [
-        ({"num_gpus": 1}, "torch sees 1 GPUs, 2 were asked for"),
-        ({"faults": {"1": "CUDA error: uncorrectable"}}, "GPU 1: CUDA error: uncorrectable"),
-        ("echo no module named torch >&2; exit 1", "torch fails with exit code 1: no module"),
-        ("sleep 60", "torch does not end within 5 s"),
-    ],
-)
-def test_gpus_that_do_not_compute_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe: dict[str, Any] | str, fault: str
-) -> None:
-    _driver(tmp_path, monkeypatch, "echo '0, H100, 5, 4, 0'", "echo '1, H100, 5, 4, 0'")
-    (said,) = _check(2, probe)[1]
-    assert fault in said
-
-
-def test_the_probe_answers_without_a_gpu_and_a_site_of_cpus_asks_nothing() -> None:
-    command = [sys.executable, "-m", "prefixrl_mcore.policy.device_probe"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["num_gpus"] == 0
-    assert check_gpus(0, max_memory_used_gib=0, probe_seconds=0) == ({}, [])
 
 
 JOB_ID = "374"

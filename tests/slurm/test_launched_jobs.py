@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.launch.slurm.follow import follow
-from prefixrl_mcore.launch.slurm.job_folder import find_job, find_jobs
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, find_job, find_jobs
+from prefixrl_mcore.launch.slurm.rank_environment import server_port
 from prefixrl_mcore.launch.slurm.states import job_state
 from tests.slurm.conftest import LAUNCH_PYTHON, run_cluster
 from tests.support.launched_jobs import colocated, submit_program
@@ -192,21 +194,22 @@ def test_no_secret_is_written_anywhere(
 
 
 def _kill_server(url: str) -> None:
-    """Kill the processes of the server that listens at a URL."""
-    port = url.rpartition(":")[2]
+    """Kill the processes of the server at a URL; of one job they listen alike on every node."""
+    node, _, port = url.removeprefix("http://").partition(":")
     found = [
         int(process.name)
         for process in Path("/proc").glob("[0-9]*")
-        if f"--port\0{port}\0" in _command_line(process)
+        if f"--port\0{port}\0" in _read(process / "cmdline")
+        and f"\0SLURMD_NODENAME={node}\0" in _read(process / "environ")
     ]
     assert found
     for pid in found:
         os.kill(pid, signal.SIGKILL)
 
 
-def _command_line(process: Path) -> str:
+def _read(file: Path) -> str:
     try:
-        return (process / "cmdline").read_text()
+        return file.read_text(errors="replace")
     except OSError:  # it has ended
         return ""
 
@@ -219,54 +222,81 @@ def _server_settings(tiny: TinyTask, run: Path) -> list[str]:
     return settings + server
 
 
-def test_a_heterogeneous_job_samples_on_nodes_of_another_partition(
+def test_a_heterogeneous_job_samples_in_another_partition_and_outlives_its_server(
     jobs: Path, tiny_task: TinyTask, tmp_path: Path
 ) -> None:
     run, site = tmp_path / "two-kinds", tmp_path / "ci-local.toml"
     site.write_text(site.read_text() + '\n[rollout_nodes]\npartition = "preemptible"\n')
-    steps = ["trainer.num_steps=2", "evaluation.every_steps=2", "checkpoint.every_steps=2"]
-    how = ["--shape", "heterogeneous", "--rollout-nodes", "1"]
+    steps = ["trainer.num_steps=10", "evaluation.every_steps=10", "checkpoint.every_steps=2"]
+    how = ["--shape", "heterogeneous", "--rollout-nodes", "1", "--detach"]
     assert _launch(*how, *_server_settings(tiny_task, run), *steps) == 0
     job = find_job(jobs, "two-kinds")
+    assert job.job_id is not None
     script = job.script.read_text()
     assert "#SBATCH --partition=preemptible" in script.partition("#SBATCH hetjob")[2]
-    url = json.loads(job.server_file(0, 0).read_text())["url"]
-    ends = [json.loads(file.read_text()) for file in job.starts()[0].glob("trainer-*.end.json")]
+    _wait_for_steps(run, 3)
+    _kill_server(_urls(job, 0, 1)[0])
+    said = io.StringIO()
+    assert follow(job, job.job_id, out=said) == 0, said.getvalue()
+    assert "the rollout servers ended before the trainer, with exit code 75" in said.getvalue()
+    assert job_state(job.job_id).num_restarts == 1
+    for number, start in enumerate(job.starts()):
+        (url,) = _urls(job, number, 1)
+        assert url.startswith("http://n2:")
+        assert url in (start / "trainer-0.log").read_text().replace("\n", "")
+    assert "resumed from" in (job.starts()[1] / "trainer-0.log").read_text()
+    assert [line["step"] for line in metrics_of(run, "train")] == list(range(10))
+    ends = [json.loads(file.read_text()) for file in job.starts()[1].glob("trainer-*.end.json")]
     assert [(end["node"], end["exit_code"]) for end in ends] == [("n1", 0)] * 2
-    assert url.startswith("http://n2:")
-    assert url in (job.starts()[0] / "trainer-0.log").read_text().replace("\n", "")
-    assert [line["step"] for line in metrics_of(run, "train")] == [0, 1]
 
 
-def test_a_trainer_samples_from_a_server_on_another_node_and_outlives_it(
+def test_a_trainer_samples_from_servers_on_other_nodes_and_goes_on_with_those_left(
     jobs: Path, tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = "k3y-0f-th3-s3rv3rs"
     monkeypatch.setenv("PREFIXRL_SGLANG_API_KEY", key)
     run = tmp_path / "split"
-    steps = ["trainer.num_steps=10", "evaluation.every_steps=10", "checkpoint.every_steps=2"]
-    how = ["--shape", "split", "--nodes", "2", "--detach"]
+    steps = ["trainer.num_steps=8", "evaluation.every_steps=8", "checkpoint.every_steps=8"]
+    steps += ["trainer.rollouts_every_steps=4"]
+    how = ["--shape", "split", "--nodes", "3", "--rollout-nodes", "2", "--detach"]
     assert _launch(*how, *_server_settings(tiny_task, run), *steps) == 0
     job = find_job(jobs, "split")
     assert job.job_id is not None
-    _wait_for_steps(run, 3)
-    urls = [json.loads(job.server_file(0, 0).read_text())["url"]]
+    _wait_for_steps(run, 1)
+    urls = _urls(job, 0, 2)
+    assert urls == [f"http://{node}:{server_port(job.job_id, 0)}" for node in ("n2", "n3")]
     _kill_server(urls[0])
     said = io.StringIO()
     assert follow(job, job.job_id, out=said) == 0, said.getvalue()
-    assert "the rollout servers ended before the trainer, with exit code 75" in said.getvalue()
-    assert job_state(job.job_id).num_restarts == 1
-    urls.append(json.loads(job.server_file(1, 0).read_text())["url"])
-    for start, url in zip(job.starts(), urls, strict=True):
-        assert url.startswith("http://n2:")
-        assert url in (start / "trainer-0.log").read_text().replace("\n", "")
-    assert "resumed from" in (job.starts()[1] / "trainer-0.log").read_text()
-    assert [line["step"] for line in metrics_of(run, "train")] == list(range(10))
-    for rank in range(2):
-        end = json.loads((job.starts()[1] / f"trainer-{rank}.end.json").read_text())
-        assert (end["exit_code"], end["node"]) == (0, "n1")
+    assert job_state(job.job_id).num_restarts == 0
+    lines = metrics_of(run, "train")
+    assert [line["step"] for line in lines] == list(range(8))
+    assert {line["step"]: _busy_servers(line) for line in (lines[0], lines[4])} == {
+        0: [0, 1],
+        4: [1],
+    }
+    ends = {
+        name: json.loads((job.starts()[0] / f"{name}.end.json").read_text())
+        for name in ("trainer-0", "trainer-1", "rollout-0")
+    }
+    assert {name: (end["node"], end["exit_code"]) for name, end in ends.items()} == {
+        "trainer-0": ("n1", 0),
+        "trainer-1": ("n1", 0),
+        "rollout-0": ("n2", 75),
+    }
     written = [*jobs.rglob("*"), *run.rglob("*")]
     assert [str(f) for f in written if f.is_file() and key.encode() in f.read_bytes()] == []
+
+
+def _urls(job: JobFolder, start: int, number: int) -> list[str]:
+    """Return where the servers of a start said that they are."""
+    files = [job.server_file(start, index) for index in range(number)]
+    return [json.loads(file.read_text())["url"] for file in files]
+
+
+def _busy_servers(line: dict[str, Any]) -> list[int]:
+    """Return which servers answered requests of a step."""
+    return [index for index in range(2) if line[f"engine/server_{index}/num_requests"]]
 
 
 def test_a_job_that_runs_out_of_memory_says_so(

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, RunConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
+from prefixrl_mcore.launch.slurm.rank_environment import server_port
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
@@ -52,7 +53,8 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
             weight_version="initial",
         )
         log_file = folder.logs / f"start-{start}" / f"sglang-{index}.log"
-        server = SGLangServer.start(launch, log_file, cancelled=threading.Event())
+        planned = server_port(environment["SLURM_JOB_ID"], int(environment["SLURM_LOCALID"]))
+        server = SGLangServer.start(launch, log_file, cancelled=threading.Event(), port=planned)
     except (EngineError, ValueError) as error:
         logger.error("%s", error)
         return 1

@@ -73,7 +73,12 @@ class SGLangServer:
 
     @classmethod
     def start(
-        cls, launch: ServerLaunch, log_file: Path, *, cancelled: threading.Event
+        cls,
+        launch: ServerLaunch,
+        log_file: Path,
+        *,
+        cancelled: threading.Event,
+        port: int | None = None,
     ) -> "SGLangServer":
         """Start a server and return when it is healthy; may be called in any thread.
 
@@ -83,13 +88,15 @@ class SGLangServer:
             launch: how.
             log_file: gets the server's output; its folder is made.
             cancelled: when set, the server is ended and the wait given up.
+            port: tried first; None takes a free one.
 
         Raises:
             EngineError: if SGLang's environment is missing; if the server dies or is not healthy in
                 time, with the end of its log; if it was cancelled.
         """
         for _ in range(_PORT_ATTEMPTS):
-            server = cls._spawn(launch, _free_port(), log_file)
+            server = cls._spawn(launch, _free_port() if port is None else port, log_file)
+            port = None
             try:
                 server._wait_until_healthy(launch.config.start_timeout_seconds, cancelled)
                 server._check_identity(launch.weight_version)

@@ -16,7 +16,7 @@ from prefixrl_mcore.launch.slurm import launch, recipe
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.launch import LaunchOptions
 from prefixrl_mcore.launch.slurm.sites import load_site
-from tests.support.recipe_table import RECIPES, recipe_file
+from tests.support.recipe_layouts import RECIPES, recipe_file
 from tests.support.released_configs import write_shape
 
 QWEN3_4B, _, QWEN3_32B, _ = (recipe_file(one) for one in RECIPES)

@@ -25,10 +25,10 @@ setup: .venv/.locked  ## the trainer's environment, from uv.lock, in .venv
 
 SGLANG_ENV := prefixrl_mcore/rollout/sglang/env
 .venv-sglang/.locked: $(wildcard $(SGLANG_ENV)/*.lock) $(SGLANG_ENV)/setup.sh | setup
-	$(SGLANG_ENV)/setup.sh $(UV) .venv/bin/python .venv-sglang
+	$(SGLANG_ENV)/setup.sh $(UV) .venv/bin/python .venv-sglang $(SGLANG)
 	@touch $@
 
-setup-sglang: .venv-sglang/.locked  ## SGLang's own environment, in .venv-sglang
+setup-sglang: .venv-sglang/.locked  ## SGLang's own environment, in .venv-sglang (SGLANG=gpu on a login node without one)
 
 .venv-sglang-next/.locked: $(wildcard $(SGLANG_ENV)/*.lock) $(SGLANG_ENV)/setup.sh | setup
 	$(SGLANG_ENV)/setup.sh $(UV) .venv/bin/python .venv-sglang-next cpu-next

@@ -201,7 +201,7 @@ def _add_machine_options(check: argparse.ArgumentParser) -> None:
     )
     check.add_argument("--suggest", action="store_true", help="search all layouts of the GPUs")
     check.add_argument(
-        "--gpu", default="H100", metavar="NAME", help="whose peak FLOPs are taken (H100)"
+        "--gpu", default="H100", metavar="NAME", help="whose peak and bandwidth are taken (H100)"
     )
     check.add_argument(
         "--update-efficiency", type=float, default=0.4, metavar="FRACTION", help="of the peak (0.4)"

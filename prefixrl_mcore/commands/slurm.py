@@ -25,12 +25,15 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--shape",
         choices=("colocated", "split", "heterogeneous"),
         default="colocated",
-        help="rollouts on the trainer's nodes (default), on others of the same job, or on others "
-        "of a heterogeneous job",
+        help="rollouts on the trainer's first node (default), on others of the same job, or on "
+        "others of a heterogeneous job",
     )
     launch.add_argument("--nodes", type=int, metavar="N", help="refuse a config of another number")
     launch.add_argument(
-        "--rollout-nodes", type=int, metavar="N", help="nodes with servers alone (1 unless none)"
+        "--rollout-nodes",
+        type=int,
+        metavar="N",
+        help="nodes with servers alone (1; none if colocated)",
     )
     launch.add_argument("--name", help="of the job (default: the run folder's)")
     launch.add_argument("--resume", action="store_true", help="continue the run of the folder")
@@ -63,8 +66,9 @@ def add_jobs_commands(jobs: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument(
-            "--jobs", type=Path, default=_JOBS, metavar="FOLDER", help=f"default: {_JOBS}"
+            "--jobs", type=Path, metavar="FOLDER", help=f"where jobs lie (default: {_JOBS})"
         )
+        action.add_argument("--site", metavar="SITE", help="take its job_folder for --jobs")
         action.set_defaults(run=run)
         if name != "list":
             action.add_argument("job", help="Slurm's number, or the beginning of its folder's name")
@@ -102,21 +106,21 @@ def _launch(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _list(arguments: argparse.Namespace, _rest: list[str]) -> int:
     from prefixrl_mcore.launch.slurm.jobs import list_jobs
 
-    list_jobs(arguments.jobs)
+    list_jobs(_jobs_folder(arguments))
     return 0
 
 
 def _status(arguments: argparse.Namespace, _rest: list[str]) -> int:
     from prefixrl_mcore.launch.slurm.jobs import show_status
 
-    return show_status(arguments.jobs, arguments.job)
+    return show_status(_jobs_folder(arguments), arguments.job)
 
 
 def _logs(arguments: argparse.Namespace, _rest: list[str]) -> int:
     from prefixrl_mcore.launch.slurm.jobs import show_logs
 
     return show_logs(
-        arguments.jobs,
+        _jobs_folder(arguments),
         arguments.job,
         task=arguments.task,
         start=arguments.start,
@@ -127,5 +131,14 @@ def _logs(arguments: argparse.Namespace, _rest: list[str]) -> int:
 def _cancel(arguments: argparse.Namespace, _rest: list[str]) -> int:
     from prefixrl_mcore.launch.slurm.jobs import cancel
 
-    cancel(arguments.jobs, arguments.job)
+    cancel(_jobs_folder(arguments), arguments.job)
     return 0
+
+
+def _jobs_folder(arguments: argparse.Namespace) -> Path:
+    """Return where to look for jobs; ``--jobs`` comes before ``--site``."""
+    from prefixrl_mcore.launch.slurm.sites import load_site
+
+    if arguments.jobs is not None:
+        return arguments.jobs
+    return load_site(arguments.site).job_folder if arguments.site else _JOBS

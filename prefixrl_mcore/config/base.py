@@ -5,12 +5,19 @@ Nothing in this package imports torch.
 """
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
+
+_EXPECTED = {
+    "tuple_type": "must be a list, [...]",
+    "string_type": "must be text, in quotes",
+}
+"""What pydantic says in words that are not TOML's."""
 
 
 class Config(BaseModel):
@@ -29,14 +36,25 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file is missing or is not valid TOML.
     """
+    text = ""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"config file {path}: does not exist") from None
     except OSError as error:
         raise ConfigError(f"config file {path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path}: not valid TOML: {error}") from None
+        line = _line_of(text, str(error))
+        raise ConfigError(f"config file {path}: not valid TOML: {error}{line}") from None
+
+
+def _line_of(text: str, error: str) -> str:
+    """Return the line that TOML's parser stopped in, with the fault that is most common."""
+    number = re.search(r"at line (\d+)", error)
+    if number is None:
+        return ""
+    return f": {text.splitlines()[int(number[1]) - 1].strip()!r} (text stands in quotes)"
 
 
 def validate[T: Config](config_cls: type[T], values: dict[str, Any], *, where: str) -> T:
@@ -68,7 +86,7 @@ def _describe(config_cls: type[Config], detail: ErrorDetails) -> str:
         return f"{path}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"{path}: required and not given"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(detail["type"], detail["msg"].removeprefix("Value error, "))
     if not location:
         return message
     return f"{path}: {message}, got {detail['input']!r}"

@@ -65,7 +65,12 @@ def with_settings(values: dict[str, Any], settings: Sequence[str]) -> dict[str, 
     changed = copy.deepcopy(values)
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not key or key.startswith("-"):
+        if key.startswith("-"):
+            raise ConfigError(
+                f"{setting!r}: no such option; settings have no dashes in front and are written as "
+                "key=value, such as trainer.num_steps=100"
+            )
+        if not equals or not key:
             raise ConfigError(f"{setting!r}: expected key=value, such as trainer.num_steps=100")
         *sections, name = key.split(".")
         node = changed

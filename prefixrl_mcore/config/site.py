@@ -207,6 +207,13 @@ class SiteConfig(Config):
             raise ValueError("each entry must be one line")
         return lines
 
+    @field_validator("python", "launch_python", "job_folder")
+    @classmethod
+    def _a_path_is_written_out(cls, path: Path | None) -> Path | None:
+        if path is not None and (path.parts[:1] == ("~",) or "$" in str(path)):
+            raise ValueError("must be written out: neither ~ nor $VARIABLES are replaced")
+        return path
+
     @model_validator(mode="after")
     def _cpu_site_says_its_ranks(self) -> "SiteConfig":
         if self.gpus_per_node == 0 and self.ranks_per_node is None:

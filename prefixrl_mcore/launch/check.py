@@ -78,7 +78,7 @@ def print_check(
         )
     if suggest or num_gpus != layout_ranks:
         _print_suggestions(config, shape, work, machine, num_gpus, console)
-    missing = [str(p) for p in _inputs(config) if not p.exists()]
+    missing = [str(p) for p in input_paths(config) if not p.exists()]
     if missing:
         console.print(f"not there yet: {', '.join(missing)}", style="yellow", highlight=False)
 
@@ -344,7 +344,7 @@ def _prefix_row(config: RunConfig) -> str:
     )
 
 
-def _inputs(config: RunConfig) -> list[Path]:
+def input_paths(config: RunConfig) -> list[Path]:
     """Return the files and folders that the run reads."""
     inputs = [config.data.problems, *config.data.held_out.values()]
     if config.method == "prefixrl":

@@ -67,11 +67,12 @@ def test_a_stage_that_fails_leaves_none_waiting(
     jobs: Path, tiny_task: TinyTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = _settings(tiny_task, tmp_path / "failing", tmp_path / "data")
-    missing = f"data.problems={tmp_path / 'nothing.jsonl'}"
+    (tmp_path / "broken.jsonl").write_text("no problem\n")
+    broken = f"data.problems={tmp_path / 'broken.jsonl'}"
     with caplog.at_level(logging.INFO, logger="prefixrl_mcore"):
-        assert _launch("--recipe", *settings, missing) == 2
+        assert _launch("--recipe", *settings, broken) == 2
     assert "collect-0 on n1 failed first, exit code 2" in caplog.text
-    assert "nothing.jsonl" in caplog.text
+    assert "broken.jsonl" in caplog.text
     states = [job_state(job.job_id or "").state for job in find_jobs(jobs)]
     assert sorted(states) == ["CANCELLED"] * 4 + ["FAILED"]
     waiting = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True)

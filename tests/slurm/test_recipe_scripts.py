@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from prefixrl_mcore.cli import main
-from tests.support.recipe_table import (
+from tests.support.recipe_layouts import (
     GPUS_PER_NODE,
     RECIPES,
     ROOT,
     Recipe,
     load_recipe,
-    predict,
     recipe_file,
 )
+from tests.support.recipe_table import predict
 from tests.support.released_configs import write_shape
 
 LAUNCH_PYTHON = ROOT / ".venv-launch" / "bin" / "python"

@@ -193,5 +193,9 @@ def find_job(jobs: Path, which: str) -> JobFolder:
     if len(found) != 1:
         names = ", ".join(f"{job.job_id} ({job.path.name})" for job in found or known[-5:])
         what = "several jobs" if found else "no job"
-        raise ConfigError(f"{which}: {what} of {jobs}; {'they are' if found else 'known'}: {names}")
+        known_names = f"{'they are' if found else 'known'}: {names or 'none'}"
+        raise ConfigError(
+            f"{which}: {what} of {jobs}; {known_names}. Jobs lie in job_folder of their site: say "
+            "--site SITE, or --jobs FOLDER"
+        )
     return found[0]

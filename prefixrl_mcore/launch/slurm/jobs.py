@@ -13,7 +13,16 @@ from prefixrl_mcore.launch.slurm.states import cancel_job, job_state
 
 
 def list_jobs(jobs: Path) -> None:
-    """Print one line per job, the newest last."""
+    """Print one line per job, the newest last.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
+    if not jobs.is_dir():
+        raise ConfigError(
+            f"{jobs}: no job was launched into this folder. Jobs lie in job_folder of their site: "
+            "say --site SITE, or --jobs FOLDER"
+        )
     table = Table(title=f"jobs of {jobs}")
     for column in ("job", "folder", "state", "restarts", "nodes"):
         table.add_column(column)

@@ -10,7 +10,7 @@ from prefixrl_mcore.config.base import ConfigError, validate
 from prefixrl_mcore.config.load import dump_json, read_config_file, with_settings
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.config.site import SiteConfig
-from prefixrl_mcore.launch.check import check_layout, read_shape
+from prefixrl_mcore.launch.check import check_layout, input_paths, read_shape
 from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
 from prefixrl_mcore.launch.slurm.layout import ONE_TASK, JobLayout, Shape, explain, lay_out
@@ -66,7 +66,7 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
     submit(site, [folder])
     if how.dry_run:
         logger.info("dry run: nothing is submitted; sbatch --requeue %s would", folder.script)
-        sys.stdout.write(folder.script.read_text())
+        sys.stdout.write(folder.script.read_text() + "\n")
         return 0
     if how.detach:
         return 0
@@ -76,9 +76,9 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
         return follow(folder, job_id)
     except KeyboardInterrupt:
         logger.warning(
-            "job %s goes on; prefixrl jobs logs %s --follow shows it again, prefixrl jobs cancel "
-            "%s ends it",
-            *(job_id, job_id, job_id),
+            "job %s goes on; prefixrl jobs logs %s --follow --site %s shows it again, prefixrl "
+            "jobs cancel %s --site %s ends it",
+            *(job_id, job_id, site_name, job_id, site_name),
         )
         return 130
 
@@ -122,11 +122,15 @@ def prepare_run(
             config, site, shape=how.shape, nodes=how.nodes, rollout_nodes=how.rollout_nodes
         )
         _check_servers(config, layout)
+        _warn_of_shared_gpus(config, site, layout)
         _check_model(config, dry_run=how.dry_run)
         _check_run_folder(config, resume=how.resume)
         logger.info("%s: %s", name, explain(config, site, layout))
     else:
         layout = ONE_TASK
+    if site.python is not None and site.container is None and not site.python.exists():
+        logger.warning("python %s of the site is not here; nodes must have it", site.python)
+    _check_inputs(config, stage=stage, is_first=after is None, dry_run=how.dry_run)
     needed = needed_paths(config, site, Path.cwd())
     check_mounts(site, needed)
     folder = JobFolder.make(site.job_folder, name)
@@ -163,12 +167,74 @@ def _check_servers(config: RunConfig, layout: JobLayout) -> None:
     """
     if not layout.rollout_nodes:
         return
-    servers = config.rollout.sglang
-    if config.rollout.engine == "transformers" or servers.urls or servers.num_servers > 1:
+    rollout = config.rollout
+    faults = {
+        "rollout.engine = 'transformers'": rollout.engine == "transformers",
+        "rollout.sglang.urls": bool(rollout.sglang.urls),
+        f"rollout.sglang.num_servers = {rollout.sglang.num_servers}": (
+            rollout.sglang.num_servers > 1
+        ),
+        "rollout.colocated = true": rollout.colocated,
+    }
+    named = " and ".join(name for name, is_there in faults.items() if is_there)
+    if named:
         raise ConfigError(
-            f"--shape {layout.shape} starts SGLang servers on nodes of their own; leave out "
-            "rollout.engine = 'transformers', rollout.sglang.urls and rollout.sglang.num_servers"
+            f"--shape {layout.shape} starts SGLang servers on nodes of their own, as many as "
+            f"--rollout-nodes have room for; leave out {named}"
         )
+
+
+def _warn_of_shared_gpus(config: RunConfig, site: SiteConfig, layout: JobLayout) -> None:
+    """Say what a forgotten ``--shape split`` or ``rollout.colocated`` comes to."""
+    rollout = config.rollout
+    is_elsewhere = rollout.engine == "transformers" or rollout.sglang.urls or layout.rollout_nodes
+    if is_elsewhere or not site.gpus_per_node:
+        return
+    num_gpus = layout.trainer_nodes * layout.ranks_per_node
+    num_sampling = rollout.sglang.num_servers * rollout.sglang.tensor_parallel_size
+    if num_sampling < num_gpus:
+        logger.warning(
+            "%d of %d GPUs sample: rollout.sglang.num_servers = %d x TP %d, started on the first "
+            "node; --shape split gives servers nodes of their own",
+            *(num_sampling, num_gpus, rollout.sglang.num_servers),
+            rollout.sglang.tensor_parallel_size,
+        )
+    if not rollout.colocated:
+        logger.warning(
+            "the servers keep their memory of the trainer's GPUs during the update; "
+            "rollout.colocated=true has them give it back. prefixrl check says whether both fit"
+        )
+
+
+def _check_inputs(config: RunConfig, *, stage: str, is_first: bool, dry_run: bool) -> None:
+    """Refuse a job whose data is not there, which would wait for nodes to fail on them.
+
+    Args:
+        config: the run.
+        stage: of the recipe.
+        is_first: no job before it makes some of it.
+        dry_run: warn only.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    made_before = {config.traces_folder, config.prefixes_folder}
+    if stage == TRAINER and is_first:
+        made_before = set()
+    missing = [
+        str(path) for path in input_paths(config) if path not in made_before and not path.exists()
+    ]
+    if not missing:
+        return
+    text = f"not there: {', '.join(missing)}"
+    if any(Path(path) in (config.traces_folder, config.prefixes_folder) for path in missing):
+        text += (
+            "; traces and prefixes are made by prefixrl collect and prefixes, by --recipe, or are "
+            "those of another run: data.traces=FOLDER data.prefixes=FOLDER"
+        )
+    if not dry_run:
+        raise ConfigError(text)
+    logger.warning("%s", text)
 
 
 def _check_model(config: RunConfig, *, dry_run: bool) -> None:

@@ -15,8 +15,9 @@ class JobLayout:
     """Nodes and tasks of one job."""
 
     shape: Shape
-    """``colocated``: every node trains and generates; ``split``: one job, trainer nodes first, then
-    rollout nodes; ``heterogeneous``: the same as two components of a heterogeneous job."""
+    """``colocated``: every node trains and the first one generates too; ``split``: one job, trainer
+    nodes first, then rollout nodes; ``heterogeneous``: the same as two components of a
+    heterogeneous job."""
 
     trainer_nodes: int
     """Nodes with trainer ranks."""
@@ -74,7 +75,7 @@ def lay_out(
     if shape == "colocated" and rollout_nodes:
         raise ConfigError(
             f"--rollout-nodes {rollout_nodes} needs --shape split or heterogeneous, got colocated: "
-            "there every node generates"
+            "there the first trainer node generates"
         )
     if shape == "colocated":
         _check_own_servers(config, site)
@@ -109,7 +110,7 @@ def explain(config: RunConfig, site: SiteConfig, layout: JobLayout) -> str:
         text += f" + {servers} rollout servers x TP {size} on {layout.rollout_nodes} nodes"
         if layout.rollout_gpus_per_node:
             text += f" x {layout.rollout_gpus_per_node} GPUs"
-    return f"{text} = {layout.num_nodes} nodes"
+    return f"{text} = {layout.num_nodes} node{'s' if layout.num_nodes > 1 else ''}"
 
 
 def _ranks(config: RunConfig) -> str:

@@ -77,12 +77,14 @@ def launch_sweep(
         SlurmError: if a submission fails; what was submitted before it is cancelled.
     """
     site, base = read_run(config_file, settings, site_name)
+    # All runs read what was collected for the run that they are variants of.
+    shared = [f"data.traces={base.traces_folder}", f"data.prefixes={base.prefixes_folder}"]
     runs = []
     for point in sweep_points(sweep):
         label = " ".join(point)
         suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(s.rpartition(".")[2] for s in point))
         run_folder = base.run_folder.with_name(f"{base.run_folder.name}-{suffix}")
-        own_settings = [*settings, *point, f"run_folder={run_folder}"]
+        own_settings = [*shared, *settings, *point, f"run_folder={run_folder}"]
         _, config = read_run(config_file, own_settings, site_name)
         runs.append((label, config))
     folders = [config.run_folder for _, config in runs]
@@ -105,6 +107,10 @@ def sweep_points(sweep: Sequence[str]) -> list[tuple[str, ...]]:
     axes = []
     for text in sweep:
         key, _, values = text.partition("=")
+        if key == "run_folder":
+            raise ConfigError(
+                f"--sweep {text}: each run has a folder of its own, named after its values"
+            )
         given = [value for value in values.split(",") if value]
         if not key or len(given) < 2:
             raise ConfigError(
@@ -160,7 +166,8 @@ def _end(jobs: Sequence[Job], how: LaunchOptions) -> int:
         return follow_all(jobs)
     except KeyboardInterrupt:
         numbers = ", ".join(str(folder.job_id) for _, folder in jobs)
-        logger.warning("jobs %s go on; prefixrl jobs list shows them", numbers)
+        jobs_folder = jobs[0][1].path.parent
+        logger.warning("jobs %s go on; prefixrl jobs list --jobs %s", numbers, jobs_folder)
         return 130
 
 

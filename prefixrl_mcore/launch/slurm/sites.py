@@ -32,6 +32,8 @@ def find_site(name: str) -> Path:
         ConfigError: if there is none; names those that there are.
     """
     if name.endswith(".toml") or "/" in name:
+        if not Path(name).is_file():
+            raise ConfigError(f"--site {name}: there is no such file in {Path.cwd()}")
         return Path(name)
     folders = _folders()
     for folder in folders:

@@ -153,10 +153,10 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
 
 
 def _cause(said: str) -> str:
-    """Return the line that tells why, sbatch's own if there is one."""
+    """Return the line that tells why, sbatch's own if there are some, each once."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("sbatch: error:")]
-    return "; ".join(told) or (lines[-1] if lines else "nothing was said")
+    return "; ".join(dict.fromkeys(told)) or (lines[-1] if lines else "nothing was said")
 
 
 def _executor(site: SiteConfig) -> dict[str, Any]:

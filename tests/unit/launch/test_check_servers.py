@@ -18,7 +18,7 @@ from prefixrl_mcore.launch.server_plan import (
     shared_server_lines,
     with_sampling,
 )
-from tests.support.recipe_table import RECIPES, load_recipe
+from tests.support.recipe_layouts import RECIPES, load_recipe
 from tests.support.shapes import QWEN3_4B
 
 GIB = 1024**3

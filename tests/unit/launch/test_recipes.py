@@ -17,20 +17,22 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.check import check_layout, step_work
 from prefixrl_mcore.launch.slurm.layout import lay_out
-from tests.support.recipe_table import (
+from tests.support.recipe_layouts import (
     GPUS_PER_NODE,
-    HOST_GIB,
-    MARGIN_GIB,
-    MEAN_TOKENS,
     RECIPES,
     ROOT,
-    USABLE_GIB,
     Recipe,
     changed,
     load_recipe,
+    recipe_file,
+)
+from tests.support.recipe_table import (
+    HOST_GIB,
+    MARGIN_GIB,
+    MEAN_TOKENS,
+    USABLE_GIB,
     objections,
     predict,
-    recipe_file,
     tables,
     written_tables,
 )

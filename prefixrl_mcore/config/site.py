@@ -80,7 +80,8 @@ class PrecheckConfig(Config):
     """Check the nodes at each start of a job."""
 
     timeout_seconds: float = Field(default=300.0, gt=0.0)
-    """How long nodes have, from when the first one is ready; one that says nothing is bad."""
+    """How long nodes have, from when the first one is ready; one that says nothing is bad. Nodes
+    that fetch their container image later than the first one do so in this time."""
 
     max_excluded_nodes: int = Field(default=4, ge=0)
     """Nodes that one job may leave out, over all its starts; with more the job fails."""

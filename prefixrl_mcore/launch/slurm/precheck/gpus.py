@@ -1,6 +1,7 @@
 """What is wrong with the GPUs of a node: asked of the driver, then tried with torch."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,8 @@ def check_gpus(
 def _ask_driver(num_expected: int, max_memory_used_gib: float) -> tuple[dict[str, Any], list[str]]:
     """Return what nvidia-smi says."""
     query = f"--query-gpu={','.join(_FIELDS)}"
-    said, fault = _output(["nvidia-smi", query, "--format=csv,noheader,nounits"], _DRIVER_SECONDS)
+    command = ["nvidia-smi", *_own_gpus(), query, "--format=csv,noheader,nounits"]
+    said, fault = _output(command, _DRIVER_SECONDS)
     if fault:
         return {}, [f"nvidia-smi {fault}; {_REMEDY}"]
     rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines() if line]
@@ -55,6 +57,15 @@ def _ask_driver(num_expected: int, max_memory_used_gib: float) -> tuple[dict[str
         "driver": sorted({row[2] for row in rows}),
     }
     return facts, faults
+
+
+def _own_gpus() -> list[str]:
+    """Return how nvidia-smi is told which GPUs are the job's; it sees those of others, too.
+
+    Slurm numbers GPUs as the driver does. Parts of GPUs, which have no number, are not told apart.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [f"--id={visible}"] if visible and "MIG-" not in visible else []
 
 
 def _faults_of_gpu(gpu: Mapping[str, str], max_memory_used_gib: float) -> list[str]:
@@ -85,11 +96,18 @@ def _try_torch(
     said, fault = _output(list(probe), seconds)
     if fault:
         return {}, [f"computing on the GPUs with torch {fault}"]
-    found = json.loads(said.strip().splitlines()[-1])
-    faults = [f"GPU {index}: {what}" for index, what in found["faults"].items()]
-    if found["num_gpus"] < num_expected:
-        faults.append(f"torch sees {found['num_gpus']} GPUs, {num_expected} were asked for")
-    return {name: found[name] for name in ("torch", "cuda", "nccl")}, faults
+    answer = said.strip().splitlines()[-1]
+    try:
+        found = json.loads(answer)
+        facts = {name: found[name] for name in ("torch", "cuda", "nccl")}
+        faults = [f"GPU {index}: {what}" for index, what in found["faults"].items()]
+        if found["num_gpus"] < num_expected:
+            faults.append(f"torch sees {found['num_gpus']} GPUs, {num_expected} were asked for")
+    except (ValueError, KeyError, TypeError):
+        return {}, [
+            f"computing on the GPUs with torch answers what was not asked: {answer[:200]!r}"
+        ]
+    return facts, faults
 
 
 def _output(command: list[str], seconds: float) -> tuple[str, str]:

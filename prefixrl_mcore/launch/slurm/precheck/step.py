@@ -15,7 +15,8 @@ _TASK = "prefixrl_mcore.launch.slurm.precheck.task"
 _START_SECONDS = 600
 """How long the first node may take to start a task, which may fetch a container image."""
 
-_END_SECONDS = 30
+_DECIDE_SECONDS = 60
+"""How long the first node may take to decide, and the step to end, after the nodes' own time."""
 
 
 def expectations(site: SiteConfig, layout: JobLayout, needed: Mapping[str, str]) -> dict[str, Any]:
@@ -45,8 +46,9 @@ def precheck_step(site: SiteConfig, layout: JobLayout, folder: JobFolder) -> dic
     command = " : ".join(_one_task_per_node(site, folder, *group) for group in groups)
     return {
         "command": f"srun {command}",
-        "hang_seconds": round(2 * site.precheck.timeout_seconds) + _START_SECONDS,
+        "hang_seconds": round(site.precheck.timeout_seconds) + _START_SECONDS + _DECIDE_SECONDS,
         "exclude_code": EXCLUDE,
+        "max_excluded": site.precheck.max_excluded_nodes,
     }
 
 
@@ -59,7 +61,8 @@ def _one_task_per_node(
     words = [
         *([] if component is None else [f"--het-group={component}"]),
         *(f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
-        *("--kill-on-bad-exit=1", f"--wait={_END_SECONDS}"),
+        # For ever: nodes that have said their finding end long before one that is slow.
+        *("--kill-on-bad-exit=1", "--wait=0"),
         *site.srun_args,
     ]
     if container is not None:
@@ -67,6 +70,7 @@ def _one_task_per_node(
         words += [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
         names = ",".join(container.environment)
         words += [f"--container-env={names}"] if names else []
-    words += [python, "-m", _TASK, str(folder.path), f"{site.precheck.timeout_seconds:g}"]
+    words += [python, "-m", _TASK, str(folder.path)]
+    words += [f"{site.precheck.timeout_seconds:g}", str(_START_SECONDS)]
     # Of the start: the one thing that bash fills in.
     return f'--output "{folder.logs}/start-$start/precheck.log" {shlex.join(words)}'

@@ -30,7 +30,10 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     launch.add_argument("--nodes", type=int, metavar="N", help="refuse a config of another number")
     launch.add_argument(
-        "--rollout-nodes", type=int, metavar="N", help="nodes with servers alone (1 unless none)"
+        "--rollout-nodes",
+        type=int,
+        metavar="N",
+        help="nodes with rollout servers alone, of --shape split or heterogeneous (default: 1)",
     )
     launch.add_argument("--name", help="of the job (default: the run folder's)")
     launch.add_argument("--resume", action="store_true", help="continue the run of the folder")

@@ -71,7 +71,7 @@ _SECRET = re.compile(
 """A variable whose name is a secret's, and a value that is written out."""
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_REWRITTEN = "/nemo_run"
+NEMO_RUN_REWRITES = "/nemo_run"
 """What NeMo-Run replaces in a batch script without a container, wherever it stands."""
 
 
@@ -161,11 +161,23 @@ class RolloutNodesConfig(Config):
     partition: str | None = None
     """Partition; None is that of the trainer."""
 
+    qos: str | None = None
+    """QOS; None is that of the trainer."""
+
     constraint: str | None = None
-    """Features that the nodes must have; None has none of its own."""
+    """Features that the nodes must have; None is none, whatever the trainer's must have."""
 
     gpus_per_node: int | None = Field(default=None, ge=0)
     """GPUs; None is as many as trainer nodes have."""
+
+    gpu_type: str | None = None
+    """Type of the GPUs; None is that of the trainer."""
+
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """CPUs of one server; None is the trainer's ``cpus_per_task`` for each of its GPUs."""
+
+    memory: str | None = None
+    """Memory of a node; None is that of the trainer."""
 
 
 class SiteConfig(Config):
@@ -196,7 +208,9 @@ class SiteConfig(Config):
     """Trainer ranks that one node takes; None is ``gpus_per_node``, one rank per GPU."""
 
     cpus_per_task: int | None = Field(default=None, ge=1)
-    """``--cpus-per-task``, CPUs of one rank; None is the cluster's default."""
+    """``--cpus-per-task``, CPUs of one rank; a rollout server on a node of its own has as many for
+    each of its GPUs, a stage of the recipe those of all ranks of a node. None is the cluster's
+    default."""
 
     memory: str | None = None
     """``--mem``, memory of a node, such as ``900G``; ``"0"`` is all of it; None is the cluster's
@@ -325,11 +339,10 @@ class SiteConfig(Config):
     @model_validator(mode="after")
     def _nemo_run_rewrites_nothing(self) -> "SiteConfig":
         for where, text in self._texts():
-            if self.container is None and _REWRITTEN in text:
+            if self.container is None and NEMO_RUN_REWRITES in text:
                 raise ValueError(
-                    f"{where}: contains {_REWRITTEN}, which NeMo-Run replaces by a folder of its "
-                    "own in every line of a batch script; name it in another way, by a link or a "
-                    "variable"
+                    f"{where}: contains {NEMO_RUN_REWRITES}, which NeMo-Run replaces in a batch "
+                    "script by a folder of its own; name it in another way, by a link or a variable"
                 )
         return self
 

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
+from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER
 from prefixrl_mcore.launch.slurm.precheck.exchange import Listener, ask, clock_offset
 from prefixrl_mcore.launch.slurm.precheck.exit_codes import EXCLUDE, FAIL
 from prefixrl_mcore.launch.slurm.precheck.node import check_needed, check_node
@@ -45,7 +46,7 @@ class Job:
         self.token = environment["PREFIXRL_PRECHECK_TOKEN"]
         self.roles = {
             node: role
-            for role in ("trainer", "rollout")
+            for role in (TRAINER, ROLLOUT)
             for node in environment[f"PREFIXRL_{role.upper()}_HOSTS"].split(",")
             if node
         }

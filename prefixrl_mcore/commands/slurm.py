@@ -33,7 +33,7 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--rollout-nodes",
         type=int,
         metavar="N",
-        help="nodes with servers alone (1; none if colocated)",
+        help="nodes with rollout servers alone, of --shape split or heterogeneous (default: 1)",
     )
     launch.add_argument("--name", help="of the job (default: the run folder's)")
     launch.add_argument("--resume", action="store_true", help="continue the run of the folder")

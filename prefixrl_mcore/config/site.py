@@ -31,6 +31,49 @@ _OWN_SETTINGS = {
 }
 """Options of sbatch that have a setting of their own."""
 
+_LAUNCHERS = {
+    **dict.fromkeys(("nodes", "ntasks", "gpus", "gpus-per-task"), "follows from the run's layout"),
+    "ntasks-per-gpu": "follows from the run's layout",
+    "job-name": "is --name of prefixrl launch",
+    "chdir": "the job runs in the folder that it is launched from",
+    **dict.fromkeys(("error", "open-mode"), "the job's log is found and read by prefixrl"),
+    "dependency": "the stages of a recipe wait for each other by it",
+    "kill-on-invalid-dep": "a stage would wait for ever for one that failed",
+    "array": "a job is one run; --sweep submits several",
+    "no-requeue": "a preempted run could not go on; requeue.max_restarts = 0 requeues none",
+    "no-kill": "a run cannot go on without one of its nodes",
+    **dict.fromkeys(
+        ("export", "export-file"),
+        "tasks inherit what they need; setup_lines export more, or SBATCH_EXPORT where you launch",
+    ),
+    **dict.fromkeys(("wrap", "wait", "test-only"), "prefixrl launch submits, and waits"),
+}
+"""Options of sbatch that are the launcher's, and why."""
+
+_REFUSED = {
+    **{option: f"has a setting of its own, {name}" for option, name in _OWN_SETTINGS.items()},
+    **{option: f"is the launcher's: {why}" for option, why in _LAUNCHERS.items()},
+}
+
+_SIGNAL_EARLY_SECONDS = 60
+"""How much earlier than asked Slurm may send a signal."""
+
+_NOT_FOR_TRAINERS = {
+    77: "the pre-check's, for nodes to leave out",
+    78: "the pre-check's, for a job to end",
+    124: "a pre-check's that hangs",
+}
+
+_SECRET = re.compile(
+    r"""\b((?:\w*_)?(?:API)?(?:KEY|TOKEN|SECRET|PASSWORD)S?)=["']?(?![$`"'\s;&|)]|$)""",
+    re.IGNORECASE,
+)
+"""A variable whose name is a secret's, and a value that is written out."""
+
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+NEMO_RUN_REWRITES = "/nemo_run"
+"""What NeMo-Run replaces in a batch script without a container, wherever it stands."""
+
 
 class ContainerConfig(Config):
     """A container image that every task runs in, through Pyxis (``srun --container-image``)."""
@@ -72,6 +115,16 @@ class RequeueConfig(Config):
     """Seconds before the end at which Slurm sends SIGUSR1 to all tasks (it may be up to a minute
     earlier); long enough for a step and a save. None sends none."""
 
+    @field_validator("exit_codes")
+    @classmethod
+    def _exit_codes_are_a_trainers(cls, codes: tuple[int, ...]) -> tuple[int, ...]:
+        for code in codes:
+            if not 1 <= code <= 255:
+                raise ValueError(f"{code} is no exit code of a failure: they are 1 to 255")
+            if code in _NOT_FOR_TRAINERS:
+                raise ValueError(f"{code} is {_NOT_FOR_TRAINERS[code]}")
+        return codes
+
 
 class PrecheckConfig(Config):
     """What every node must have before the first collective; a bad one is left out of the job."""
@@ -80,7 +133,8 @@ class PrecheckConfig(Config):
     """Check the nodes at each start of a job."""
 
     timeout_seconds: float = Field(default=300.0, gt=0.0)
-    """How long nodes have, from when the first one is ready; one that says nothing is bad."""
+    """How long nodes have, from when the first one is ready; one that says nothing is bad. Nodes
+    that fetch their container image later than the first one do so in this time."""
 
     max_excluded_nodes: int = Field(default=4, ge=0)
     """Nodes that one job may leave out, over all its starts; with more the job fails."""
@@ -107,11 +161,23 @@ class RolloutNodesConfig(Config):
     partition: str | None = None
     """Partition; None is that of the trainer."""
 
+    qos: str | None = None
+    """QOS; None is that of the trainer."""
+
     constraint: str | None = None
-    """Features that the nodes must have; None has none of its own."""
+    """Features that the nodes must have; None is none, whatever the trainer's must have."""
 
     gpus_per_node: int | None = Field(default=None, ge=0)
     """GPUs; None is as many as trainer nodes have."""
+
+    gpu_type: str | None = None
+    """Type of the GPUs; None is that of the trainer."""
+
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """CPUs of one server; None is the trainer's ``cpus_per_task`` for each of its GPUs."""
+
+    memory: str | None = None
+    """Memory of a node; None is that of the trainer."""
 
 
 class SiteConfig(Config):
@@ -142,7 +208,9 @@ class SiteConfig(Config):
     """Trainer ranks that one node takes; None is ``gpus_per_node``, one rank per GPU."""
 
     cpus_per_task: int | None = Field(default=None, ge=1)
-    """``--cpus-per-task``, CPUs of one rank; None is the cluster's default."""
+    """``--cpus-per-task``, CPUs of one rank; a rollout server on a node of its own has as many for
+    each of its GPUs, a stage of the recipe those of all ranks of a node. None is the cluster's
+    default."""
 
     memory: str | None = None
     """``--mem``, memory of a node, such as ``900G``; ``"0"`` is all of it; None is the cluster's
@@ -234,9 +302,69 @@ class SiteConfig(Config):
     @model_validator(mode="after")
     def _options_of_sbatch_have_one_place(self) -> "SiteConfig":
         for option in self.sbatch:
-            setting = _OWN_SETTINGS.get(option.replace("_", "-"))
-            if setting is not None:
-                raise ValueError(f"sbatch.{option}: has a setting of its own, {setting}")
             if option.startswith("-"):
                 raise ValueError(f"sbatch.{option}: write it without dashes in front")
+            name = option.replace("_", "-")
+            # sbatch takes the beginning of a name for the whole.
+            known = [name] if name in _REFUSED else [k for k in _REFUSED if k.startswith(name)]
+            if known:
+                short = "" if known == [name] else f"short for {known[0]}, which "
+                raise ValueError(f"sbatch.{option}: {short}{_REFUSED[known[0]]}")
         return self
+
+    @model_validator(mode="after")
+    def _the_signal_comes_after_the_start(self) -> "SiteConfig":
+        signal, seconds = self.requeue.signal_seconds, _seconds_of(self.time)
+        if signal is not None and signal + _SIGNAL_EARLY_SECONDS >= seconds:
+            raise ValueError(
+                f"requeue.signal_seconds = {signal} must be less than time = {self.time} "
+                f"({seconds} s) by more than {_SIGNAL_EARLY_SECONDS} s, by which Slurm may send "
+                "the signal early: each start of the job would be told at once to save and end"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _secrets_are_not_written_out(self) -> "SiteConfig":
+        # No validator of a field: its error would show the value.
+        environment = self.container.environment if self.container else ()
+        for index, name in enumerate(environment):
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(
+                    f"container.environment: entry {index} is not the name of a variable; values "
+                    "come from the shell that you launch from, or from a setup line"
+                )
+        for where, text in self._texts():
+            found = _SECRET.search(text)
+            if found is not None:
+                raise ValueError(
+                    f"{where}: gives {found[1]} a value, which would be written to batch scripts "
+                    "and logs; export it in the shell that you launch from, or let a setup line "
+                    "`source` a file of yours (chmod 600)"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _nemo_run_rewrites_nothing(self) -> "SiteConfig":
+        for where, text in self._texts():
+            if self.container is None and NEMO_RUN_REWRITES in text:
+                raise ValueError(
+                    f"{where}: contains {NEMO_RUN_REWRITES}, which NeMo-Run replaces in a batch "
+                    "script by a folder of its own; name it in another way, by a link or a variable"
+                )
+        return self
+
+    def _texts(self) -> list[tuple[str, str]]:
+        """Return what goes into a batch script as it is, with the setting that it is from."""
+        return [
+            *(("setup_lines", line) for line in self.setup_lines),
+            *(("srun_args", argument) for argument in self.srun_args),
+            *((f"sbatch.{key}", str(value)) for key, value in self.sbatch.items()),
+            *([("python", str(self.python))] if self.python else []),
+        ]
+
+
+def _seconds_of(time: str) -> int:
+    """Return the seconds of ``[days-]hours:minutes:seconds``."""
+    days, _, clock = time.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds

@@ -3,12 +3,14 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.states import job_state
 from tests.slurm.conftest import LAUNCH_PYTHON
 from tests.support.launched_jobs import colocated, end_of, submit_program
@@ -56,3 +58,20 @@ def test_a_node_whose_folder_is_not_shared_is_left_out_and_the_job_ends_on_other
     asked = ["scontrol", "--oneliner", "show", "job", job_id]
     told = subprocess.run(asked, capture_output=True, text=True, check=True, env={**os.environ})
     assert "ExcNodeList=n2" in told.stdout
+
+
+def test_a_node_that_is_half_a_minute_slower_than_the_others_is_waited_for(
+    jobs: Path, tmp_path: Path
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text(
+        f'#!/bin/bash\n[[ $SLURMD_NODENAME != n2 ]] || sleep 40\nexec {sys.executable} "$@"\n'
+    )
+    slow.chmod(0o755)
+    site = load_site("ci-local").model_copy(update={"python": slow})
+    job, job_id = submit_program(colocated(3, 1), ["sleep", "0"], site=site)
+    result, said = end_of(job)
+    assert result == 0, said
+    assert job_state(job_id).num_restarts == 0
+    report = json.loads((job.starts()[0] / "precheck.json").read_text())
+    assert (report["outcome"], sorted(report["findings"])) == ("go", ["n1", "n2", "n3"])

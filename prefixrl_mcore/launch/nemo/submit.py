@@ -33,6 +33,9 @@ from nemo_run.config import set_nemorun_home  # pyright: ignore[reportMissingImp
 from nemo_run.core.execution import slurm  # pyright: ignore[reportMissingImports]
 
 _TEMPLATES = str(Path(__file__).parent)
+_BETWEEN = "#SBATCH hetjob"
+"""Parts the flags of two components."""
+
 _NEMO_FILL = slurm.fill_template
 
 
@@ -108,18 +111,18 @@ def _fill(job: dict[str, Any]) -> Callable[..., str]:
 def _flags_by_component(flags: list[str], tasks: list[dict[str, Any]]) -> list[str]:
     """Return the flags, with each component's own options in place of the first one's.
 
-    NeMo-Run repeats the options of the first component in all others.
+    NeMo-Run repeats the options of the first component in all others, and those alone. An option
+    that is None is not given.
     """
-    component, filled = 0, []
-    for flag in flags:
-        if flag == "#SBATCH hetjob":
-            component += 1
-        else:
-            option = flag.removeprefix("#SBATCH --").partition("=")[0]
-            value = tasks[component].get("options", {}).get(option)
-            if value is not None:
-                flag = f"#SBATCH --{option}={shlex.quote(value)}"
-        filled.append(flag)
+    filled, left = [], flags
+    for task in tasks:
+        size = left.index(_BETWEEN) if _BETWEEN in left else len(left)
+        own = task.get("options", {})
+        kept = [f for f in left[:size] if f.removeprefix("#SBATCH --").partition("=")[0] not in own]
+        given = [(name, value) for name, value in own.items() if value is not None]
+        filled += sorted([*kept, *(f"#SBATCH --{n}={shlex.quote(str(v))}" for n, v in given)])
+        filled += left[size : size + 1]
+        left = left[size + 1 :]
     return filled
 
 

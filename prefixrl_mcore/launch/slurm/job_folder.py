@@ -83,10 +83,13 @@ class JobFolder:
                 "letter or digit"
             )
         jobs = jobs.absolute()
-        if shlex.quote(str(jobs)) != str(jobs) or "/nemo_run" in str(jobs):
+        if name.startswith("nemo_run"):
+            raise ConfigError(f"--name {name!r}: NeMo-Run replaces /nemo_run; choose another name")
+        if shlex.quote(str(jobs)) != str(jobs) or "/nemo_run" in str(jobs) or "%" in str(jobs):
             raise ConfigError(
                 f"job_folder {jobs}: NeMo-Run takes no path with a space or another character that "
-                "means something to a shell, and replaces /nemo_run; choose another folder"
+                "means something to a shell, and replaces /nemo_run; Slurm replaces %; choose "
+                "another folder"
             )
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         for attempt in range(100):

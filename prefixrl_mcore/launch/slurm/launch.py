@@ -13,10 +13,17 @@ from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.check import check_layout, input_paths, read_shape
 from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
-from prefixrl_mcore.launch.slurm.layout import ONE_TASK, JobLayout, Shape, explain, lay_out
+from prefixrl_mcore.launch.slurm.layout import (
+    ONE_TASK,
+    TRAINER,
+    JobLayout,
+    Shape,
+    explain,
+    lay_out,
+)
 from prefixrl_mcore.launch.slurm.mounts import check_mounts, needed_paths, paths_on_nodes
 from prefixrl_mcore.launch.slurm.sites import load_site
-from prefixrl_mcore.launch.slurm.submission import TRAINER, describe, submit
+from prefixrl_mcore.launch.slurm.submission import describe, submit
 from prefixrl_mcore.observability.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,9 @@ from prefixrl_mcore.config.site import SiteConfig
 
 Shape = Literal["colocated", "split", "heterogeneous"]
 
+TRAINER, ROLLOUT = "trainer", "rollout"
+"""Roles of tasks: those that train, and the servers on nodes of their own."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobLayout:
@@ -72,6 +75,10 @@ def lay_out(
         ConfigError: if ranks do not fill whole nodes, or ``nodes`` is another number, with the
             arithmetic.
     """
+    if rollout_nodes is not None and rollout_nodes < 1:
+        raise ConfigError(
+            f"--rollout-nodes {rollout_nodes}: must be 1 or more; --shape colocated has none"
+        )
     if shape == "colocated" and rollout_nodes:
         raise ConfigError(
             f"--rollout-nodes {rollout_nodes} needs --shape split or heterogeneous, got colocated: "

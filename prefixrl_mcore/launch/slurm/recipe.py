@@ -16,8 +16,9 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.slurm.follow import report_end
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.launch import LaunchOptions, prepare_run, read_run
+from prefixrl_mcore.launch.slurm.layout import TRAINER
 from prefixrl_mcore.launch.slurm.states import JobState, job_state
-from prefixrl_mcore.launch.slurm.submission import TRAINER, submit
+from prefixrl_mcore.launch.slurm.submission import submit
 
 logger = logging.getLogger(__name__)
 

@@ -3,11 +3,10 @@
 import json
 import logging
 import os
-import secrets
+import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
-from prefixrl_mcore.launch.slurm.layout import JobLayout
+from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
 from prefixrl_mcore.launch.slurm.precheck.step import expectations, precheck_step
+from prefixrl_mcore.launch.slurm.srun import cpu_words, interpreter
 from prefixrl_mcore.launch.slurm.states import SlurmError, cancel_job
-from prefixrl_mcore.rollout.sglang.api_key import API_KEY_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +31,14 @@ _END_SECONDS = 120
 ranks that have saved together do not end at the same moment (rank 0 may upload metrics), and a
 killed one would change the job's exit code. Rollout servers that are left serve on."""
 
-TRAINER = "trainer"
-"""Role of the tasks that train."""
+_CLIENTS = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"}
+"""Variables by which Slurm's commands find and enter a cluster."""
+
+_ANOTHER_JOBS = re.compile(
+    "(SLURM|SRUN|SPANK|PMI|PMIX)[0-9]*_.*|CUDA_VISIBLE_DEVICES"
+    "|PREFIXRL_(TRAINER_HOSTS|ROLLOUT_HOSTS|JOB_END_UNIX_SECONDS|PRECHECK_TOKEN)"
+)
+"""Variables that tell a task of Slurm where it is."""
 
 
 def describe(
@@ -118,10 +123,10 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
         SlurmError: if a submission failed.
     """
     # -E: PYTHONPATH is the trainer's, and the job's, which inherits this environment with its
-    # secrets; they are written nowhere. Servers on nodes of their own want a key.
+    # secrets; they are written nowhere.
     process = subprocess.Popen(
         [str(python), "-W", "ignore", "-E", str(_SUBMIT), *(str(job.file) for job in jobs)],
-        env={API_KEY_VARIABLE: secrets.token_hex(32), **os.environ},
+        env=job_environment(os.environ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -152,6 +157,15 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
         )
 
 
+def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a job may inherit: not what another job, in which this one is launched, is."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _CLIENTS or not _ANOTHER_JOBS.fullmatch(name)
+    }
+
+
 def _cause(said: str) -> str:
     """Return the line that tells why, sbatch's own if there are some, each once."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
@@ -168,14 +182,13 @@ def _executor(site: SiteConfig) -> dict[str, Any]:
         "partition": site.partition,
         "qos": site.qos,
         "time": site.time,
-        "cpus_per_task": site.cpus_per_task,
         "mem": site.memory,
         "exclusive": site.exclusive or None,
         "constraint": site.constraint,
         "signal": None if seconds is None else f"USR1@{seconds}",
         "setup_lines": "\n".join(site.setup_lines) or None,
         # A child of a failed job would wait for ever.
-        "additional_parameters": {"kill_on_invalid_dep": "yes", **site.sbatch},
+        "additional_parameters": {**site.sbatch, "kill_on_invalid_dep": "yes"},
         "job_name_prefix": "prefixrl.",  # else it is made of the account, which may be None
         "container_image": shlex.quote(container.image) if container else None,
         "container_mounts": [shlex.quote(m) for m in container.mounts] if container else [],
@@ -187,44 +200,59 @@ def _tasks(
     site: SiteConfig, layout: JobLayout, folder: JobFolder, first_role: str
 ) -> list[dict[str, Any]]:
     """Return the steps of a job, the trainer's or the stage's first."""
-    is_heterogeneous = layout.shape == "heterogeneous"
     is_split = layout.shape == "split"
-    trainer = _task(
+    cpus = cpu_words(_cpus_of_first(site, first_role))
+    if cpus and not layout.rollout_nodes:
+        # Servers run on the CPUs of the task that starts them: let that be all of the node.
+        cpus.append("--cpu-bind=none")
+    first = _task(
         site,
         folder,
         role=first_role,
         nodes=layout.trainer_nodes,
         per_node=layout.ranks_per_node,
+        cpus=cpus,
         first_node=0 if is_split else None,
     )
-    trainer["executor"] |= {
+    first["executor"] = {
         "nodes": layout.num_nodes if is_split else layout.trainer_nodes,
         "ntasks_per_node": layout.ranks_per_node,
-        **_gpu_request(site, site.gpus_per_node, is_heterogeneous=is_heterogeneous),
+        "cpus_per_task": _cpus_of_first(site, first_role),
+        **_gpu_request(site, site.gpus_per_node, site.gpu_type),
     }
     if not layout.rollout_nodes:
-        return [trainer]
+        return [first]
     rollout = _task(
         site,
         folder,
-        role="rollout",
+        role=ROLLOUT,
         nodes=layout.rollout_nodes,
         per_node=layout.servers_per_node,
+        cpus=cpu_words(_cpus_of_server(site, layout)),
         first_node=layout.trainer_nodes if is_split else None,
     )
-    rollout["executor"] |= {
+    rollout["executor"] = {
         "nodes": layout.rollout_nodes,
         "ntasks_per_node": layout.servers_per_node,
-        **_gpu_request(site, layout.rollout_gpus_per_node, is_heterogeneous=is_heterogeneous),
     }
-    if is_heterogeneous:
-        own = site.rollout_nodes
-        rollout["options"] = {
-            "partition": own.partition,
-            "constraint": own.constraint,
-            "gres": _gres(site, layout.rollout_gpus_per_node),
-        }
-    return [trainer, rollout]
+    if layout.shape == "heterogeneous":
+        rollout["options"] = _rollout_options(site, layout)
+    return [first, rollout]
+
+
+def _rollout_options(site: SiteConfig, layout: JobLayout) -> dict[str, Any]:
+    """Return all options in which the component of the rollout nodes may differ; None is none."""
+    own = site.rollout_nodes
+    gpus = _gpu_request(site, layout.rollout_gpus_per_node, own.gpu_type or site.gpu_type)
+    return {
+        "partition": own.partition or site.partition,
+        "qos": own.qos or site.qos,
+        "constraint": own.constraint,
+        "mem": own.memory or site.memory,
+        "cpus-per-task": _cpus_of_server(site, layout),
+        "gpus-per-node": gpus.get("gpus_per_node"),
+        "gres": gpus.get("gres"),
+    }
 
 
 def _task(
@@ -234,38 +262,46 @@ def _task(
     role: str,
     nodes: int,
     per_node: int,
+    cpus: list[str],
     first_node: int | None,
 ) -> dict[str, Any]:
     """Return one step; with ``first_node`` on some of the job's nodes only."""
-    end_seconds = _END_SECONDS if role == "trainer" else 0  # 0 is for ever
-    arguments = ["--kill-on-bad-exit=0", f"--wait={end_seconds}"]
+    end_seconds = _END_SECONDS if role == TRAINER else 0  # 0 is for ever
+    arguments = ["--kill-on-bad-exit=0", f"--wait={end_seconds}", *cpus]
     if first_node is not None:
         arguments += [
             *(f"--nodes={nodes}", f"--ntasks={nodes * per_node}"),
             *(f"--ntasks-per-node={per_node}", f"--relative={first_node}"),
         ]
-    python = str(site.python or Path(sys.executable).absolute())
     return {
         "role": role,
-        "executor": {},
         "srun_args": [*arguments, *site.srun_args],
-        "command": [python, "-m", _TASK, str(folder.path), role],
+        "command": [interpreter(site), "-m", _TASK, str(folder.path), role],
     }
 
 
-def _gpu_request(site: SiteConfig, gpus: int, *, is_heterogeneous: bool) -> dict[str, Any]:
-    """Return how a job asks for the GPUs of a node.
-
-    A heterogeneous job says so in every component, 0 included: NeMo-Run copies the names of the
-    options from the first one.
-    """
-    if site.gpu_request == "gpus-per-node" and (gpus or is_heterogeneous):
-        return {"gpus_per_node": gpus if site.gpu_type is None else f"{site.gpu_type}:{gpus}"}
-    return {"gres": _gres(site, gpus)} if site.gpu_request == "gres" else {}
+def _cpus_of_first(site: SiteConfig, role: str) -> int | None:
+    """Return the CPUs of a trainer rank, or of a stage, which has a node to itself."""
+    if site.cpus_per_task is None or role == TRAINER:
+        return site.cpus_per_task
+    return site.cpus_per_task * max(site.node_ranks, 1)
 
 
-def _gres(site: SiteConfig, gpus: int) -> str | None:
-    """Return the request of GPUs as a generic resource; None if the site asks in another way."""
-    if site.gpu_request != "gres" or not site.gpus_per_node:
+def _cpus_of_server(site: SiteConfig, layout: JobLayout) -> int | None:
+    """Return the CPUs of a rollout server on a node of its own."""
+    own = site.rollout_nodes.cpus_per_task
+    if layout.shape == "heterogeneous" and own is not None:
+        return own
+    if site.cpus_per_task is None:
         return None
-    return ":".join(["gpu", *([site.gpu_type] if site.gpu_type else []), str(gpus)])
+    return site.cpus_per_task * max(layout.rollout_gpus_per_node // layout.servers_per_node, 1)
+
+
+def _gpu_request(site: SiteConfig, gpus: int, gpu_type: str | None) -> dict[str, Any]:
+    """Return how a job asks for the GPUs of a node; nothing where it does not."""
+    if gpus == 0 or site.gpu_request == "none":
+        return {}
+    words = [*([gpu_type] if gpu_type else []), str(gpus)]
+    if site.gpu_request == "gres":
+        return {"gres": ":".join(["gpu", *words])}
+    return {"gpus_per_node": ":".join(words) if gpu_type else gpus}

@@ -12,6 +12,7 @@ from pathlib import Path
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.local import RANK_DEFAULTS
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
+from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER
 from prefixrl_mcore.launch.slurm.rank_environment import rank_variables
 from prefixrl_mcore.launch.slurm.states import SlurmError
 from prefixrl_mcore.observability.run_folder import RunFolder
@@ -23,7 +24,7 @@ def main() -> int:
     if role not in _ROLES:
         raise ConfigError(f"role {role}: expected one of {', '.join(_ROLES)}")
     task, exit_code = folder.read_task(), 1
-    if (role, os.environ["SLURM_PROCID"]) == ("trainer", "0"):
+    if (role, os.environ["SLURM_PROCID"]) == (TRAINER, "0"):
         folder.write_begin(start_number(os.environ))
     os.chdir(task.working_directory)
     try:
@@ -71,8 +72,8 @@ def _stage(name: str, folder: JobFolder, task: TaskFile) -> int:
 
 
 _ROLES = {
-    "trainer": _train,
-    "rollout": _serve,
+    TRAINER: _train,
+    ROLLOUT: _serve,
     **{name: partial(_stage, name) for name in ("collect", "prefixes", "eval", "report")},
 }
 
@@ -87,7 +88,7 @@ def server_flags(
     """
     files = [folder.server_file(start, index) for index in range(task.num_servers)]
     while not all(file.exists() for file in files):
-        ends = [folder.read_end(start, f"rollout-{index}") for index in range(task.num_servers)]
+        ends = [folder.read_end(start, f"{ROLLOUT}-{index}") for index in range(task.num_servers)]
         for end in filter(None, ends):
             raise SlurmError(
                 f"{end.task} on {end.node} ended with exit code {end.exit_code} before all rollout "

@@ -1,10 +1,14 @@
 """What the batch script does with exit codes, run by bash with stand-ins for Slurm's commands."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "batch_scripts"
 
@@ -13,7 +17,8 @@ SRUN = """#!/bin/bash
 role=${@: -1}
 if [[ $* == *precheck.task* ]]; then
     echo "bad node node-b: reason" >$LOGS/precheck.log
-    echo node-b >$LOGS/precheck.bad
+    ((PRECHECK_CODE != 77)) || echo node-b >$LOGS/precheck.bad
+    eval "$PRECHECK_DOES"
     exit $PRECHECK_CODE
 fi
 trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' TERM
@@ -44,6 +49,8 @@ def _run(
     restarts: int = 0,
     precheck: int = 0,
     excluded: str = "(null)",
+    precheck_does: str = "",
+    hang_seconds: int = 960,
 ) -> tuple[int, str, str]:
     """Run a golden script; the first step to end is the trainer's unless ``rollout`` is given.
 
@@ -56,6 +63,7 @@ def _run(
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     script = (GOLDEN / f"{shape}.sh").read_text().replace("/jobs/golden-1", str(folder))
+    script = script.replace("960", str(hang_seconds)).replace("--kill-after=60", "--kill-after=1")
     (folder / ".prefixrl-secrets").write_text("")
     said = folder / "said"
     done = subprocess.run(
@@ -73,6 +81,7 @@ def _run(
             "SLURM_RESTART_COUNT": str(restarts),
             "LOGS": f"{folder}/logs/start-{restarts}",
             "PRECHECK_CODE": str(precheck),
+            "PRECHECK_DOES": precheck_does,
             "EXCLUDED": excluded,
             "TRAINER_SECONDS": "0" if rollout is None else "30",
             "TRAINER_CODE": str(trainer),
@@ -149,8 +158,58 @@ def test_bad_nodes_are_left_out_of_the_next_start(
     assert "without node-b" in said
 
 
-def test_a_first_node_that_hangs_is_left_out(tmp_path: Path) -> None:
-    _, told, _ = _run(tmp_path, "split", trainer=0, precheck=124)
+def _verdict(folder: Path, start: int) -> dict[str, Any]:
+    return json.loads((folder / "logs" / f"start-{start}" / "precheck.json").read_text())
+
+
+def test_a_first_node_that_hangs_is_left_out_and_counted(tmp_path: Path) -> None:
+    _, told, said = _run(tmp_path, "split", trainer=0, precheck_does="sleep 60", hang_seconds=1)
+    assert told.splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=node-a"
+    assert "bad node node-a: it came to no verdict within 1 s" in said
+    verdict = _verdict(tmp_path, 0)
+    assert (verdict["outcome"], list(verdict["bad"])) == ("exclude", ["node-a"])
+    failure = JobFolder(tmp_path).first_failure()
+    assert failure is not None
+    assert (failure.task, failure.node, failure.exit_code) == ("precheck", "node-a", 124)
+
+
+def test_an_srun_that_must_be_killed_is_a_first_node_that_hangs(tmp_path: Path) -> None:
+    stuck = "trap '' TERM; while true; do sleep 0.1; done"
+    result, told, _ = _run(tmp_path, "split", trainer=0, precheck_does=stuck, hang_seconds=1)
+    assert result == 124
+    assert told.splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=node-a"
+
+
+def test_hanging_nodes_have_a_bound(tmp_path: Path) -> None:
+    before = tmp_path / "logs" / "start-0"
+    before.mkdir(parents=True)
+    (before / "precheck.bad").write_text("v,w,x,y\n")
+    hang = {"precheck_does": "sleep 60", "hang_seconds": 1}
+    result, told, said = _run(tmp_path, "split", trainer=0, restarts=1, **hang)
+    assert (result, told) == (124, "")
+    assert "4 nodes were excluded before, and precheck.max_excluded_nodes of the site is 4" in said
+    assert _verdict(tmp_path, 1)["outcome"] == "fail"
+
+
+def test_a_verdict_whose_tasks_hang_accuses_nobody(tmp_path: Path) -> None:
+    does = "echo '{}' >$LOGS/precheck.json; sleep 60"
+    result, told, said = _run(tmp_path, "split", trainer=0, precheck_does=does, hang_seconds=1)
+    assert (result, told) == (124, "")
+    assert "its tasks did not end" in said
+
+
+@pytest.mark.parametrize("code", [77, 124, 137])
+def test_exit_codes_of_the_pre_check_mean_nothing_of_a_trainer(tmp_path: Path, code: int) -> None:
+    assert "scontrol" not in _run(tmp_path, "colocated", trainer=code)[1]
+
+
+def test_a_killed_pre_check_accuses_nobody(tmp_path: Path) -> None:
+    assert _run(tmp_path, "colocated", trainer=0, precheck=137)[:2] == (137, "")
+
+
+def test_a_verdict_that_could_not_be_written_is_the_first_nodes(tmp_path: Path) -> None:
+    gone = "rm $LOGS/precheck.bad"
+    _, told, _ = _run(tmp_path, "colocated", trainer=0, precheck=77, precheck_does=gone)
     assert told.splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=node-a"
 
 
@@ -167,12 +226,6 @@ def test_bad_nodes_do_not_restart_a_job_for_ever(tmp_path: Path) -> None:
     result, told, said = _run(tmp_path, "colocated", trainer=0, precheck=77, restarts=20)
     assert (result, told) == (77, "")
     assert "not requeued: 20 restarts were allowed" in said
-
-
-def test_a_killed_trainer_is_no_hanging_pre_check(tmp_path: Path) -> None:
-    result, told, _ = _run(tmp_path, "colocated", trainer=137)
-    assert result == 137
-    assert "requeue" not in told
 
 
 def test_a_setup_line_that_fails_ends_the_job_before_any_task(tmp_path: Path) -> None:

@@ -149,7 +149,15 @@ def test_a_port_in_use_and_a_full_disk_are_named(tmp_path: Path) -> None:
 JOB_ID = "374"
 
 
-def _run_tasks(folder: JobFolder, nodes: list[str], hosts: str, **limits: Any) -> list[int]:
+def _run_tasks(
+    folder: JobFolder,
+    nodes: list[str],
+    hosts: str,
+    *,
+    seconds: float = 8.0,
+    pause_seconds: float = 0.0,
+    **limits: Any,
+) -> list[int]:
     """Run the pre-check's task for each of ``nodes``, all on this machine; return exit codes."""
     site = SiteConfig(gpus_per_node=0, ranks_per_node=1)
     small = {"min_free_gib": 0, "min_temporary_gib": 0, "min_shared_memory_gib": 0, **limits}
@@ -160,24 +168,30 @@ def _run_tasks(folder: JobFolder, nodes: list[str], hosts: str, **limits: Any) -
         "is_in_container": False,
     }
     folder.file.write_text(json.dumps({"submission": {"precheck": precheck}}))
-    tasks = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "prefixrl_mcore.launch.slurm.precheck.task"),
-                *(str(folder.path), "8"),
-            ],
-            env={
-                **os.environ,
-                "SLURM_JOB_ID": JOB_ID,
-                "SLURMD_NODENAME": node,
-                "PREFIXRL_TRAINER_HOSTS": hosts,
-                "PREFIXRL_ROLLOUT_HOSTS": "",
-                "PREFIXRL_PRECHECK_TOKEN": "t0ken",
-            },
-        )
-        for node in nodes
-    ]
+    tasks = []
+    for node in nodes:
+        tasks.append(_start_task(folder, node, hosts, seconds))
+        time.sleep(pause_seconds)
     return [task.wait(timeout=120) for task in tasks]
+
+
+def _start_task(
+    folder: JobFolder, node: str, hosts: str, seconds: float
+) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "prefixrl_mcore.launch.slurm.precheck.task"),
+            *(str(folder.path), f"{seconds:g}", "60"),
+        ],
+        env={
+            **os.environ,
+            "SLURM_JOB_ID": JOB_ID,
+            "SLURMD_NODENAME": node,
+            "PREFIXRL_TRAINER_HOSTS": hosts,
+            "PREFIXRL_ROLLOUT_HOSTS": "",
+            "PREFIXRL_PRECHECK_TOKEN": "t0ken",
+        },
+    )
 
 
 @pytest.fixture
@@ -207,3 +221,31 @@ def test_a_rendezvous_port_in_use_makes_the_first_node_bad(folder: JobFolder) ->
     with socket.create_server(("", master_port(JOB_ID))):
         assert _run_tasks(folder, ["localhost"], "localhost,b") == [77]
     assert (folder.logs / "start-0" / "precheck.bad").read_text() == "localhost\n"
+
+
+def test_nodes_wait_for_a_first_one_that_starts_later(
+    folder: JobFolder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nodes = ["b", "localhost"]
+    codes = _run_tasks(folder, nodes, "localhost,b", seconds=5, pause_seconds=7)
+    assert codes == [0, 0]
+    report = json.loads((folder.logs / "start-0" / "precheck.json").read_text())
+    assert (report["outcome"], sorted(report["findings"])) == ("go", ["b", "localhost"])
+    assert "does not answer: [Errno 111] Connection refused; tried again" in capfd.readouterr().out
+
+
+def test_a_first_node_that_accuses_itself_is_counted(folder: JobFolder) -> None:
+    told = {"outcome": "exclude", "bad": {"x": [], "y": []}}
+    (folder.logs / "start-1").mkdir()
+    (folder.logs / "start-1" / "precheck.json").write_text(json.dumps(told))
+    with socket.create_server(("", master_port(JOB_ID))):
+        assert _run_tasks(folder, ["localhost"], "localhost,b", max_excluded_nodes=2) == [78]
+    assert not (folder.logs / "start-0" / "precheck.bad").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    folder: JobFolder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder.logs / "start-0" / "precheck").write_text("no folder")  # root may write anywhere
+    assert _run_tasks(folder, ["localhost"], "localhost,b") == [77]
+    assert "bad node localhost: job_folder cannot be written" in capfd.readouterr().out

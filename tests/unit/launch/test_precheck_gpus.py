@@ -205,3 +205,12 @@ def test_the_probe_answers_without_a_gpu_and_a_site_of_cpus_asks_nothing() -> No
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["num_gpus"] == 0
     assert check_gpus(0, max_memory_used_gib=0, probe_seconds=0) == ({}, [])
+
+
+def test_a_probe_that_says_something_else_is_a_fault_and_no_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _driver(tmp_path, monkeypatch, _row())
+    for said in ("echo Segmentation fault", "echo '[]'", "echo '{}'"):
+        (fault,) = _check(1, said)[1]
+        assert "torch answers what was not asked" in fault

@@ -1,5 +1,6 @@
 """Site profiles: those that are shipped load, and faults are named."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,36 @@ def _site(folder: Path, text: str) -> str:
             id="sbatch option with a setting",
         ),
         pytest.param(
+            "gpus_per_node = 4\n[sbatch]\ndep = 'afterok:1'",
+            "sbatch.dep: short for dependency, which is the launcher's: the stages of a recipe",
+            id="launcher's option in short",
+        ),
+        pytest.param(
+            "gpus_per_node = 4\n[requeue]\nexit_codes = [75, 77]",
+            "requeue.exit_codes: 77 is the pre-check's",
+            id="the pre-check's exit code",
+        ),
+        pytest.param(
+            "gpus_per_node = 4\n[requeue]\nexit_codes = [0]",
+            "requeue.exit_codes: 0 is no exit code of a failure",
+            id="success requeued",
+        ),
+        pytest.param(
+            "gpus_per_node = 4\ntime = '00:04:00'\n[requeue]\nsignal_seconds = 180",
+            "signal_seconds = 180 must be less than time = 00:04:00 (240 s) by more than 60 s",
+            id="signal at the start",
+        ),
+        pytest.param(
+            "gpus_per_node = 4\nsetup_lines = ['source /opt/nemo_run/env']",
+            "setup_lines: contains /nemo_run, which NeMo-Run replaces",
+            id="setup line that NeMo-Run rewrites",
+        ),
+        pytest.param(
+            "gpus_per_node = 4\npython = '/opt/nemo_run_env/bin/python'",
+            "python: contains /nemo_run",
+            id="interpreter that NeMo-Run rewrites",
+        ),
+        pytest.param(
             "gpus_per_node = 4\nsetup_lines = ['a\\nb']".replace("'", '"'), "one line", id="lines"
         ),
     ],
@@ -53,6 +84,62 @@ def test_a_fault_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load_site(_site(tmp_path, text))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("dependency", "kill-on-invalid-dep", "array", "nodes", "ntasks", "job-name", "open-mode"),
+        *("error", "chdir", "no-requeue", "no-kill", "export", "gpus", "gpus-per-task", "wait"),
+        *("kill_on_invalid_dep", "ntasks_per_gpu", "exp"),
+    ],
+)
+def test_options_of_the_launcher_are_refused_with_the_reason(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"sbatch.{option}: .*is the launcher's: .*"):
+        load_site(_site(tmp_path, f"gpus_per_node = 4\nsbatch = {{ {option} = 'x' }}"))
+
+
+def test_other_options_of_sbatch_are_taken(tmp_path: Path) -> None:
+    text = "sbatch = { exclude = 'n7', wait-all-nodes = '1', mem-bind = 'local', nice = true }"
+    assert len(load_site(_site(tmp_path, f"gpus_per_node = 4\n{text}")).sbatch) == 4
+
+
+def test_the_latest_signal_is_taken(tmp_path: Path) -> None:
+    text = "gpus_per_node = 4\ntime = '1-00:04:01'\n[requeue]\nsignal_seconds = {}"
+    assert load_site(_site(tmp_path, text.format(86400 + 180))).requeue.signal_seconds == 86580
+    with pytest.raises(ConfigError, match="86641 s"):
+        load_site(_site(tmp_path, text.format(86400 + 181)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("container = { image = 'a', environment = ['WANDB_API_KEY=s3cr3t'] }", "entry 0 is not"),
+        ("setup_lines = ['export WANDB_API_KEY=s3cr3t']", "setup_lines: gives WANDB_API_KEY a"),
+        ("setup_lines = ['export A=1 hf_token=\"s3cr3t\"']", "setup_lines: gives hf_token a"),
+        (
+            "srun_args = ['--export=ALL,AWS_SECRET_ACCESS_KEY=s3cr3t']",
+            "gives AWS_SECRET_ACCESS_KEY",
+        ),
+        ("sbatch = { comment = 'PASSWORD=s3cr3t' }", "sbatch.comment: gives PASSWORD a value"),
+    ],
+)
+def test_secrets_in_a_profile_are_refused_and_not_repeated(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_site(_site(tmp_path, f"gpus_per_node = 4\n{text}"))
+    assert message in str(refused.value)
+    assert "s3cr3t" not in str(refused.value)
+
+
+def test_secrets_that_come_from_elsewhere_are_taken(tmp_path: Path) -> None:
+    lines = [
+        *("export HF_TOKEN=$(cat ~/.token)", 'export WANDB_API_KEY="$KEY"', "export HF_TOKEN="),
+        *("export TOKENIZERS_PARALLELISM=1 MONKEY=1", "source ~/.secrets"),
+    ]
+    site = load_site(_site(tmp_path, f"gpus_per_node = 4\nsetup_lines = {json.dumps(lines)}"))
+    assert list(site.setup_lines) == lines
 
 
 def test_own_profiles_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

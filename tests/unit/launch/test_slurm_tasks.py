@@ -130,12 +130,14 @@ def test_a_job_that_slurm_does_not_know_is_unknown() -> None:
     assert not parse_sacct("").is_known
 
 
-@pytest.mark.parametrize("name", ["a b", "it's", "$HOME", "nemo_run"])
+@pytest.mark.parametrize("name", ["a b", "it's", "$HOME", "nemo_run", "50%j"])
 def test_a_job_folder_that_nemo_run_would_break_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="choose another folder"):
         JobFolder.make(tmp_path / name, "job")
     with pytest.raises(ConfigError, match="--name 'a b'"):
         JobFolder.make(tmp_path, "a b")
+    with pytest.raises(ConfigError, match="--name 'nemo_run-1'"):
+        JobFolder.make(tmp_path, "nemo_run-1")
     assert not (tmp_path / name).exists()
 
 

@@ -140,11 +140,18 @@ def _try_torch(
     said, fault = _output(list(probe), seconds, _last_line)
     if fault:
         return {}, [f"computing on the GPUs with torch {fault}"]
-    found = json.loads(said.strip().splitlines()[-1])
-    faults = [f"GPU {index}: {what}" for index, what in found["faults"].items()]
-    if found["num_gpus"] < num_expected:
-        faults.append(f"torch sees {found['num_gpus']} GPUs, {num_expected} were asked for")
-    return {name: found[name] for name in ("torch", "cuda", "nccl")}, faults
+    answer = said.strip().splitlines()[-1]
+    try:
+        found = json.loads(answer)
+        facts = {name: found[name] for name in ("torch", "cuda", "nccl")}
+        faults = [f"GPU {index}: {what}" for index, what in found["faults"].items()]
+        if found["num_gpus"] < num_expected:
+            faults.append(f"torch sees {found['num_gpus']} GPUs, {num_expected} were asked for")
+    except (ValueError, KeyError, TypeError):
+        return {}, [
+            f"computing on the GPUs with torch answers what was not asked: {answer[:200]!r}"
+        ]
+    return facts, faults
 
 
 def _output(

@@ -1,21 +1,21 @@
 """The step of the batch script that checks the nodes."""
 
 import shlex
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
-from prefixrl_mcore.launch.slurm.layout import JobLayout
+from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
 from prefixrl_mcore.launch.slurm.precheck.exit_codes import EXCLUDE
+from prefixrl_mcore.launch.slurm.srun import container_words, cpu_words, interpreter
 
 _TASK = "prefixrl_mcore.launch.slurm.precheck.task"
 _START_SECONDS = 600
 """How long the first node may take to start a task, which may fetch a container image."""
 
-_END_SECONDS = 30
+_DECIDE_SECONDS = 60
+"""How long the first node may take to decide, and the step to end, after the nodes' own time."""
 
 
 def expectations(site: SiteConfig, layout: JobLayout, needed: Mapping[str, str]) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def expectations(site: SiteConfig, layout: JobLayout, needed: Mapping[str, str])
         "needed": dict(needed),
         "is_in_container": site.container is not None,
         "roles": {
-            "trainer": {"gpus": site.gpus_per_node, "num_server_ports": 0},
-            "rollout": {
+            TRAINER: {"gpus": site.gpus_per_node, "num_server_ports": 0},
+            ROLLOUT: {
                 "gpus": layout.rollout_gpus_per_node,
                 "num_server_ports": layout.servers_per_node,
             },
@@ -45,8 +45,9 @@ def precheck_step(site: SiteConfig, layout: JobLayout, folder: JobFolder) -> dic
     command = " : ".join(_one_task_per_node(site, folder, *group) for group in groups)
     return {
         "command": f"srun {command}",
-        "hang_seconds": round(2 * site.precheck.timeout_seconds) + _START_SECONDS,
+        "hang_seconds": round(site.precheck.timeout_seconds) + _START_SECONDS + _DECIDE_SECONDS,
         "exclude_code": EXCLUDE,
+        "max_excluded": site.precheck.max_excluded_nodes,
     }
 
 
@@ -54,19 +55,16 @@ def _one_task_per_node(
     site: SiteConfig, folder: JobFolder, nodes: int, component: int | None
 ) -> str:
     """Return arguments and command of srun for the nodes of one component."""
-    python = str(site.python or Path(sys.executable).absolute())
-    container = site.container
     words = [
         *([] if component is None else [f"--het-group={component}"]),
         *(f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
-        *("--kill-on-bad-exit=1", f"--wait={_END_SECONDS}"),
+        # For ever: nodes that have said their finding end long before one that is slow.
+        *("--kill-on-bad-exit=1", "--wait=0"),
+        *cpu_words(site.cpus_per_task),
+        *container_words(site.container),
         *site.srun_args,
     ]
-    if container is not None:
-        words += [f"--container-image={container.image}"]
-        words += [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-        names = ",".join(container.environment)
-        words += [f"--container-env={names}"] if names else []
-    words += [python, "-m", _TASK, str(folder.path), f"{site.precheck.timeout_seconds:g}"]
+    words += [interpreter(site), "-m", _TASK, str(folder.path)]
+    words += [f"{site.precheck.timeout_seconds:g}", str(_START_SECONDS)]
     # Of the start: the one thing that bash fills in.
     return f'--output "{folder.logs}/start-$start/precheck.log" {shlex.join(words)}'

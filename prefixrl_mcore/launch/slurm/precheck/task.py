@@ -1,8 +1,9 @@
-"""One task on each node: ``python -m prefixrl_mcore.launch.slurm.precheck.task FOLDER SECONDS``.
+"""One task on each node: ``python -m ...precheck.task FOLDER SECONDS START_SECONDS``.
 
 Before the first collective. The first node's task listens, all (it too) check their node and tell
 it, and it decides: exit code 0 to go on, 77 to leave the bad nodes out of the next start, 78 to end
-the job. The batch script reads their names from the folder.
+the job. The batch script reads their names from the folder. ``SECONDS`` is what the nodes have from
+when the first one listens, ``START_SECONDS`` what it may take until it does.
 """
 
 import json
@@ -11,13 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
+from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER
 from prefixrl_mcore.launch.slurm.precheck.exchange import Listener, ask, clock_offset
 from prefixrl_mcore.launch.slurm.precheck.exit_codes import EXCLUDE, FAIL
 from prefixrl_mcore.launch.slurm.precheck.node import check_needed, check_node
@@ -44,7 +46,7 @@ class Job:
         self.token = environment["PREFIXRL_PRECHECK_TOKEN"]
         self.roles = {
             node: role
-            for role in ("trainer", "rollout")
+            for role in (TRAINER, ROLLOUT)
             for node in environment[f"PREFIXRL_{role.upper()}_HOSTS"].split(",")
             if node
         }
@@ -63,12 +65,31 @@ def main() -> int:
     job, seconds = Job(Path(sys.argv[1]), os.environ), float(sys.argv[2])
     if job.is_first:
         return _decide_for_all(job, seconds)
-    return _tell(job, time.monotonic() + seconds)
+    return _tell(job, seconds, start_seconds=float(sys.argv[3]))
 
 
-def _tell(job: Job, deadline: float) -> int:
+def _reach_first(job: Job, seconds: float, *, start_seconds: float) -> None:
+    """Wait for the first node, whose task may start later than this one; say once what is wrong.
+
+    Raises:
+        RuntimeError: if it does not answer in the time that it has for its start, and all for
+            their checks.
+    """
+    hello = (job.nodes[0], job.port, job.token, {"what": "hello"})
+    now = time.monotonic()
+    try:
+        ask(*hello, deadline=now + seconds / 2)
+    except RuntimeError as error:
+        sys.stdout.write(f"{job.node}: {error}; tried again\n")
+        sys.stdout.flush()
+        ask(*hello, deadline=now + start_seconds + seconds)
+
+
+def _tell(job: Job, seconds: float, *, start_seconds: float = 0.0) -> int:
     """Check this node and tell the first; what it cannot be told is said in the log."""
     try:
+        _reach_first(job, seconds, start_seconds=start_seconds)
+        deadline = time.monotonic() + seconds
         offset, expected = clock_offset(job.nodes[0], job.port, job.token, deadline=deadline)
         role = job.roles[job.node]
         own = expected["roles"][role]
@@ -109,10 +130,12 @@ def _decide_for_all(job: Job, seconds: float) -> int:
     try:
         expected = json.loads(job.folder.file.read_text())["submission"]["precheck"]
     except OSError as error:
-        fault = f"job_folder is not shared: {job.folder.file}: {error.strerror}"
-        return _say(job, Verdict(outcome="exclude", bad={job.node: [fault]}, why="it is bad"), {})
-    canary = os.urandom(16).hex()
-    write_text_atomic(job.findings / "canary", canary)
+        return _accuse_self(job, f"job_folder is not shared: {job.folder.file}: {error.strerror}")
+    limits, canary = expected["limits"], os.urandom(16).hex()
+    try:
+        write_text_atomic(job.findings / "canary", canary)
+    except OSError as error:
+        return _accuse_self(job, f"job_folder cannot be written: {error.strerror}", limits)
     findings: dict[str, Finding] = {}
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +149,7 @@ def _decide_for_all(job: Job, seconds: float) -> int:
         listener = Listener(job.port, job.token, answer)
     except OSError as error:
         fault = f"port {job.port}, which the job needs, cannot be used: {error.strerror}"
-        return _say(job, Verdict(outcome="exclude", bad={job.node: [fault]}, why="it is bad"), {})
+        return _accuse_self(job, fault, limits)
     is_ending = threading.Event()
 
     def end(_number: int, _frame: FrameType | None) -> None:
@@ -135,22 +158,40 @@ def _decide_for_all(job: Job, seconds: float) -> int:
     signal.signal(signal.SIGTERM, end)  # srun gives up when a node cannot start its task
     with listener:
         threading.Thread(target=listener.serve_forever, daemon=True).start()
-        threading.Thread(target=_tell, args=(job, deadline), daemon=True).start()
+        threading.Thread(target=_tell, args=(job, seconds), daemon=True).start()
         while len(findings) < len(job.nodes) and time.monotonic() < deadline:
             if is_ending.wait(_POLL_SECONDS):
                 break
         listener.shutdown()
     said = dict(findings)
     _check_written(job, said)
-    verdict = decide(
-        job.nodes,
-        said,
-        max_clock_skew_seconds=expected["limits"]["max_clock_skew_seconds"],
+    return _say(job, _decide(job, job.nodes, said, limits), said)
+
+
+def _accuse_self(job: Job, fault: str, limits: Mapping[str, Any] | None = None) -> int:
+    """Say that this node, the first, cannot hear the others; return the exit code.
+
+    ``limits`` are those of the site; None if they cannot be read here, and nothing is counted.
+    """
+    found = {job.node: Finding(node=job.node, role=job.roles[job.node], faults=[fault])}
+    if limits is None:
+        bad = {job.node: [fault]}
+        return _say(job, Verdict(outcome="exclude", bad=bad, why="the first node is bad"), found)
+    return _say(job, _decide(job, [job.node], found, limits), found)
+
+
+def _decide(
+    job: Job, nodes: Sequence[str], findings: Mapping[str, Finding], limits: Mapping[str, Any]
+) -> Verdict:
+    """Return what becomes of the job, with what its earlier starts excluded."""
+    return decide(
+        nodes,
+        findings,
+        max_clock_skew_seconds=limits["max_clock_skew_seconds"],
         num_excluded_before=_num_excluded_before(job),
-        max_excluded=expected["limits"]["max_excluded_nodes"],
-        timeout_seconds=seconds,
+        max_excluded=limits["max_excluded_nodes"],
+        timeout_seconds=limits["timeout_seconds"],
     )
-    return _say(job, verdict, said)
 
 
 def _check_written(job: Job, findings: dict[str, Finding]) -> None:
@@ -178,17 +219,31 @@ def _num_excluded_before(job: Job) -> int:
 def _say(job: Job, verdict: Verdict, findings: Mapping[str, Finding]) -> int:
     """Write the verdict where the batch script and people find it; return the exit code."""
     exit_code = _EXIT_CODES[verdict.outcome]
+    sys.stdout.write(f"pre-check: {verdict.why}\n")
+    for name, faults in verdict.bad.items():
+        sys.stdout.write(f"bad node {name}: {'; '.join(faults)}\n")
+    sys.stdout.flush()
+    try:
+        _write(job, verdict, findings, exit_code)
+    except OSError as error:  # the batch script knows whose verdict it is
+        sys.stdout.write(f"{job.node} cannot write to {job.logs}: {error.strerror}\n")
+    return exit_code
+
+
+def _write(job: Job, verdict: Verdict, findings: Mapping[str, Finding], exit_code: int) -> None:
+    """Write a verdict to the folder of this start.
+
+    Raises:
+        OSError: if that cannot be.
+    """
     report = {
         **asdict(verdict),
         "findings": {name: asdict(finding) for name, finding in findings.items()},
     }
     write_json_atomic(job.logs / "precheck.json", report)
-    sys.stdout.write(f"pre-check: {verdict.why}\n")
-    for name, faults in verdict.bad.items():
-        sys.stdout.write(f"bad node {name}: {'; '.join(faults)}\n")
-    sys.stdout.flush()
-    if exit_code:
+    if verdict.outcome == "exclude":
         write_text_atomic(job.logs / "precheck.bad", ",".join(verdict.bad) + "\n")
+    if exit_code:
         end = TaskEnd(
             task="precheck",
             node=next(iter(verdict.bad)),
@@ -196,7 +251,6 @@ def _say(job: Job, verdict: Verdict, findings: Mapping[str, Finding]) -> int:
             unix_seconds=time.time(),
         )
         job.folder.write_end(job.start, end)
-    return exit_code
 
 
 if __name__ == "__main__":

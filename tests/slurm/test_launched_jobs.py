@@ -140,14 +140,15 @@ def test_a_failing_run_makes_launch_fail_and_the_cause_is_shown(
     jobs: Path, tiny_task: TinyTask, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    missing = tmp_path / "nothing.jsonl"
-    settings = [*_settings(tiny_task, tmp_path / "failing"), f"data.problems={missing}"]
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("no problem\n")
+    settings = [*_settings(tiny_task, tmp_path / "failing"), f"data.problems={broken}"]
     with caplog.at_level(logging.INFO, logger="prefixrl_mcore"):
         assert _launch(*settings) == 2  # bad input, as without Slurm
     assert "FAILED" in caplog.text
     assert re.search("trainer-[01] on n1 failed first, exit code 2", caplog.text)
-    assert "nothing.jsonl" in caplog.text
-    assert "nothing.jsonl" in capsys.readouterr().out  # followed
+    assert "broken.jsonl" in caplog.text
+    assert "broken.jsonl" in capsys.readouterr().out  # followed
     job = find_job(jobs, "failing")
     assert main(["jobs", "status", "--jobs", str(jobs), "failing"]) == 2
     assert main(["jobs", "list", "--jobs", str(jobs)]) == 0

@@ -29,9 +29,8 @@ python = "/usr/bin/python3"
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return a site whose jobs go into a temporary folder; nothing is submitted."""
-    monkeypatch.setattr(launch, "submit", lambda _site, _folder: None)
+def site(tmp_path: Path) -> str:
+    """Return a site whose jobs go into a temporary folder."""
     file = tmp_path / "my-site.toml"
     file.write_text(SITE.format(folder=tmp_path))
     return str(file)
@@ -41,7 +40,7 @@ def _refusal(file: Path, site: str, *settings: str, **how: Any) -> str:
     """Return why a run is refused."""
     my_site, config = launch.read_run(file, settings, site)
     with pytest.raises(ConfigError) as refused:
-        launch.submit_run(config, my_site, LaunchOptions(**how))
+        launch.prepare_run(config, my_site, LaunchOptions(**how))
     return str(refused.value)
 
 
@@ -129,14 +128,14 @@ def test_missing_data_is_a_warning_of_a_dry_run_and_of_no_later_stage(
     site: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     my_site, config = launch.read_run(QWEN3_4B, [], site)
-    launch.submit_run(config, my_site, LaunchOptions(dry_run=True))
+    launch.prepare_run(config, my_site, LaunchOptions(dry_run=True))
     assert "not there: data/hard_problems.jsonl" in _warnings(caplog)
     (tmp_path / "problems.jsonl").write_text("")
     own = [f"data.problems={tmp_path}/problems.jsonl", "data.held_out={}"]
     my_site, config = launch.read_run(QWEN3_4B, own, site)
     caplog.clear()
-    launch.submit_run(config, my_site, LaunchOptions(), stage="collect")
-    launch.submit_run(config, my_site, LaunchOptions(dry_run=True), after="12")
+    before = launch.prepare_run(config, my_site, LaunchOptions(), stage="collect")
+    launch.prepare_run(config, my_site, LaunchOptions(dry_run=True), after=before)
     assert "not there:" not in _warnings(caplog)
 
 
@@ -145,7 +144,7 @@ def test_an_interpreter_that_is_not_here_is_told(
 ) -> None:
     Path(site).write_text(Path(site).read_text().replace("/usr/bin/python3", "/else/python"))
     my_site, config = launch.read_run(QWEN3_4B, [], site)
-    launch.submit_run(config, my_site, LaunchOptions(dry_run=True))
+    launch.prepare_run(config, my_site, LaunchOptions(dry_run=True))
     assert "python /else/python of the site is not here; nodes must have it" in _warnings(caplog)
 
 
@@ -154,11 +153,12 @@ def test_runs_of_a_sweep_read_the_traces_of_the_run_that_they_vary(
 ) -> None:
     configs: list[RunConfig] = []
 
-    def note(config: RunConfig, *_: object) -> tuple[JobFolder, None]:
+    def note(config: RunConfig, *_: object) -> JobFolder:
         configs.append(config)
-        return JobFolder(Path("/nowhere")), None
+        return JobFolder(Path("/nowhere"))
 
-    monkeypatch.setattr(recipe, "submit_run", note)
+    monkeypatch.setattr(recipe, "prepare_run", note)
+    monkeypatch.setattr(recipe, "submit", lambda *_: None)
     how = LaunchOptions(detach=True)
     assert recipe.launch_sweep(QWEN3_4B, [], site, how, ["seed=1,2"]) == 0
     assert [str(c.run_folder) for c in configs] == [f"runs/qwen3_4b-seed-{i}" for i in (1, 2)]

@@ -7,8 +7,8 @@ UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := .venv/bin/python -m
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-sglang setup-sglang-next setup-launch slurm-up slurm-down demo test test-all check format \
-    gpu clean
+.PHONY: help setup setup-sglang setup-sglang-next setup-router setup-launch slurm-up slurm-down demo test test-all \
+    check format gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -36,6 +36,13 @@ setup-sglang: .venv-sglang/.locked  ## SGLang's own environment, in .venv-sglang
 
 setup-sglang-next: .venv-sglang-next/.locked  ## the newest SGLang that is supported, for the tests
 
+.venv-router/.locked: $(SGLANG_ENV)/requirements-router.lock | setup
+	$(UV) venv --quiet --allow-existing --python .venv/bin/python .venv-router
+	$(UV) pip sync --quiet --require-hashes --no-build --python .venv-router/bin/python $<
+	@touch $@
+
+setup-router: .venv-router/.locked  ## SGLang's router, for the tests
+
 LAUNCH_ENV := prefixrl_mcore/launch/env
 .venv-launch/.locked: $(LAUNCH_ENV)/requirements.lock $(LAUNCH_ENV)/setup.sh | setup
 	$(LAUNCH_ENV)/setup.sh $(UV) .venv/bin/python .venv-launch
@@ -57,7 +64,7 @@ demo: setup setup-sglang  ## the whole of PrefixRL on this CPU, with a report at
 test: setup setup-sglang setup-launch  ## the test suite (CPU)
 	$(RUN) pytest
 
-test-all: setup setup-sglang setup-sglang-next setup-launch  ## the test suite with the slow proofs, as CI runs it
+test-all: setup setup-sglang setup-sglang-next setup-router setup-launch  ## the test suite with the slow proofs, as CI runs it
 	$(RUN) pytest -m "not gpu and not multi_gpu"
 
 check: setup setup-sglang setup-launch  ## format, lint, types, tests: green before every commit

@@ -12,10 +12,11 @@ import psutil
 import pytest
 import torch
 
-from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.config.rollout import SGLangConfig, SyncConfig
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.engine import SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
 from tests.support.processes import wait_until_gone
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.slow
 NUM_SERVERS = 3
 CONTEXT_TOKENS = 50
 START_SECONDS = 300.0
+BUCKET_BYTES = 50_000
+SYNC_SECONDS = 15.0
+"""For a bucket: long for tiny weights on a busy machine, short against other limits."""
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,7 @@ def engine(model_folder: Path) -> Iterator[SGLangEngine]:
         health_every_seconds=1,
         health_timeout_seconds=5,
         max_failures=2,
+        sync=SyncConfig(bucket_bytes=BUCKET_BYTES, timeout_seconds=SYNC_SECONDS),
     )
     engine = SGLangEngine(
         model_folder,
@@ -169,6 +174,48 @@ def test_nothing_is_lost_when_one_server_hangs_in_the_middle(
     assert "2 health checks in a row failed" in caplog.text
     assert engine.take_metrics()["engine/num_server_deaths"] == 1
     wait_until_all_are_ready(engine, 3)
+
+
+@pytest.mark.parametrize("transport", ["tensor", "distributed"])
+def test_server_that_hangs_in_the_middle_of_a_sync_gets_the_weights_after_its_restart(
+    engine: SGLangEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    transport: str,
+) -> None:
+    if transport == "distributed":
+        broadcast = Broadcast("gloo", timeout_seconds=SYNC_SECONDS)
+        monkeypatch.setattr(engine._pool._syncer, "_transport", broadcast)
+    engine.take_metrics()
+    victim, *others = engine.servers
+    is_hit = False
+
+    def stop_one_half_way() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal is_hit
+        num_bytes = 0
+        for name, weight in weights(6):
+            num_bytes += weight.nbytes
+            if not is_hit and num_bytes > 3 * BUCKET_BYTES:  # two buckets are through
+                is_hit = True
+                os.killpg(victim.supervisor_pid, signal.SIGSTOP)
+            yield name, weight
+
+    started = time.monotonic()
+    engine.load_weights(stop_one_half_way, 6)
+
+    assert is_hit
+    assert SYNC_SECONDS <= time.monotonic() - started < 10 * SYNC_SECONDS
+    assert not victim.is_alive
+    assert "server 0: updating -> dead" in caplog.text
+    names = [server.client.weight_version() for server in others]
+    assert [name.endswith(":6") for name in names] == [True] * len(others), names
+    metrics = engine.take_metrics()
+    assert (metrics["engine/num_server_deaths"], metrics["engine/num_ready_servers"]) == (1, 2)
+    assert metrics["sync/num_failed_servers"] >= 1
+    groups = engine.sample(requests_of(6, 1), params_of(2))
+    assert {one.policy_version for group in groups for one in group} == {6}
+    wait_until_all_are_ready(engine, 6)
+    assert {server.client.weight_version() for server in engine.servers} == set(names)
 
 
 def test_what_is_not_needed_any_more_comes_back_as_far_as_it_got(engine: SGLangEngine) -> None:

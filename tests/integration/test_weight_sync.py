@@ -6,56 +6,51 @@ Skipped where SGLang's environment is missing; fails there instead if PREFIXRL_R
 import multiprocessing
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixrl_mcore.config.policy import OptimizerConfig
-from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.records import TrainingSequence
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
-from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.payloads import generate_payload
-from prefixrl_mcore.rollout.sglang.server import SGLangServer
-from prefixrl_mcore.rollout.weight_names import read_weight_coverage
-from prefixrl_mcore.rollout.weight_sync.buckets import pack_buckets
-from prefixrl_mcore.rollout.weight_sync.checksums import check_weights
-from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
-from prefixrl_mcore.rollout.weight_sync.sync import SyncReport, is_incomplete, sync_weights
+from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
 from prefixrl_mcore.rollout.weight_sync.tensor import TensorByValue
-from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
+from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
 from tests.support.fake_sglang import FakeSGLang, serve
-from tests.support.hf_logprobs import hf_completion_logprobs
 from tests.support.layouts import parallel_config
 from tests.support.policies import TEMPERATURE, build_policy, make_batch
 from tests.support.ranks import run_on_ranks
+from tests.support.served_model import (
+    LOGPROB_TOLERANCE,
+    Served,
+    assert_samples_are_of,
+    check,
+    named_weights,
+    push,
+    sample,
+    serving,
+    transport_named,
+)
 from tests.support.sglang_environments import sglang_python
-from tests.support.tiny_models import build_tiny_llama, build_tiny_qwen3, write_model_folder
+from tests.support.tiny_models import build_tiny_llama, build_tiny_qwen3
 
 pytestmark = pytest.mark.slow
-
-# Both sides compute in float32, in other orders: 4e-6 nats were measured.
-LOGPROB_TOLERANCE = 3e-5
 
 # What an update moves: the engine is really sampling with the weights of before.
 STALE_GAP = 1e-3
 
-BUCKET_BYTES = 50_000
 TP2_PP2 = parallel_config(tp=2, pp=2)
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
@@ -64,110 +59,13 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Served:
-    """A running server and what it serves."""
-
-    folder: Path
-    url: str
-
-    def target(self) -> SyncTarget:
-        client = SGLangClient(self.url, request_timeout_seconds=60)
-        return SyncTarget(client=client, num_ranks=1, name=self.url)
-
-
 @pytest.fixture(scope="module", params=list(MODELS))
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    with serving(sglang_python(), tmp_path_factory.mktemp(request.param), request.param) as served:
+    root = tmp_path_factory.mktemp(request.param)
+    with serving(sglang_python(), root, MODELS[request.param]()) as served:
         yield served
-
-
-@contextmanager
-def serving(python: Path, root: Path, model: str) -> Iterator[Served]:
-    """Serve a tiny model with the SGLang of an interpreter."""
-    folder = write_model_folder(MODELS[model](), root / "model")
-    launch = ServerLaunch(
-        name="server 0",
-        model_folder=folder,
-        config=SGLangConfig(python=python),
-        logits_dtype="float32",
-        device="cpu",
-        gpus=(),
-        max_total_tokens=200,
-        weight_version="of the folder",
-    )
-    server = SGLangServer.start(launch, root / "server.log", cancelled=threading.Event())
-    try:
-        yield Served(folder=folder, url=server.client.url)
-    finally:
-        server.stop()
-
-
-def transport_named(name: str, folder: Path) -> Transport:
-    if name == "disk":
-        return Disk(folder)
-    return Broadcast("gloo", timeout_seconds=60) if name == "distributed" else TensorByValue()
-
-
-def push(
-    served: Served,
-    transport: Transport,
-    stream: Callable[[], Iterator[tuple[str, Tensor]]],
-    weight_version: str,
-    *others: SyncTarget,
-) -> SyncReport:
-    """Send weights to the server, as an engine does it."""
-    return sync_weights(
-        [served.target(), *others],
-        transport,
-        lambda: pack_buckets(
-            stream(),
-            read_weight_coverage(served.folder),
-            dtype=torch.float32,
-            bucket_bytes=BUCKET_BYTES,
-        ),
-        weight_version,
-    )
-
-
-def check(served: Served, weights: Iterator[tuple[str, Tensor]]) -> int:
-    """Compare the checksums of the server and of ``weights``."""
-    return check_weights(
-        [served.target()], weights, dtype=torch.float32, num_key_value_heads=2, is_cuda=False
-    )
-
-
-def sample(served: Served, weight_version: str) -> list[TrainingSequence]:
-    """Sample completions, which must be stamped with ``weight_version``."""
-    client = SGLangClient(served.url, request_timeout_seconds=60)
-    sequences: list[TrainingSequence] = []
-    for index, context in enumerate([(5,), (4, 9, 17, 21), tuple(range(4, 30))]):
-        answers = client.generate(
-            generate_payload(
-                context_token_ids=context,
-                num_samples=2,
-                max_new_tokens=12,
-                temperature=TEMPERATURE,
-                stop_token_ids=(),
-                request_id=f"{weight_version}/{index}.",
-            )
-        )
-        for number, answer in enumerate(answers):
-            meta = answer["meta_info"]
-            assert meta["weight_version"] == weight_version
-            sequences.append(
-                TrainingSequence(
-                    sequence_id=f"{index}/{number}",
-                    group_index=index,
-                    context_token_ids=context,
-                    completion_token_ids=tuple(answer["output_ids"]),
-                    advantage=1.0,
-                    rollout_logprobs=tuple(t[0] for t in meta["output_token_logprobs"]),
-                )
-            )
-    return sequences
 
 
 def largest_gap(policy: MegatronPolicy, sequences: list[TrainingSequence]) -> float:
@@ -189,7 +87,7 @@ def train_and_sync(
     services = CollectiveServices({"export": policy.export_weights})
     stream = partial(services.ask, "export")
     gaps: list[tuple[str, float, float]] = []
-    version = "of the folder"
+    version = served.target().client.weight_version()
     for index, name in enumerate(transports):
         policy.update(make_batch(streams_multiple=2))
         stale = services.run_on_first(lambda version=version: sample(served, version))
@@ -222,8 +120,46 @@ def test_engine_and_policy_on_four_ranks_agree_after_every_sync_and_not_before(
     assert list(tmp_path.iterdir()) == []
 
 
-def named_weights(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    return [(name, weight.detach()) for name, weight in model.named_parameters()]
+@pytest.fixture(scope="module")
+def served_on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("two-ranks")
+    with serving(sglang_python(), root, build_tiny_qwen3(), num_ranks=2) as served:
+        yield served
+
+
+def test_engine_on_two_ranks_agrees_with_the_policy_on_four(
+    served_on_two_ranks: Served, tmp_path: Path
+) -> None:
+    transports = ["tensor", "distributed", "disk"]
+
+    results = run_on_ranks(train_and_sync, served_on_two_ranks, transports, tmp_path, world_size=4)
+
+    for name, before, after in results[0]:
+        assert before > STALE_GAP, name
+        assert after < LOGPROB_TOLERANCE, name
+
+
+@pytest.mark.parametrize("transport", ["tensor", "distributed", "disk"])
+def test_servers_of_one_and_two_ranks_get_the_same_weights(
+    served: Served, served_on_two_ranks: Served, tmp_path: Path, transport: str
+) -> None:
+    if "llama" in str(served.folder):
+        pytest.skip("one model is enough")
+    model = build_tiny_qwen3(seed=30)
+    weights = named_weights(model)
+
+    report = push(
+        served_on_two_ranks,
+        transport_named(transport, tmp_path),
+        lambda: iter(weights),
+        f"both by {transport}",
+        served.target(),
+    )
+
+    assert report.failed == {}
+    assert check(served_on_two_ranks, iter(weights)) == 2 * check(served, iter(weights))
+    for one in (served, served_on_two_ranks):
+        assert_samples_are_of(model, sample(one, f"both by {transport}"))
 
 
 def test_checksums_find_the_one_element_that_differs(served: Served) -> None:
@@ -256,10 +192,15 @@ def test_server_paused_right_after_its_last_answer_is_updated(served: Served) ->
         assert client.weight_version() == f"after answer {index}"
 
 
-def test_every_transport_updates_a_server_whose_updates_are_sessions(tmp_path: Path) -> None:
-    with serving(sglang_python("sglang-next"), tmp_path, "qwen3") as served:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_every_transport_updates_a_server_whose_updates_are_sessions(
+    tmp_path: Path, num_ranks: int
+) -> None:
+    build = partial(build_tiny_qwen3, vocab_size=33)  # the ranks have padded vocabularies
+    python = sglang_python("sglang-next")
+    with serving(python, tmp_path, build(), num_ranks=num_ranks) as served:
         for index, name in enumerate(["tensor", "distributed", "disk", "tensor"]):
-            model = build_tiny_qwen3(seed=20 + index)
+            model = build(seed=20 + index)
             weights = named_weights(model)
 
             report = push(
@@ -272,18 +213,6 @@ def test_every_transport_updates_a_server_whose_updates_are_sessions(tmp_path: P
             assert report.failed == {}
             assert check(served, iter(weights)) > 10
             assert_samples_are_of(model, sample(served, f"by {name} {index}"))
-
-
-def assert_samples_are_of(model: PreTrainedModel, sequences: Iterable[TrainingSequence]) -> None:
-    """Hold a server's logprobs against those of the model in transformers."""
-    for sequence in sequences:
-        expected = hf_completion_logprobs(
-            model,
-            sequence.context_token_ids,
-            sequence.completion_token_ids,
-            temperature=TEMPERATURE,
-        )
-        assert sequence.rollout_logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
 
 
 def one_token(request_id: str) -> dict[str, Any]:

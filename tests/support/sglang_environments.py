@@ -1,4 +1,4 @@
-"""SGLang's environments, one at each end of the supported range of versions."""
+"""SGLang's environments: one at each end of the supported range of versions, and the router's."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ _ROOT = Path(__file__).parents[2]
 SGLANG_PYTHONS = {
     "sglang": _ROOT / ".venv-sglang/bin/python",
     "sglang-next": _ROOT / ".venv-sglang-next/bin/python",
+    "router": _ROOT / ".venv-router/bin/python",
 }
 """Interpreters by the name of the target that makes them: ``make setup-<name>``."""
 

@@ -24,6 +24,8 @@ of all memory."""
 _CONTEXT_MARGIN = 16
 """SGLang cuts a completion a few tokens before its context length, without a word."""
 
+_NO_LIBRARY = "/no-nccl-without-a-gpu"
+
 _PRIVATE_VARIABLES = frozenset(
     {
         *("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -145,4 +147,19 @@ def server_environment(launch: ServerLaunch) -> Mapping[str, str]:
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment["PYTHONPATH"] = str(_STAND_INS)
         environment.setdefault("OMP_NUM_THREADS", "1")
+        if launch.config.tensor_parallel_size > 1:
+            cores = cores_of_ranks(launch.config.tensor_parallel_size)
+            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores)
+            # Where NCCL is installed, as torch for GPUs does it, ranks would try to use it.
+            environment["SGLANG_NCCL_SO_PATH"] = _NO_LIBRARY
     return environment
+
+
+def cores_of_ranks(num_ranks: int) -> str:
+    """Return a core for each rank on a CPU machine, as SGLang reads them: ``0|1``.
+
+    By itself it gives a whole NUMA node to each rank, and so does not start on a machine that has
+    fewer of them.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))

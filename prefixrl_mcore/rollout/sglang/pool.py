@@ -315,13 +315,13 @@ class ServerPool:
         """
         if not members:
             return
-        failed = send_weights(
-            self.weights, members, self._syncer, num_ranks=self._config.tensor_parallel_size
+        send_weights(
+            self.weights,
+            members,
+            self._syncer,
+            num_ranks=self._config.tensor_parallel_size,
+            bury=self.bury,
         )
-        for member in members:
-            if member.name in failed:
-                cause = f"has not got weights {self.weights.name!r}: {failed[member.name]}"
-                self.bury(member, cause)
         self.command(  # only now, so that memory for the exported weights was left
             lambda member: member.resume_memory(KV_CACHE),
             [State.UPDATING],

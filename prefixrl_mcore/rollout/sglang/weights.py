@@ -1,7 +1,7 @@
 """The weights that the servers are to have: what they are called, and bringing them there."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from prefixrl_mcore.rollout.sglang.member import Member, State
@@ -46,19 +46,25 @@ def are_usable(names: Collection[str], *, own: str) -> bool:
 
 
 def send_weights(
-    weights: Weights, members: Sequence[Member], syncer: Syncer, *, num_ranks: int
-) -> Mapping[str, str]:
-    """Bring weights to servers, which are UPDATING then; return who failed, by name, and why.
+    weights: Weights,
+    members: Sequence[Member],
+    syncer: Syncer,
+    *,
+    num_ranks: int,
+    bury: Callable[[Member, str], None],
+) -> None:
+    """Bring weights to servers; those who have them are UPDATING then.
 
     Args:
         weights: what to send.
         members: to whom.
         syncer: brings it.
         num_ranks: tensor-parallel ranks of each server.
+        bury: declares a server dead that did not get them.
 
     Raises:
         EngineError: if the stream is not the model's weights, or servers hold others than they were
-            sent; all of them are STARTING then.
+            sent; all that live are STARTING then.
     """
     assert weights.make_buckets is not None, "weights that came as a stream"
     for member in members:
@@ -67,17 +73,23 @@ def send_weights(
         SyncTarget(client=member.client, num_ranks=num_ranks, name=member.name, gpus=member.gpus)
         for member in members
     ]
+    by_name = {member.name: member for member in members}
+
+    def give_up(name: str, cause: str) -> None:
+        if by_name[name].state is not State.DEAD:
+            bury(by_name[name], f"has not got weights {weights.name!r}: {cause}")
+
     try:
-        report = syncer.sync(targets, weights.make_buckets, weights.name)
+        report = syncer.sync(targets, weights.make_buckets, weights.name, give_up)
     except BaseException as error:
         differ = isinstance(error, WeightsDifferError)
-        for member in members:
+        for member in [one for one in members if one.state is State.UPDATING]:
             member.move_to(
                 State.STARTING,
                 "weights differ from the policy's" if differ else "its weights are incomplete",
             )
         raise
-    for member in members:
-        if member.name not in report.failed:
-            member.served_weights = weights.name
-    return report.failed
+    for name, cause in report.failed.items():
+        give_up(name, cause)
+    for member in [one for one in members if one.state is State.UPDATING]:
+        member.served_weights = weights.name

@@ -34,6 +34,10 @@ MakeBuckets = Callable[[], Generator[Bucket]]
 """Begins a new stream of all buckets; called again if an update must begin again."""
 
 
+GiveUp = Callable[[str, str], None]
+"""Called with the name of a target that gets no weights, and why."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncReport:
     """What an update did."""
@@ -73,6 +77,8 @@ def sync_weights(
     transport: Transport,
     make_buckets: MakeBuckets,
     weight_version: str,
+    *,
+    give_up: GiveUp | None = None,
 ) -> SyncReport:
     """Load new weights into all targets; they are sampled from under the name ``weight_version``.
 
@@ -87,6 +93,8 @@ def sync_weights(
         make_buckets: begins the stream of buckets, which checks that they are all of the model's
             weights. It is exhausted, or closed before its end.
         weight_version: name of the new weights.
+        give_up: is told who failed before others try once more: a server that hangs keeps the
+            connections of a broadcast open, and others wait at them until its process is ended.
 
     Raises:
         EngineError: if the stream is not that of the model's weights, or the transport has nowhere
@@ -97,6 +105,9 @@ def sync_weights(
     failed = update.failed
     again = [t for t in targets if t.name in transport.innocent and t.client.is_healthy()]
     if again:
+        for name in failed.keys() - {target.name for target in again}:
+            if give_up is not None:
+                give_up(name, failed[name])
         update = _run(_Update(again, transport, weight_version), make_buckets)
         failed = {name: failed[name] for name in failed.keys() - {t.name for t in again}}
         failed |= update.failed

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from prefixrl_mcore.rollout.weight_sync.sync import MakeBuckets, SyncReport, sync_weights
+from prefixrl_mcore.rollout.weight_sync.sync import GiveUp, MakeBuckets, SyncReport, sync_weights
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
 
 logger = logging.getLogger(__name__)
@@ -45,14 +45,20 @@ class Syncer:
         self._check_seconds = 0.0
 
     def sync(
-        self, targets: Sequence[SyncTarget], make_buckets: MakeBuckets, weight_version: str
+        self,
+        targets: Sequence[SyncTarget],
+        make_buckets: MakeBuckets,
+        weight_version: str,
+        give_up: GiveUp | None = None,
     ) -> SyncReport:
         """Load new weights into all targets, as ``sync_weights`` does, and check them if it is due.
 
         Raises:
             EngineError: as ``sync_weights``; if a server holds other weights than it was sent.
         """
-        report = sync_weights(targets, self._transport, make_buckets, weight_version)
+        report = sync_weights(
+            targets, self._transport, make_buckets, weight_version, give_up=give_up
+        )
         self._reports.append(report)
         logger.debug("weight sync: %.2f GB/s", report.gigabytes_per_second)
         left = [target for target in targets if target.name not in report.failed]

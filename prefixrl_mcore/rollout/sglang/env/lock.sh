@@ -16,4 +16,6 @@ for kind in cpu cpu-next; do
     compile "$@" --config-file no-dependencies.toml "requirements-$kind.in" \
         --output-file "requirements-$kind.lock"
 done
-compile "$@" requirements-gpu.in --output-file requirements-gpu.lock
+for kind in gpu router; do
+    compile "$@" "requirements-$kind.in" --output-file "requirements-$kind.lock"
+done

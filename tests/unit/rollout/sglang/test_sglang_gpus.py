@@ -64,7 +64,7 @@ def test_weights_go_to_the_gpus_that_each_server_was_started_on(
     make_buckets: Any = iter
     weights = Weights(name="new", policy_version=0, make_buckets=make_buckets)
 
-    send_weights(weights, members, syncer, num_ranks=2)
+    send_weights(weights, members, syncer, num_ranks=2, bury=Member.die)
 
     assert [target.rank_gpus for target in syncer.targets] == [(0, 1), (2, 3)]
 

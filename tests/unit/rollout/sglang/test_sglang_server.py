@@ -1,5 +1,7 @@
 """What a server's process is given, and what is read of its log; no server is started."""
 
+import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,37 @@ def test_server_inherits_the_rest_and_gets_its_gpus(monkeypatch: pytest.MonkeyPa
 
     assert environment["NCCL_DEBUG"] == "INFO"
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+@pytest.mark.parametrize(("cores", "bound"), [({3, 5, 7}, "3|5"), ({6}, "6|6")])
+def test_ranks_of_a_server_on_a_cpu_get_a_core_each_and_no_nccl(
+    monkeypatch: pytest.MonkeyPatch, cores: set[int], bound: str
+) -> None:
+    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: cores)
+    config = SGLangConfig(tensor_parallel_size=2)
+    launch = dataclasses.replace(launch_on_gpus(), device="cpu", config=config)
+
+    environment = server_environment(launch)
+
+    assert environment["SGLANG_CPU_OMP_THREADS_BIND"] == bound
+    assert not Path(environment["SGLANG_NCCL_SO_PATH"]).exists()
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|9")
+    assert server_environment(launch)["SGLANG_CPU_OMP_THREADS_BIND"] == "0|9"
+
+
+@pytest.mark.parametrize(("device", "num_ranks"), [("cpu", 1), ("cuda", 2)])
+def test_nobody_else_gets_a_core_and_a_missing_library(
+    monkeypatch: pytest.MonkeyPatch, device: str, num_ranks: int
+) -> None:
+    names = {"SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_NCCL_SO_PATH"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    config = SGLangConfig(tensor_parallel_size=num_ranks)
+
+    launch = dataclasses.replace(launch_on_gpus(), device=device, config=config)
+
+    assert not names & set(server_environment(launch))
 
 
 def test_only_the_end_of_a_log_is_read(tmp_path: Path) -> None:

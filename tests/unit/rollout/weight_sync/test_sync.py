@@ -261,6 +261,43 @@ def test_body_of_a_bucket_is_made_once_for_all_servers(
     assert len(made) == 4
 
 
+class BreaksOnce(TensorByValue):
+    """Fails for all with the first bucket, as a broadcast does that one server hangs in."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self._log = log
+
+    def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
+        self._log += [f"send to {one.name}" for one in targets]
+        if self.innocent:
+            return {}
+        self.innocent = frozenset(one.name for one in targets)
+        return {one.name: "broken" for one in targets}
+
+
+def test_server_that_broke_the_update_of_all_is_given_up_before_the_others_try_again(
+    fakes: list[Refusing], targets: list[SyncTarget]
+) -> None:
+    fakes[0].refusals["/model_info"] = (503, "hangs")
+    log: list[str] = []
+
+    report = sync_weights(
+        targets,
+        BreaksOnce(log),
+        buckets,
+        "run:3",
+        give_up=lambda name, cause: log.append(f"{name} is given up: {cause}"),
+    )
+
+    assert report.failed == {"server 0": "broken"}
+    assert fakes[1].weight_version == "run:3"
+    assert log == [
+        *("send to server 0", "send to server 1", "server 0 is given up: broken"),
+        *["send to server 1"] * 4,
+    ]
+
+
 class LosesAll(TensorByValue):
     """Loses every server with the second bucket."""
 

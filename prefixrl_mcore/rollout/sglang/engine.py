@@ -25,6 +25,11 @@ from prefixrl_mcore.rollout.engine import (
     SamplingParams,
     WeightStream,
 )
+from prefixrl_mcore.rollout.interruption import (
+    IsInterrupted,
+    SamplingInterrupted,
+    never_interrupted,
+)
 from prefixrl_mcore.rollout.request_limits import completion_limits
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.batch import Batch
@@ -70,6 +75,7 @@ class SGLangEngine:
         logs_folder: Path,
         device: str = "cpu",
         colocated: bool = False,
+        is_interrupted: IsInterrupted = never_interrupted,
     ) -> None:
         """Start ``config.num_servers`` servers, or connect to ``config.urls``.
 
@@ -82,6 +88,7 @@ class SGLangEngine:
             logs_folder: gets ``sglang-<server>-<start>.log``, one file per start.
             device: ``cpu`` or ``cuda``.
             colocated: ``sleep`` is to free the memory of GPUs.
+            is_interrupted: asked several times a second while it samples.
 
         Raises:
             ValueError: if the folder is not a model's.
@@ -98,6 +105,7 @@ class SGLangEngine:
         read_weight_coverage(model_folder)  # fails now rather than at the first update
         # Names of weights are this engine's own: another trainer's update is noticed.
         self._run = uuid.uuid4().hex[:8]
+        self._is_interrupted = is_interrupted
         self._cannot_sample = ""
         self._num_calls = 0
         self._lengths = CompletionLengths()
@@ -184,6 +192,7 @@ class SGLangEngine:
             RolloutError: if a request was refused, or lost after all retries.
             EngineError: if the engine is closed or paused, has no complete weights, or too few
                 servers are left.
+            SamplingInterrupted: if somebody ended it.
         """
         return self.sample_until(requests, params, _never_enough, on_completed)
 
@@ -201,6 +210,7 @@ class SGLangEngine:
             RolloutError: if a request was refused, or lost after all retries.
             EngineError: if the engine is closed or paused, has no complete weights, or too few
                 servers are left.
+            SamplingInterrupted: if somebody ended it.
         """
         if self._cannot_sample:
             raise EngineError(f"{self.name}: cannot sample: {self._cannot_sample}")
@@ -225,8 +235,12 @@ class SGLangEngine:
                 is_enough=is_enough,
                 on_completed=on_completed,
                 is_closed=lambda: self._cannot_sample == _CLOSED,
+                is_interrupted=self._is_interrupted,
             )
-            return batch.run()
+            sampled = batch.run()
+        if batch.was_interrupted:
+            raise SamplingInterrupted.after(requests, sampled)
+        return sampled
 
     def load_weights(self, stream: WeightStream, policy_version: int) -> None:
         """Replace all weights; later completions carry ``policy_version``.

@@ -16,6 +16,7 @@ import torch
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.interruption import never_interrupted
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
 from prefixrl_mcore.rollout.sglang.batch import Batch
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
@@ -443,6 +444,7 @@ def test_server_that_was_started_anew_is_not_believed_to_have_contexts_in_its_ca
         is_enough=lambda _index, _completions: False,
         on_completed=None,
         is_closed=lambda: False,
+        is_interrupted=never_interrupted,
     )
     batch._costs = [Cost(context_tokens=3, completion_tokens=12.0)]
     expected: list[float] = []

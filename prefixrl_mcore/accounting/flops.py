@@ -62,6 +62,12 @@ class FlopsMeter:
     update_flops: float = 0.0
     """Charge for policy-gradient steps."""
 
+    interrupted_tokens: int = 0
+    """D of sampling that a stop interrupted: charged, thrown away and sampled again."""
+
+    num_interrupted_generations: int = 0
+    """How often that happened."""
+
     charged_tokens: int = 0
     """Sum of D over sampling, updates and SFT; a token that is sampled and trained on counts in
     both. Collection is not in it."""
@@ -78,7 +84,17 @@ class FlopsMeter:
     @property
     def total_flops(self) -> float:
         """Everything charged so far."""
+        return self.interrupted_flops + self.course_flops
+
+    @property
+    def course_flops(self) -> float:
+        """Everything but what was interrupted: the same however often a run is stopped."""
         return self.collect_flops + self.sft_flops + self.sampling_flops + self.update_flops
+
+    @property
+    def interrupted_flops(self) -> float:
+        """Charge for sampling that a stop interrupted."""
+        return sampling_flops(self.num_parameters, self.interrupted_tokens)
 
     def charge_sampling(self, num_tokens: int, *, num_cached_tokens: int = 0) -> None:
         """Charge rollouts.
@@ -90,6 +106,13 @@ class FlopsMeter:
             num_cached_tokens: those of them that the engine did not compute.
         """
         self.sampling_flops += sampling_flops(self.num_parameters, num_tokens)
+        self.charged_tokens += num_tokens
+        self.computed_tokens += num_tokens - num_cached_tokens
+
+    def charge_interrupted(self, num_tokens: int, *, num_cached_tokens: int) -> None:
+        """Charge a generation that was thrown away; arguments as of ``charge_sampling``."""
+        self.num_interrupted_generations += 1
+        self.interrupted_tokens += num_tokens
         self.charged_tokens += num_tokens
         self.computed_tokens += num_tokens - num_cached_tokens
 
@@ -131,6 +154,8 @@ class FlopsMeter:
             "flops/sft": self.sft_flops,
             "flops/sampling": self.sampling_flops,
             "flops/update": self.update_flops,
+            "flops/interrupted": self.interrupted_flops,
+            "flops/num_interrupted_generations": float(self.num_interrupted_generations),
             "tokens/charged": float(self.charged_tokens),
             "tokens/computed": float(self.computed_tokens),
         }
@@ -155,6 +180,9 @@ class FlopsMeter:
         self.sft_flops = float(state["sft_flops"])
         self.sampling_flops = float(state["sampling_flops"])
         self.update_flops = float(state["update_flops"])
+        # A checkpoint of an earlier version has none.
+        self.interrupted_tokens = int(state.get("interrupted_tokens", 0))
+        self.num_interrupted_generations = int(state.get("num_interrupted_generations", 0))
         self.charged_tokens = int(state["charged_tokens"])
         self.computed_tokens = int(state["computed_tokens"])
 

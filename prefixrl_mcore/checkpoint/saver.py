@@ -231,11 +231,18 @@ class CheckpointSaver:
         Those are the one under way, and a last one. A saver that does not work in the background
         needs none: its saves are part of the steps whose length is known. 0 before the first save.
         """
-        if not self._in_background:
-            return 0.0
-        if self._pending is None:
+        return self.seconds_to_save if self._in_background else 0.0
+
+    @property
+    def seconds_to_save(self) -> float:
+        """Return how long a last save takes, with the one under way before it; of any thread.
+
+        0 before the first save.
+        """
+        pending = self._pending
+        if pending is None:
             return self.longest_seconds
-        return 2 * max(self.longest_seconds, time.monotonic() - self._pending.started)
+        return 2 * max(self.longest_seconds, time.monotonic() - pending.started)
 
     def _seal(self, pending: _Pending) -> None:
         """Write the index, read back, and give the checkpoint its name."""

@@ -47,7 +47,8 @@ class TrainerConfig(Config):
     """Optimizer steps of reinforcement learning."""
 
     max_flops: float | None = Field(default=None, gt=0.0)
-    """Stop when the charged FLOPs (collection included) reach this; None has no such limit."""
+    """Stop when the charged FLOPs (collection included; without sampling that a stop interrupted)
+    reach this; None has no such limit."""
 
     max_seconds: float | None = Field(default=None, gt=0.0)
     """Save and stop before this much wall time has passed since the trainer started; None has no

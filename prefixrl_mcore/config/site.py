@@ -113,7 +113,7 @@ class RequeueConfig(Config):
 
     signal_seconds: int | None = Field(default=180, ge=1)
     """Seconds before the end at which Slurm sends SIGUSR1 to all tasks (it may be up to a minute
-    earlier); long enough for a step and a save. None sends none."""
+    earlier); long enough for an update and a save: sampling is interrupted. None sends none."""
 
     @field_validator("exit_codes")
     @classmethod

@@ -16,6 +16,7 @@ from prefixrl_mcore.records import Problem, Trace
 from prefixrl_mcore.rewards.math_answer import MathVerifier
 from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import SamplingParams
+from prefixrl_mcore.rollout.interruption import IsInterrupted, never_interrupted
 from prefixrl_mcore.rollout.weight_sync.folder import weights_of_folder
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def build_evaluator(
     problems: Iterable[Problem],
     renderer: PromptRenderer | None = None,
     is_synced: bool = False,
+    is_interrupted: IsInterrupted = never_interrupted,
 ) -> Iterator[Evaluator]:
     """Yield an evaluator whose engine serves ``model_folder``; closes engine and verifier.
 
@@ -47,6 +49,7 @@ def build_evaluator(
             is started.
         renderer: prompts of the run's tokenizer; None loads it.
         is_synced: the caller loads weights into the engine before it samples.
+        is_interrupted: asked often while the engine samples; True ends that.
 
     Raises:
         ConfigError: if a reference answer cannot be verified.
@@ -61,6 +64,7 @@ def build_evaluator(
             model_folder=model_folder,
             logits_dtype=config.model.logits_dtype,
             logs_folder=logs_folder,
+            is_interrupted=is_interrupted,
         )
         stack.callback(engine.close)
         if config.rollout.sglang.urls and not is_synced:

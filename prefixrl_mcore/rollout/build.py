@@ -10,6 +10,7 @@ from prefixrl_mcore.config.rollout import RolloutConfig
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.observability.run_folder import ENGINE_FILE
 from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine
+from prefixrl_mcore.rollout.interruption import IsInterrupted, never_interrupted
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from prefixrl_mcore.rollout.transformers_engine import TransformersEngine
 
@@ -23,6 +24,7 @@ def build_engine(
     logits_dtype: LogitsDtype,
     logs_folder: Path,
     device: str | None = None,
+    is_interrupted: IsInterrupted = never_interrupted,
 ) -> RolloutEngine:
     """Return the engine that ``config.engine`` names, serving a Hugging Face folder.
 
@@ -36,6 +38,7 @@ def build_engine(
         logs_folder: gets the output of the servers that are started, and ``engine.json``: which
             engine it became, and why SGLang is not used if it fell back.
         device: ``cpu`` or ``cuda``; None takes the GPU where there is one.
+        is_interrupted: asked often while the engine samples; True ends that.
 
     Raises:
         ValueError: if the folder is not a model's.
@@ -53,6 +56,7 @@ def build_engine(
                 logs_folder=logs_folder,
                 device=device,
                 colocated=config.colocated,
+                is_interrupted=is_interrupted,
             )
         except EngineError as error:
             if config.engine == "sglang":
@@ -66,7 +70,11 @@ def build_engine(
         else:
             return _recorded(engine, logs_folder, fallback_reason)
     engine = TransformersEngine(
-        model_folder, config.transformers, logits_dtype=logits_dtype, device=device
+        model_folder,
+        config.transformers,
+        logits_dtype=logits_dtype,
+        device=device,
+        is_interrupted=is_interrupted,
     )
     return _recorded(engine, logs_folder, fallback_reason)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.decoding import Row
 from prefixrl_mcore.rollout.engine import IsEnough, OnCompleted, SampleRequest
+from prefixrl_mcore.rollout.interruption import IsInterrupted
 
 
 class Collected:
@@ -15,18 +16,26 @@ class Collected:
         requests: Sequence[SampleRequest],
         is_enough: IsEnough,
         on_completed: OnCompleted | None,
+        is_interrupted: IsInterrupted,
     ) -> None:
         """Start with none of the requests' completions."""
-        self.is_enough = False
-        """The caller has enough; what still comes was aborted."""
+        self.was_interrupted = False
+        """The sampling was ended by another than the caller."""
+        self._is_enough = False
+        self._is_interrupted = is_interrupted
         self._requests = requests
         self._index = {request.request_id: index for index, request in enumerate(requests)}
         self._ask = is_enough
         self._on_completed = on_completed
         self._done: list[dict[int, Completion]] = [{} for _ in requests]
 
-    def add(self, row: Row, completion: Completion) -> bool:
-        """Take the completion of a row; return whether the caller has enough now."""
+    def is_over(self) -> bool:
+        """Return whether no more is to be sampled; asked between two tokens."""
+        self.was_interrupted = self.was_interrupted or self._is_interrupted()
+        return self._is_enough or self.was_interrupted
+
+    def add(self, row: Row, completion: Completion) -> None:
+        """Take the completion of a row."""
         index = self._index[row.request.request_id]
         of_request = self._done[index]
         of_request[row.sample_index] = completion
@@ -35,8 +44,7 @@ class Collected:
         if is_whole and all(one.is_finished for one in completions):
             if self._on_completed is not None:
                 self._on_completed(len(completions), sum(len(c.token_ids) for c in completions))
-            self.is_enough = self.is_enough or self._ask(index, completions)
-        return self.is_enough
+            self._is_enough = self._is_enough or self._ask(index, completions)
 
     def in_order(self, *, policy_version: int) -> list[list[Completion]]:
         """Return all completions, in the order of the requests.

@@ -86,10 +86,11 @@ class BatchDecoder:
         self._is_stop_V[list(params.stop_token_ids)] = True
 
     @torch.inference_mode()
-    def run(self, on_done: Callable[[int, Completion], bool]) -> None:
+    def run(self, on_done: Callable[[int, Completion], None], is_over: Callable[[], bool]) -> None:
         """Sample every row; ``on_done`` is called with (row, completion) when one has ended.
 
-        Once it returns True the rows that still sample are aborted, and it is told of them too.
+        ``is_over`` is asked after each token; once it is True the rows that still sample are
+        aborted, and ``on_done`` is told of them too.
         """
         cache, logits_BV = self._compute_contexts()
         sampled = _Tokens(len(self._rows), self._device)
@@ -103,17 +104,12 @@ class BatchDecoder:
             is_stop = self._is_stop_V[tokens]
             has_ended = is_live & (is_stop | (self._limits_B[rows] == step + 1))
             if bool(has_ended.any()):
-                is_enough = False
                 for index in has_ended.nonzero()[:, 0].tolist():
                     reason: FinishReason = "stop" if bool(is_stop[index]) else "length"
                     row = int(rows[index])
                     done = self._completion(row, sampled.row(row, step + 1), reason)
-                    is_enough = on_done(row, done) or is_enough
+                    on_done(row, done)
                 is_live &= ~has_ended
-                if is_enough:
-                    for row in rows[is_live].tolist():
-                        on_done(row, self._completion(row, sampled.row(row, step + 1), "abort"))
-                    return
                 num_live = int(is_live.sum())
                 if num_live == 0:
                     return
@@ -121,6 +117,10 @@ class BatchDecoder:
                     kept = is_live.nonzero()[:, 0]
                     cache.keep_rows(kept)
                     rows, tokens, is_live = rows[kept], tokens[kept], is_live[kept]
+            if is_over():
+                for row in rows[is_live].tolist():
+                    on_done(row, self._completion(row, sampled.row(row, step + 1), "abort"))
+                return
             logits_BV = self._next_logits(cache, tokens, self._lengths_B[rows] + step)
             step += 1
 

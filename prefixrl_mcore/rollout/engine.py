@@ -106,7 +106,11 @@ class RolloutEngine(Protocol):
     ) -> list[list[Completion]]:
         """Return ``num_samples`` completions for each request, in the order of the requests.
 
+        An engine may be built with a function that ends any call in the middle
+        (``interruption.py``).
+
         Raises:
+            SamplingInterrupted: if that function said so; nothing is in flight any more.
             ValueError: if a context is empty or leaves no room for a completion.
             RolloutError: if a request was lost after all retries.
             EngineError: if the engine is gone and could not be restarted.

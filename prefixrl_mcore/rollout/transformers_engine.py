@@ -29,6 +29,11 @@ from prefixrl_mcore.rollout.engine import (
 )
 from prefixrl_mcore.rollout.float32_head import use_float32_head
 from prefixrl_mcore.rollout.guard import EngineGuard
+from prefixrl_mcore.rollout.interruption import (
+    IsInterrupted,
+    SamplingInterrupted,
+    never_interrupted,
+)
 from prefixrl_mcore.rollout.request_limits import completion_limits
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
 
@@ -50,6 +55,7 @@ class TransformersEngine:
         *,
         logits_dtype: LogitsDtype,
         device: str = "cpu",
+        is_interrupted: IsInterrupted = never_interrupted,
     ) -> None:
         """Load the model of a Hugging Face folder.
 
@@ -58,6 +64,7 @@ class TransformersEngine:
             config: batch size and precision of the weights.
             logits_dtype: precision of a bfloat16 model's logits, as in the trainer's head.
             device: ``cpu`` or ``cuda``.
+            is_interrupted: asked after each token.
 
         Raises:
             ValueError: if the folder holds no model, or one with other than full attention; if
@@ -78,6 +85,7 @@ class TransformersEngine:
         self._weights, self._tied_names = _weights_by_name(self._model)
         self._policy_version = -1
         self._guard = EngineGuard(lambda: self.name)
+        self._is_interrupted = is_interrupted
 
     @property
     def name(self) -> str:
@@ -105,6 +113,7 @@ class TransformersEngine:
         Raises:
             ValueError: if a request or ``params`` makes no sense.
             EngineError: if the engine is closed, paused, or without complete weights.
+            SamplingInterrupted: if somebody ended it.
         """
         return self.sample_until(requests, params, lambda *_: False, on_completed)
 
@@ -123,6 +132,7 @@ class TransformersEngine:
         Raises:
             ValueError: if a request or ``params`` makes no sense.
             EngineError: if the engine is closed, paused, or without complete weights.
+            SamplingInterrupted: if somebody ended it.
         """
         with self._guard.sampling():
             return self._sample(requests, params, is_enough, on_completed)
@@ -148,15 +158,21 @@ class TransformersEngine:
             for index in order
             for sample_index in range(requests[index].num_samples)
         ]
-        collected = Collected(requests, is_enough, on_completed)
+        collected = Collected(requests, is_enough, on_completed, self._is_interrupted)
         size, version = self._config.max_batch_size, self._policy_version
         for first in range(0, len(rows), size):
-            if collected.is_enough:
+            if collected.is_over():
                 break
             batch = rows[first : first + size]
             decoder = BatchDecoder(self._model, batch, params, policy_version=version)
-            decoder.run(lambda index, one, batch=batch: collected.add(batch[index], one))
-        return collected.in_order(policy_version=version)
+            decoder.run(
+                lambda index, one, batch=batch: collected.add(batch[index], one),
+                collected.is_over,
+            )
+        sampled = collected.in_order(policy_version=version)
+        if collected.was_interrupted:
+            raise SamplingInterrupted.after(requests, sampled)
+        return sampled
 
     @torch.no_grad()
     def load_weights(self, stream: WeightStream, policy_version: int) -> None:

@@ -29,6 +29,7 @@ from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
 from prefixrl_mcore.trainer.run_policy import build_policy
 from prefixrl_mcore.trainer.run_saves import RunSaves
 from prefixrl_mcore.trainer.session import EXPORT, Session
+from prefixrl_mcore.trainer.signals import StopSignal
 from prefixrl_mcore.trainer.step_metrics import read_hardware
 
 
@@ -39,11 +40,12 @@ def build_session(
     stack: ExitStack,
     *,
     phases: Phases,
+    stop: StopSignal,
     predicted_bytes: float | None = None,
 ) -> Session:
     """Build this rank's session at step 0; rank 0 also starts the engine and the verifier.
 
-    ``phases`` become the policy's.
+    ``phases`` become the policy's; ``stop`` interrupts what the engine samples.
     """
     renderer = PromptRenderer(config.model.path, config.data.prompt)
     sets = read_evaluation_sets(config)
@@ -55,6 +57,11 @@ def build_session(
     profiler = stack.enter_context(StepProfiler(config.profile, folder.profile, topology))
     policy.phases = phases
     phases.annotate = profiler.annotate
+    saver = CheckpointSaver(
+        folder.checkpoints,
+        _retention(config.checkpoint),
+        in_background=config.checkpoint.in_background,
+    )
     evaluator = None
     if topology.is_first:
         evaluator = stack.enter_context(
@@ -66,6 +73,7 @@ def build_session(
                 logs_folder=folder.logs / "train",
                 problems=itertools.chain.from_iterable(sets.values()),
                 is_synced=True,
+                is_interrupted=lambda: stop.interrupts_sampling(saver.seconds_to_save),
             )
         )
     source = MixtureSource(union(prefixed, originals), seed=config.seed)
@@ -93,11 +101,7 @@ def build_session(
     saves = RunSaves(
         config=config,
         folder=folder.checkpoints,
-        saver=CheckpointSaver(
-            folder.checkpoints,
-            _retention(config.checkpoint),
-            in_background=config.checkpoint.in_background,
-        ),
+        saver=saver,
         policy=policy,
         supply=supply,
         meter=meter,

@@ -16,6 +16,7 @@ from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.records import Group, StartedGroup
 from prefixrl_mcore.rollout.engine import SamplingParams
 from prefixrl_mcore.rollout.group_sampling import SampledGroups, sample_started
+from prefixrl_mcore.rollout.interruption import SamplingInterrupted
 from prefixrl_mcore.rollout.scoring import score_groups
 from prefixrl_mcore.trainer.groups import with_advantages
 
@@ -90,6 +91,14 @@ class _Tally:
     num_expired: int = 0
     num_filled: int = 0
 
+    def thrown_away_with(self, interruption: SamplingInterrupted) -> SamplingInterrupted:
+        """Return the interruption of a later round, with what the rounds before sampled."""
+        return SamplingInterrupted(
+            self.num_sampled_tokens + interruption.num_tokens,
+            self.num_new_tokens + interruption.num_new_tokens,
+            self.num_cached_tokens + interruption.num_cached_tokens,
+        )
+
 
 class Generator:
     """Samples and verifies the groups of each step, in the order of the source."""
@@ -124,20 +133,25 @@ class Generator:
             on_wait: told what is waited for.
 
         Raises:
-            Exception: of the engine or the verifier; nothing is taken from the source then, and
-                what was carried over still is.
+            SamplingInterrupted: if the engine's sampling was; with the rounds before.
+            Exception: of the engine or the verifier. In any case nothing is taken from the source
+                then, and what was carried over still is.
         """
-        source, carried = self._source.state(), self.carried
+        source, carried, tally = self._source.state(), self.carried, _Tally()
         try:
-            return self._generate(step, phases, on_wait)
-        except BaseException:
+            return self._generate(step, tally, phases, on_wait)
+        except BaseException as error:
             self._source.load_state(source)
             self.carried = carried
+            if isinstance(error, SamplingInterrupted) and tally.num_rounds:
+                raise tally.thrown_away_with(error) from error
             raise
 
-    def _generate(self, step: int, phases: Phases, on_wait: Callable[[str], None]) -> Generated:
+    def _generate(
+        self, step: int, tally: _Tally, phases: Phases, on_wait: Callable[[str], None]
+    ) -> Generated:
         """Do the work of ``generate``."""
-        start, tally = time.perf_counter(), _Tally()
+        start = time.perf_counter()
         wanted = self._run.batch.prompts_per_step
         max_rounds = self._schedule.max_rounds if self._schedule.dynamic_sampling else 1
         while len(tally.kept) < wanted and tally.num_rounds < max_rounds:

@@ -1,7 +1,10 @@
 """The training loop: sync weights, sample groups, verify, one Megatron step."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from prefixrl_mcore.rollout.interruption import SamplingInterrupted
 from prefixrl_mcore.trainer.session import Session
 from prefixrl_mcore.trainer.signals import StopSignal
 
@@ -15,7 +18,10 @@ def train(session: Session, stop: StopSignal) -> None:
     weights that the step then updates. All ranks call this; rank 0 talks to the engine and the
     verifier. The last step is evaluated and saved. A run that is told to stop early saves and
     leaves an evaluation that is due to the resumed run, because the time that it is given may be
-    short.
+    short; for the same reason sampling under way is interrupted.
+
+    Raises:
+        SamplingInterrupted: on every rank, with nothing changed since the last whole step.
     """
     if not has_steps_to_take(session):
         return
@@ -40,10 +46,11 @@ def has_steps_to_take(session: Session) -> bool:
     """
     first_step = session.first_step
     if session.owes_evaluation:
+        is_last = session.is_last(first_step)
         session.evaluate(first_step)
-        if session.config.checkpoint.keep_best is not None:
-            # Saved without its metrics, it was never the best.
-            session.saves.checkpoint(first_step, is_last=False, is_due=True)
+        if is_last or session.config.checkpoint.keep_best is not None:
+            # Saved without its metrics, it was never the best, and would be evaluated once more.
+            session.saves.checkpoint(first_step, is_last=is_last, is_due=True)
     if not session.is_over_budget():
         return True
     if not session.saves.has_any():
@@ -57,7 +64,7 @@ def ends_after(session: Session, stop: StopSignal, done: int) -> bool:
 
     All ranks call this.
     """
-    is_last = done == session.config.trainer.num_steps or session.is_over_budget()
+    is_last = session.is_last(done)
     is_stopping = not is_last and stop.is_set(session.saves.saver.seconds_to_stop)
     with session.saves.if_engine_is_lost(done):
         if is_last or (session.is_evaluation_due(done) and not is_stopping):
@@ -68,3 +75,24 @@ def ends_after(session: Session, stop: StopSignal, done: int) -> bool:
     session.log_outside(done)
     logger.info("stopped after step %d of %d", done, session.config.trainer.num_steps)
     return True
+
+
+@contextmanager
+def saved_if_interrupted(session: Session, stop: StopSignal) -> Iterator[None]:
+    """Save the last whole step, and go on, if a stop interrupts the sampling inside.
+
+    All ranks call this. Source and carried rollouts are as they were, so that the resumed run
+    samples again what was interrupted, with the same seeds.
+
+    Raises:
+        SaveError: if the storage refuses.
+    """
+    try:
+        yield
+    except SamplingInterrupted as interruption:
+        done = session.policy.policy_version
+        is_stopping = stop.is_set(session.saves.saver.seconds_to_stop)
+        assert is_stopping, "only a stop interrupts"
+        logger.warning("%s; saving the state after %d steps", interruption, done)
+        session.saves.checkpoint(done, is_last=True)
+        session.log_outside(done)

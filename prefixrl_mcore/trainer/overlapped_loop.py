@@ -8,9 +8,14 @@ from prefixrl_mcore.trainer.signals import StopSignal
 def train_overlapped(session: Session, stop: StopSignal) -> None:
     """Run optimizer steps as ``train`` does, each on rollouts of the weights before.
 
-    The weights go to the engine between two generations. An evaluation, a checkpoint or a stop
-    waits for the generation under way; a checkpoint holds what it yielded, so that a resumed run
-    takes the steps that an undisturbed one takes. All ranks call this.
+    The weights go to the engine between two generations. An evaluation, a checkpoint or a planned
+    stop waits for the generation under way; a checkpoint holds what it yielded, so that a resumed
+    run takes the steps that an undisturbed one takes. A generation that a stop interrupts is begun
+    again with the weights of the checkpoint, since those that it began with are no more. All ranks
+    call this.
+
+    Raises:
+        SamplingInterrupted: as ``train``.
     """
     if not has_steps_to_take(session):
         return

@@ -6,7 +6,8 @@ Rank 0 samples; the others wait for it only where its rollouts are needed.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefixrl_mcore.data.source import MixtureSource
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.policy.topology import run_on_first
+from prefixrl_mcore.rollout.interruption import SamplingInterrupted
 from prefixrl_mcore.trainer.generated_state import (
     generated_from,
     generated_state,
@@ -89,7 +91,8 @@ class RolloutSupply:
         Raises:
             Exception: of the engine or the verifier, on every rank.
         """
-        with self._phases.phase("rollout"):  # the other ranks wait in it
+        # The other ranks wait in this phase.
+        with self._phases.phase("rollout"), self._interruption_charged():
             generated = self._services.run_on_first(
                 lambda: self._first.generate(step, phases=self._phases, on_wait=self.on_wait)
             )
@@ -120,7 +123,7 @@ class RolloutSupply:
         self.on_wait("rollouts begun during the update")
         self._pending_step = None  # also if it fails: the generator is then as it was before
         try:
-            with self._phases.phase("rollout"):
+            with self._phases.phase("rollout"), self._interruption_charged():
                 # Nothing can be asked for: the weights that it samples from are no more.
                 self._ready = run_on_first(self._wait)
         finally:
@@ -192,6 +195,17 @@ class RolloutSupply:
         self._meter.charge_sampling(
             generated.num_sampled_tokens, num_cached_tokens=generated.num_cached_tokens
         )
+
+    @contextmanager
+    def _interruption_charged(self) -> Iterator[None]:
+        """Charge on every rank what a stop interrupted inside."""
+        try:
+            yield
+        except SamplingInterrupted as interruption:
+            self._meter.charge_interrupted(
+                interruption.num_tokens, num_cached_tokens=interruption.num_cached_tokens
+            )
+            raise
 
     @property
     def _first(self) -> Generator:

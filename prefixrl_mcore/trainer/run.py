@@ -5,6 +5,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state
 from prefixrl_mcore.checkpoint.save_load import clean_up, latest_checkpoint, load_checkpoint
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.continuation import check_same_inputs, check_saved_settings
@@ -19,7 +20,7 @@ from prefixrl_mcore.policy.topology import initialize, run_on_first, shut_down
 from prefixrl_mcore.trainer import dry_run
 from prefixrl_mcore.trainer.build import build_session, read_sft_traces
 from prefixrl_mcore.trainer.initial_model import provide_initial_model, with_initial_model
-from prefixrl_mcore.trainer.loop import train
+from prefixrl_mcore.trainer.loop import saved_if_interrupted, train
 from prefixrl_mcore.trainer.overlapped_loop import train_overlapped
 from prefixrl_mcore.trainer.session import Session
 from prefixrl_mcore.trainer.sft import run_sft
@@ -73,7 +74,13 @@ def run_training(
             )
         )
         session = build_session(
-            config, folder, topology, stack, phases=phases, predicted_bytes=predicted_bytes
+            config,
+            folder,
+            topology,
+            stack,
+            phases=phases,
+            stop=stop,
+            predicted_bytes=predicted_bytes,
         )
         checkpoint = None
         if resume:
@@ -87,19 +94,26 @@ def run_training(
         _open_outputs(session, is_continued=checkpoint is not None)
         if dry_run.is_wanted(session):
             dry_run.take_dry_run_step(session)
-        if checkpoint is None:
-            if config.method == "sft_then_rl":
-                run_sft(session, read_sft_traces(config, session.renderer), stop)
-            if not stop.is_stopping():
-                session.evaluate(0)
-        if stop.is_stopping():
-            session.log_outside(session.first_step)
-        else:
-            loop = train_overlapped if config.rollout.schedule.overlap else train
-            loop(session, stop)
+        with saved_if_interrupted(session, stop):
+            _train(session, stop, is_new=checkpoint is None)
         if topology.is_first:
             folder.add_stage_seconds("train", time.perf_counter() - start)
         return stop.exit_code
+
+
+def _train(session: Session, stop: StopSignal, *, is_new: bool) -> None:
+    """Run the phases of the method, up to its end or a stop; all ranks call this."""
+    config = session.config
+    if is_new:
+        if config.method == "sft_then_rl":
+            run_sft(session, read_sft_traces(config, session.renderer), stop)
+        if not stop.is_stopping():
+            session.evaluate(0)
+    if stop.is_stopping():
+        session.log_outside(session.first_step)
+        return
+    loop = train_overlapped if config.rollout.schedule.overlap else train
+    loop(session, stop)
 
 
 def _check_start(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
@@ -185,7 +199,10 @@ def restore(session: Session, checkpoint: Path) -> None:
     session.saves.saver.longest_seconds = state.get(
         "save_seconds", 0.0
     )  # an earlier version has none
-    session.owes_evaluation = session.is_evaluation_due(step) and not state["is_evaluated"]
+    if state["is_evaluated"]:
+        session.saves.evaluations = {step: read_trainer_state(checkpoint).metrics}
+    else:
+        session.owes_evaluation = session.is_evaluation_due(step) or session.is_last(step)
     num_steps = session.config.trainer.num_steps
     logger.info("resumed from %s: %d of %d steps done", checkpoint, step, num_steps)
     if session.evaluator is not None and not session.evaluator.engine.is_seeded:

@@ -67,7 +67,7 @@ class RunSaves:
     """W&B's id of the run, on rank 0."""
 
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Step → metrics of the newest evaluation, on rank 0; empty on the other ranks."""
+    """Step → metrics of the newest evaluation; those of rank 0 are saved."""
 
     num_failed: int = 0
     """Saves that the storage refused since this start."""

@@ -362,15 +362,20 @@ class Session:
         """Return whether policy version ``step`` is one that is evaluated in training."""
         return step % self.config.evaluation.every_steps == 0
 
+    def is_last(self, step: int) -> bool:
+        """Return whether policy version ``step`` is the run's last; equal on all ranks."""
+        return step == self.config.trainer.num_steps or self.is_over_budget()
+
     def is_over_budget(self) -> bool:
         """Return whether the FLOPs of the steps taken have reached ``trainer.max_flops``.
 
         Rollouts that wait for their step do not count, so that a resumed run, which finds them in
-        its checkpoint, ends after the same step as an undisturbed one.
+        its checkpoint, ends after the same step as an undisturbed one. For the same reason what a
+        stop interrupted does not count.
         """
         limit = self.config.trainer.max_flops
         waiting = sampling_flops(self.meter.num_parameters, self.supply.num_waiting_tokens)
-        return limit is not None and self.meter.total_flops - waiting >= limit
+        return limit is not None and self.meter.course_flops - waiting >= limit
 
     @property
     def _evaluator(self) -> Evaluator:

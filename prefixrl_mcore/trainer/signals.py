@@ -1,4 +1,7 @@
-"""Stopping between steps: a signal or the clock asks, all ranks agree, the step is finished."""
+"""Stopping between steps: a signal or the clock asks, and all ranks agree.
+
+What is being sampled does not wait for the step to end: it is interrupted.
+"""
 
 import logging
 import signal
@@ -38,11 +41,13 @@ class TimeLimit:
         self._clock = clock
         self._last_asked: float | None = None
         self._longest_seconds = 0.0
+        self._was_far = False
 
     def begin(self) -> None:
         """Take this moment for the beginning of a phase's first step; forget earlier phases."""
         self._last_asked = self._clock()
         self._longest_seconds = 0.0
+        self._was_far = False
 
     def is_near(self, save_seconds: float = 0.0) -> bool:
         """Return whether to stop now; asked once per step, it learns how long steps take.
@@ -56,7 +61,22 @@ class TimeLimit:
         self._last_asked = now
         if self._end is None:
             return False
-        return now + self._longest_seconds + save_seconds + self._margin_seconds >= self._end
+        needed = self._longest_seconds + save_seconds + self._margin_seconds
+        self._was_far = now + needed < self._end
+        return not self._was_far
+
+    def is_missed(self, save_seconds: float) -> bool:
+        """Return whether what was begun at the last ``is_near`` takes longer than there is time.
+
+        Never in a phase's first step, and never once a stop is planned: ``is_near`` has left time
+        for what is under way then. May be called from any thread.
+
+        Args:
+            save_seconds: what saving will take, beyond the margin.
+        """
+        if self._end is None or not self._was_far:
+            return False
+        return self._clock() + save_seconds + self._margin_seconds >= self._end
 
 
 class StopSignal:
@@ -68,6 +88,7 @@ class StopSignal:
         self._agreed: int | None = None
         self._limit = limit
         self._is_out_of_time = False
+        self._is_limit_missed = False
         for number in _SIGNALS:
             signal.signal(number, self._remember)
 
@@ -84,6 +105,18 @@ class StopSignal:
     def begin_steps(self) -> None:
         """Start to measure the steps of a phase; what came before counts for none of them."""
         self._limit.begin()
+
+    def interrupts_sampling(self, save_seconds: float) -> bool:
+        """Return whether to stop at once what this rank samples; no collective, from any thread.
+
+        Whoever does so calls ``is_set`` on all ranks next, which agrees.
+
+        Args:
+            save_seconds: what saving will take.
+        """
+        if self._received is None and self._limit.is_missed(save_seconds):
+            self._is_limit_missed = True
+        return self._received is not None or self._is_limit_missed
 
     def is_signalled(self) -> bool:
         """Return whether any rank got a signal; all ranks must call this.
@@ -106,16 +139,18 @@ class StopSignal:
         Args:
             save_seconds: what saving will take then, beyond the length of a step.
         """
-        if not self._is_out_of_time and any_rank(self._limit.is_near(save_seconds)):
+        is_near = self._limit.is_near(save_seconds) or self._is_limit_missed
+        if not self._is_out_of_time and any_rank(is_near):
             self._is_out_of_time = True
             logger.warning("the wall-clock limit is near: saving and stopping")
         return self.is_stopping()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        """Keep the signal for the end of the step."""
+        """Keep the signal for whoever samples, and for the end of the step."""
         if number == signal.SIGINT and self._received is not None:
             raise KeyboardInterrupt
         self._received = number
         logger.warning(
-            "got %s: finishing this step, then saving and stopping", signal.Signals(number).name
+            "got %s: saving and stopping, after the step under way unless it still samples",
+            signal.Signals(number).name,
         )

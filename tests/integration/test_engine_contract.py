@@ -7,6 +7,8 @@ there instead when PREFIXRL_REQUIRE_SGLANG=1.
 
 import dataclasses
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig, Transform
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine, SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.interruption import SamplingInterrupted
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from tests.support.hf_logprobs import hf_completion_logprobs, hf_greedy_completion
 from tests.support.processes import wait_until_gone
@@ -39,6 +42,7 @@ class Setting:
     engine: RolloutEngine
     model_a: PreTrainedModel
     model_b: PreTrainedModel
+    interruption: threading.Event
 
 
 @pytest.fixture(
@@ -63,11 +67,22 @@ def setting(
         sglang=SGLangConfig(python=python, start_timeout_seconds=300, max_retries=2),
         transformers=TransformersConfig(max_batch_size=16),
     )
+    interruption = threading.Event()
     engine = build_engine(
-        config, folder_a, logits_dtype="float32", logs_folder=folder / "logs", device="cpu"
+        config,
+        folder_a,
+        logits_dtype="float32",
+        logs_folder=folder / "logs",
+        device="cpu",
+        is_interrupted=interruption.is_set,
     )
     try:
-        yield Setting(engine=engine, model_a=_load(folder_a), model_b=_load(folder_b))
+        yield Setting(
+            engine=engine,
+            model_a=_load(folder_a),
+            model_b=_load(folder_b),
+            interruption=interruption,
+        )
     finally:
         engine.close()
 
@@ -272,6 +287,30 @@ def test_enough_aborts_what_is_in_flight_and_keeps_its_tokens(
     assert all(len(one.token_ids) < 1000 for one in aborted)
     assert {one.policy_version for group in groups for one in group} == {0}
     assert_logprobs_are_those_of(setting.model_a, requests, groups, temperature=1.0)
+
+
+def test_interrupted_sampling_ends_at_once_and_says_what_is_lost(
+    setting: Setting, engine: RolloutEngine
+) -> None:
+    requests = [request_of(seed, 10, 2) for seed in range(3)]
+    params = params_of(max_completion_tokens=1100)
+    timer = threading.Timer(0.5, setting.interruption.set)  # no request is done so early
+    timer.start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(SamplingInterrupted) as caught:
+            engine.sample(requests, params, lambda *_: pytest.fail("a request was finished"))
+    finally:
+        timer.cancel()
+        setting.interruption.clear()
+
+    assert time.monotonic() - started < 20
+    assert 0 < caught.value.num_new_tokens < 6 * 1100
+    num_contexts, rest = divmod(caught.value.num_tokens - caught.value.num_new_tokens, 10)
+    assert rest == 0
+    assert 1 <= num_contexts <= 6
+    again = engine.sample(requests[:1], params_of())
+    assert [len(one.token_ids) for one in again[0]] == [20, 20]
 
 
 def test_engine_that_samples_is_not_changed(setting: Setting, engine: RolloutEngine) -> None:

@@ -21,6 +21,7 @@ from prefixrl_mcore.rollout.engine import (
     SampleRequest,
     SamplingParams,
 )
+from prefixrl_mcore.rollout.interruption import IsInterrupted
 from prefixrl_mcore.rollout.sglang.answer import AnswerReader
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.determinism import sample_seeds
@@ -44,6 +45,10 @@ _ABORT_EVERY_SECONDS = 1.0
 
 _ABORT_LIMIT_SECONDS = 60.0
 """Longest wait for aborted requests to come back."""
+
+_INTERRUPTION_LIMIT_SECONDS = 10.0
+"""The same where nobody will use them: they are only counted, and whoever interrupts is in a
+hurry."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,6 +94,12 @@ class Batch:
     is_closed: Callable[[], bool]
     """Whether another thread closed the engine."""
 
+    is_interrupted: IsInterrupted
+    """Whether somebody wants the sampling to end now."""
+
+    was_interrupted: bool = False
+    """The batch was ended by that."""
+
     _costs: list[Cost] = field(default_factory=list)
     _waiting: deque[int] = field(default_factory=deque)
     _done: dict[int, list[Completion]] = field(default_factory=dict)
@@ -129,6 +140,9 @@ class Batch:
         """Send what can be sent, wait a moment, take what came."""
         if self.is_closed():
             raise EngineError(f"{self.name}: it was closed while it sampled")
+        if not self._is_ending and self.is_interrupted():
+            self.was_interrupted = True
+            self._end(_INTERRUPTION_LIMIT_SECONDS)
         self.pool.tend()
         self._take_back_of_the_dead()
         if self._is_ending:
@@ -277,18 +291,22 @@ class Batch:
         if self.on_completed is not None:
             self.on_completed(len(completions), sum(len(one.token_ids) for one in completions))
         if self.is_enough(index, completions) and len(self._done) < len(self.requests):
-            self._end()
+            self._end(_ABORT_LIMIT_SECONDS)
 
-    def _end(self) -> None:
-        """Begin to end the batch: what was not sent is not, and the rest is aborted."""
+    def _end(self, limit_seconds: float) -> None:
+        """Begin to end the batch: what was not sent is not, and the rest is aborted.
+
+        Args:
+            limit_seconds: longest wait for what is aborted.
+        """
         self._waiting.extend(self._retries.wake_all())
         num_sent, num_unsent = len(self._in_flight.tickets), len(self._waiting)
         logger.debug(
-            "%s: enough; %d requests are aborted, %d of them were not sent",
+            "%s: no more is wanted; %d requests are aborted, %d of them were not sent",
             *(self.name, num_sent + num_unsent, num_unsent),
         )
         self._is_ending = True
-        self._end_by = time.monotonic() + _ABORT_LIMIT_SECONDS
+        self._end_by = time.monotonic() + limit_seconds
         while self._waiting:
             self._finish_unanswered(self._waiting.popleft(), "")
 

@@ -24,6 +24,11 @@ from prefixrl_mcore.rollout.engine import (
     WeightStream,
 )
 from prefixrl_mcore.rollout.guard import EngineGuard
+from prefixrl_mcore.rollout.interruption import (
+    IsInterrupted,
+    SamplingInterrupted,
+    never_interrupted,
+)
 from prefixrl_mcore.rollout.request_limits import completion_limits
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.batch import Batch
@@ -65,6 +70,7 @@ class SGLangEngine:
         logs_folder: Path,
         device: str = "cpu",
         colocated: bool = False,
+        is_interrupted: IsInterrupted = never_interrupted,
     ) -> None:
         """Start ``config.num_servers`` servers, or connect to ``config.urls``.
 
@@ -77,6 +83,7 @@ class SGLangEngine:
             logs_folder: gets ``sglang-<server>-<start>.log``, one file per start.
             device: ``cpu`` or ``cuda``.
             colocated: ``sleep`` is to free the memory of GPUs.
+            is_interrupted: asked several times a second while it samples.
 
         Raises:
             ValueError: if the folder is not a model's.
@@ -93,6 +100,7 @@ class SGLangEngine:
         # Names of weights are this engine's own: another trainer's update is noticed.
         self._run = uuid.uuid4().hex[:8]
         self._guard = EngineGuard(lambda: self.name)
+        self._is_interrupted = is_interrupted
         self._num_calls = 0
         self._lengths = CompletionLengths()
         self._inspector = Inspector(model_folder, config, logits_dtype=logits_dtype)
@@ -174,6 +182,7 @@ class SGLangEngine:
             RolloutError: if a request was refused, or lost after all retries.
             EngineError: if the engine is closed or paused, has no complete weights, or too few
                 servers are left.
+            SamplingInterrupted: if somebody ended it.
         """
         return self.sample_until(requests, params, _never_enough, on_completed)
 
@@ -191,6 +200,7 @@ class SGLangEngine:
             RolloutError: if a request was refused, or lost after all retries.
             EngineError: if the engine is closed or paused, has no complete weights, or too few
                 servers are left.
+            SamplingInterrupted: if somebody ended it.
         """
         with self._guard.sampling():
             limits = completion_limits(
@@ -213,8 +223,12 @@ class SGLangEngine:
                 is_enough=is_enough,
                 on_completed=on_completed,
                 is_closed=lambda: self._guard.is_closed,
+                is_interrupted=self._is_interrupted,
             )
-            return batch.run()
+            sampled = batch.run()
+        if batch.was_interrupted:
+            raise SamplingInterrupted.after(requests, sampled)
+        return sampled
 
     def load_weights(self, stream: WeightStream, policy_version: int) -> None:
         """Replace all weights; later completions carry ``policy_version``.

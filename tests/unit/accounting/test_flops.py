@@ -85,9 +85,35 @@ def test_a_step_by_hand() -> None:
         "flops/sft": 30_000.0,
         "flops/sampling": 13_200.0,
         "flops/update": 39_600.0,
+        "flops/interrupted": 0.0,
+        "flops/num_interrupted_generations": 0.0,
         "tokens/charged": 182.0,
         "tokens/computed": 198.0,
     }
+
+
+def test_what_is_interrupted_is_charged_beside_the_course_of_the_run() -> None:
+    meter = FlopsMeter(num_parameters=100, collect_flops=5e5)
+    meter.charge_sampling(60)
+    before = meter.metrics()
+    meter.charge_interrupted(40, num_cached_tokens=14)
+    meter.charge_interrupted(2, num_cached_tokens=0)
+    assert meter.course_flops == before["flops/total"]
+    assert meter.metrics() == before | {
+        "flops/total": before["flops/total"] + 2 * 100 * 42,
+        "flops/interrupted": 2.0 * 100 * 42,
+        "flops/num_interrupted_generations": 2.0,
+        "tokens/charged": 102.0,
+        "tokens/computed": 88.0,
+    }
+
+
+def test_a_state_of_an_earlier_version_has_no_interruptions() -> None:
+    state = FlopsMeter(num_parameters=100).state()
+    del state["interrupted_tokens"], state["num_interrupted_generations"]
+    meter = FlopsMeter(num_parameters=100)
+    meter.load_state(state)
+    assert meter == FlopsMeter(num_parameters=100)
 
 
 def test_the_state_survives_json() -> None:
@@ -95,10 +121,11 @@ def test_the_state_survives_json() -> None:
     meter.charge_sampling(60, num_cached_tokens=14)
     meter.charge_update(60, num_computed_tokens=80)
     meter.charge_sft(50, num_computed_tokens=64)
+    meter.charge_interrupted(5, num_cached_tokens=3)
     restored = FlopsMeter(num_parameters=100, collect_flops=5e5)
     restored.load_state(json.loads(json.dumps(meter.state())))
     assert restored == meter
-    assert restored.total_flops == meter.total_flops == 578_000.0
+    assert restored.total_flops == meter.total_flops == 579_000.0
 
 
 def test_a_state_of_another_model_or_store_is_refused() -> None:

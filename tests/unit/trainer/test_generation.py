@@ -21,6 +21,7 @@ from prefixrl_mcore.rollout.engine import (
     SamplingParams,
 )
 from prefixrl_mcore.rollout.group_sampling import sample_started
+from prefixrl_mcore.rollout.interruption import SamplingInterrupted
 from prefixrl_mcore.rollout.sampling import derive_seed
 from prefixrl_mcore.trainer.generated_state import (
     generated_from,
@@ -252,6 +253,29 @@ def test_groups_without_signal_are_replaced_and_charged() -> None:
         "rollout/num_dropped_groups": 2.0,
         "rollout/num_filled_groups": 0.0,
     }
+
+
+def test_an_interruption_throws_the_rounds_before_away_too() -> None:
+    order = order_of(8)
+    source, engine = scripted_source(8), ScriptedEngine({})
+    with_signal = frozenset({order[1]})
+    generator = scripted_generator(scripted_config(3, **DYNAMIC), source, engine, with_signal)
+    before = source.state()
+    original = engine.sample_until
+
+    def interrupted_in_the_second_round(*arguments: Any, **options: Any) -> Any:
+        if not engine.calls:
+            return original(*arguments, **options)
+        raise SamplingInterrupted(9, 6, 2)
+
+    engine.sample_until = interrupted_in_the_second_round
+    with pytest.raises(SamplingInterrupted) as caught:
+        generate(generator, 7)
+    # 3 groups of 2 completions of 4 tokens after a context of 1, which is taken from the cache.
+    assert caught.value.num_tokens == 3 * GROUP_SIZE * 5 + 9
+    assert caught.value.num_new_tokens == 3 * GROUP_SIZE * 4 + 6
+    assert caught.value.num_cached_tokens == 3 * GROUP_SIZE + 2
+    assert source.state() == before
 
 
 def test_what_lacks_after_the_last_round_is_filled_up_in_order() -> None:

@@ -9,14 +9,22 @@ import pytest
 
 from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.trainer.loop import train
+from prefixrl_mcore.rollout.interruption import SamplingInterrupted
+from prefixrl_mcore.trainer.loop import saved_if_interrupted, train
 from prefixrl_mcore.trainer.overlapped_loop import train_overlapped
 from prefixrl_mcore.trainer.session import Session
 
 
-@pytest.mark.parametrize("keep_best", [None, object()], ids=["no rule", "keep_best"])
+@pytest.mark.parametrize(
+    ("keep_best", "is_last"),
+    [
+        pytest.param(None, False, id="no rule"),
+        pytest.param(object(), False, id="keep_best"),
+        pytest.param(None, True, id="last step"),
+    ],
+)
 def test_an_owed_evaluation_reaches_the_checkpoint_that_the_rule_looks_at(
-    keep_best: object,
+    keep_best: object, is_last: bool
 ) -> None:
     calls: list[tuple[Any, ...]] = []
     session: Any = SimpleNamespace(
@@ -25,14 +33,15 @@ def test_an_owed_evaluation_reaches_the_checkpoint_that_the_rule_looks_at(
         owes_evaluation=True,
         evaluate=lambda step: calls.append(("evaluate", step)),
         is_over_budget=lambda: True,
+        is_last=lambda step: is_last,
         saves=SimpleNamespace(
             checkpoint=lambda step, **how: calls.append(("checkpoint", step, how)),
             has_any=lambda: True,
         ),
     )
     train(session, SimpleNamespace())  # pyright: ignore[reportArgumentType]
-    again = [("checkpoint", 3, {"is_last": False, "is_due": True})]
-    assert calls == [("evaluate", 3), *(again if keep_best else [])]
+    again = [("checkpoint", 3, {"is_last": is_last, "is_due": True})]
+    assert calls == [("evaluate", 3), *(again if keep_best or is_last else [])]
 
 
 class _Recorded:
@@ -94,6 +103,9 @@ class _Recorded:
     def is_over_budget(self) -> bool:
         return False
 
+    def is_last(self, step: int) -> bool:
+        return step == self.config.trainer.num_steps
+
     def is_evaluation_due(self, step: int) -> bool:
         return False
 
@@ -140,6 +152,7 @@ def test_rollouts_that_wait_for_their_step_do_not_end_a_run(
     session: Any = object.__new__(Session)
     session.config = SimpleNamespace(trainer=SimpleNamespace(max_flops=max_flops))
     session.meter = FlopsMeter(num_parameters=10, collect_flops=400.0, sampling_flops=600.0)
+    session.meter.charge_interrupted(50, num_cached_tokens=0)  # nor does it make a run shorter
     session.supply = SimpleNamespace(num_waiting_tokens=num_waiting)  # 2 x 10 FLOPs each
     assert session.is_over_budget() is is_over
 
@@ -151,3 +164,27 @@ def test_weights_are_not_exported_again_beside_an_update() -> None:
     )
     with pytest.raises(EngineError, match=r"lost weights of version 3 .* resume the run"):
         Session._export(session)
+
+
+@pytest.mark.parametrize("is_stopping", [True, False])
+def test_an_interrupted_step_is_saved_as_it_began(is_stopping: bool) -> None:
+    calls: list[tuple[Any, ...]] = []
+    session: Any = SimpleNamespace(
+        policy=SimpleNamespace(policy_version=7),
+        saves=SimpleNamespace(
+            saver=SimpleNamespace(seconds_to_stop=3.0),
+            checkpoint=lambda step, *, is_last: calls.append(("checkpoint", step, is_last)),
+        ),
+        log_outside=lambda step: calls.append(("log", step)),
+    )
+
+    def is_set(save_seconds: float) -> bool:
+        calls.append(("agree", save_seconds))
+        return is_stopping
+
+    stop: Any = SimpleNamespace(is_set=is_set)
+    expected = nullcontext() if is_stopping else pytest.raises(AssertionError, match="only a stop")
+    with expected, saved_if_interrupted(session, stop):
+        raise SamplingInterrupted(30, 20, 5)
+    saved = [("checkpoint", 7, True), ("log", 7)]
+    assert calls == [("agree", 3.0), *(saved if is_stopping else [])]

@@ -10,6 +10,7 @@ from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.interruption import SamplingInterrupted
 from prefixrl_mcore.trainer import rollout_supply
 from prefixrl_mcore.trainer.generation import Generated
 from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
@@ -103,6 +104,22 @@ def test_an_error_of_the_thread_comes_out_where_its_rollouts_are_needed() -> Non
     assert not supply.is_begun
     assert not supply.is_in_background
     assert supply.state() == {"carried": [], "ready": None}  # so that a last checkpoint is possible
+
+
+@pytest.mark.parametrize("is_overlapped", [True, False])
+def test_what_a_stop_interrupted_is_charged_and_nothing_is_left_of_it(is_overlapped: bool) -> None:
+    sampling = Sampling(error=SamplingInterrupted(70, 30, 20))
+    supply = supply_of(sampling)
+    sampling.go_on.set()
+    if is_overlapped:
+        supply.begin(3)
+    with pytest.raises(SamplingInterrupted):
+        supply.take(3) if is_overlapped else supply.sample(3)
+    assert not supply.is_begun
+    assert supply.state() == {"carried": [], "ready": None}
+    meter = supply._meter
+    assert (meter.interrupted_tokens, meter.num_interrupted_generations) == (70, 1)
+    assert (meter.charged_tokens, meter.computed_tokens, meter.sampling_flops) == (70, 50, 0.0)
 
 
 def test_a_state_needs_what_is_under_way_to_be_over() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from prefixrl_mcore.config.run import TrainerConfig
+from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, TrainerConfig
 from prefixrl_mcore.trainer import signals
 from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
 
@@ -78,6 +78,26 @@ def test_the_saves_that_a_stop_waits_for_count() -> None:
     assert limit.is_near(10.0)
 
 
+def test_a_step_that_takes_longer_than_its_time_is_noticed_within_it() -> None:
+    clock = Clock()
+    config = TrainerConfig(max_seconds=100.0, stop_margin_seconds=10.0)
+    limit = TimeLimit(config, started=1000.0, clock=clock)
+    clock.now += 95
+    assert not limit.is_missed(0.0)  # the first step of a start is taken however long it takes
+    clock.now -= 75
+    assert not limit.is_near(5.0)  # at 20, with steps of 0 s
+    clock.now += 64
+    assert not limit.is_missed(5.0)
+    clock.now += 1  # at 85: a save of 5 s and the margin end at 100
+    assert limit.is_missed(5.0)
+    assert not limit.is_missed(4.9)
+    assert limit.is_near(5.0)
+    clock.now += 50
+    assert not limit.is_missed(5.0)  # the stop is planned, and has left time for what is begun
+    limit.begin()
+    assert not limit.is_missed(5.0)
+
+
 @pytest.fixture
 def stop() -> Iterator[StopSignal]:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -104,3 +124,31 @@ def test_the_signal_of_another_rank_counts(
     monkeypatch.setattr(signals, "gather_floats", lambda _: of_ranks)
     assert stop.is_set()
     assert stop.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_signal_interrupts_what_is_sampled_and_the_ranks_agree_next(stop: StopSignal) -> None:
+    assert not stop.interrupts_sampling(0.0)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.interrupts_sampling(0.0)
+    assert stop.exit_code == 0
+    assert stop.is_set()
+    assert stop.exit_code == 128 + signal.SIGUSR1
+
+
+def test_a_limit_that_interrupted_stops_the_run_whatever_the_clock_says_next() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    clock = Clock()
+    config = TrainerConfig(max_seconds=100.0, stop_margin_seconds=10.0)
+    stop = StopSignal(TimeLimit(config, started=1000.0, clock=clock))
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    stop.begin_steps()
+    clock.now += 20
+    assert not stop.is_set()
+    clock.now += 70
+    assert stop.interrupts_sampling(0.0)
+    clock.now -= 60  # it was set back
+    assert stop.interrupts_sampling(0.0)
+    assert stop.is_set()
+    assert stop.exit_code == TIME_LIMIT_EXIT_CODE

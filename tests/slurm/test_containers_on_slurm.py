@@ -51,15 +51,15 @@ def test_a_task_sees_its_image_and_its_mounts_alone(
     (data / "file").write_text("mounted")
     program = (
         f"cat file; pwd; ls -d {tmp_path}/*; echo $OF_IMAGE $OF_BOTH $OF_JOB; echo yes >written; "
-        "touch /usr/made /made; hostname"
+        f"touch /usr/made /made {data}/made; hostname"
     )
-    mounts = f"--container-mounts={data}:/there,{data}:{data}:ro"
+    mounts = f"--container-mounts={data}:/there,{data}:{data}:rprivate+ro"
     where = [f"--container-image={image}", mounts, "--container-workdir=/there"]
     done = _srun(*where, "--no-container-mount-home", "bash", "-c", program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["mounted/there", str(data), "image", "image", "job", "n1"]
     assert (data / "written").read_text() == "yes\n"
-    assert done.stderr.count("Read-only file system") == 2
+    assert done.stderr.count("Read-only file system") == 3
     assert not Path("/there").exists()
     last = (slurm / "log" / "containers.log").read_text().splitlines()[-1]
     assert f"task 0 on n1 in {image}, mount namespace" in last

@@ -28,13 +28,15 @@ class Mount:
     """Where tasks see it."""
 
     flags: tuple[str, ...] = ()
-    """Of Enroot, such as ``ro``."""
+    """Of Enroot, such as ``ro``; ``ro+rprivate`` are two."""
 
     @classmethod
     def parse(cls, text: str) -> "Mount":
         """Return ``host:container[:flags]``, which the site profile has checked, as a record."""
         host, container, *flags = text.split(":")
-        return cls(host=Path(host), container=Path(container), flags=tuple(flags))
+        return cls(
+            host=Path(host), container=Path(container), flags=tuple("+".join(flags).split("+"))
+        )
 
 
 def needed_paths(config: RunConfig, site: SiteConfig, working_directory: Path) -> dict[str, Path]:

@@ -206,19 +206,21 @@ static int set_variable(spank_t spank, char *line)
 	return -1;
 }
 
-/* SRC[:DST[:FLAGS]],...; of the flags `ro` counts. */
+/* SRC[:DST[:FLAG[+FLAG...]]],...; of the flags `ro` counts. */
 static int mount_all(void)
 {
-	char *rest = given[MOUNTS] ? strdup(given[MOUNTS]) : NULL, *all = rest, *entry;
-	int result = 0;
+	char *rest = given[MOUNTS] ? strdup(given[MOUNTS]) : NULL, *all = rest, *entry, *flag;
+	int result = 0, is_read_only;
 	while (result == 0 && (entry = strsep(&rest, ",")) != NULL) {
 		char *source = strsep(&entry, ":"), *target = strsep(&entry, ":");
 		target = target ? target : source;
+		for (is_read_only = 0; (flag = strsep(&entry, "+")) != NULL;)
+			is_read_only |= strcmp(flag, "ro") == 0;
 		if (source[0] != '/' || target[0] != '/') {
 			slurm_error("pyxis: --container-mounts: invalid format: %s:%s", source, target);
 			result = -1;
 		} else {
-			result = bind_mount(source, target, entry && strcmp(entry, "ro") == 0);
+			result = bind_mount(source, target, is_read_only);
 		}
 	}
 	free(all);

@@ -73,6 +73,13 @@ def test_another_path_and_a_read_only_run_folder_are_refused() -> None:
     check_mounts(site, {"model.path": Path("/lustre/me/model")})
 
 
+def test_of_mounts_in_each_other_the_innermost_counts() -> None:
+    run = {"run_folder": Path("/lustre/me/run")}
+    check_mounts(_site("/lustre:/lustre:ro", "/lustre/me:/lustre/me"), run)
+    site = _site("/lustre/me:/lustre/me:rprivate+ro", "/lustre:/lustre")
+    assert "run_folder /lustre/me/run: /lustre/me is mounted read-only" in _refusal(site, **run)
+
+
 def test_a_link_to_what_is_not_mounted_is_refused_but_not_one_that_is_mounted_itself(
     tmp_path: Path,
 ) -> None:

@@ -97,6 +97,10 @@ def test_a_link_of_a_model_that_leads_nowhere_is_named_others_are_nobodys(tmp_pa
     (model / "weights").symlink_to("../blobs/1f")
     (fault,) = check_needed({"model.path": str(model)}, is_in_container=False)
     assert fault == f"model.path {model} has a link to {tmp_path}/blobs/1f, which is not there"
+    (fault,) = check_needed({"model.path": str(model)}, is_in_container=True)
+    assert fault.endswith(
+        f'; container.mounts of the site lacks "{tmp_path}/blobs:{tmp_path}/blobs"'
+    )
     assert check_needed({"the working directory": str(model)}, is_in_container=False) == []
 
 

@@ -104,7 +104,8 @@ class RequeueConfig(Config):
     """When a job goes back into the queue instead of ending."""
 
     max_restarts: int = Field(default=20, ge=0)
-    """Restarts of one job at most, preemptions included; 0 never requeues."""
+    """Restarts of one job at most, those after preemptions and failed nodes included: a job that
+    Slurm starts more often ends at once. 0 allows none."""
 
     exit_codes: tuple[int, ...] = (TIME_LIMIT_EXIT_CODE, USR1_EXIT_CODE)
     """Exit codes of the trainer that requeue the job: by default those that say that everything

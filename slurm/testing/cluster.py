@@ -3,6 +3,7 @@
     python3 slurm/testing/cluster.py up [--nodes 4 ...]    starts it and waits until it is idle
     eval "$(python3 slurm/testing/cluster.py env)"         lets srun, sbatch, ... of a shell find it
     python3 slurm/testing/cluster.py fail --node n2        as if its power went; mend: it is back
+                                     ... --daemon-only     what it runs lives on, unseen by Slurm
     python3 slurm/testing/cluster.py status | down | wipe
 
 It needs root and what install.sh installs, and no more of Python than its standard library. All
@@ -54,9 +55,12 @@ def main() -> int:
             return 0
         if arguments.command == "status":
             return _status(cluster)
-        if arguments.command in ("fail", "mend"):
-            act = _fail if arguments.command == "fail" else _mend
-            act(cluster, _known_node(cluster, arguments.node))
+        if arguments.command == "fail":
+            node = _known_node(cluster, arguments.node)
+            _fail(cluster, node, daemon_only=arguments.daemon_only)
+            return 0
+        if arguments.command == "mend":
+            _mend(cluster, _known_node(cluster, arguments.node))
             return 0
         _down(cluster)
         if arguments.command == "wipe":
@@ -75,6 +79,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, default=Path("runs/slurm-cluster"), help="its folder")
     parser.add_argument("--nodes", type=int, default=4, help="nodes n1, n2, ... (4)")
     parser.add_argument("--node", help="which one fails or is mended")
+    parser.add_argument(
+        "--daemon-only", action="store_true", help="of a node that fails; its jobs' processes live"
+    )
     parser.add_argument("--cpus", type=int, default=4, help="CPUs that a node claims (4)")
     parser.add_argument("--memory-mb", type=int, default=8000, help="memory that it claims (8000)")
     parser.add_argument("--gpus", type=int, default=0, help="pretended GPUs of a node (0)")
@@ -289,13 +296,13 @@ def _known_node(cluster: Cluster, node: str | None) -> str:
     return node
 
 
-def _fail(cluster: Cluster, node: str) -> None:
-    """Kill a node's slurmd and all that runs in its network, as if its power went.
+def _fail(cluster: Cluster, node: str, *, daemon_only: bool) -> None:
+    """Kill a node's slurmd and, as if its power went, all that runs in its network.
 
     Without networks of their own the nodes' jobs cannot be told apart: they go on as orphans.
     """
     Daemons(cluster.folder).kill(f"slurmd-{node}")
-    if cluster.has_networks:
+    if cluster.has_networks and not daemon_only:
         kill_network(cluster, node)
     say(f"{node} has failed; Slurm marks it DOWN when it has not answered for SlurmdTimeout")
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from prefixrl_mcore.cli import main
 from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, find_job, find_jobs
 from prefixrl_mcore.launch.slurm.rank_environment import server_port
+from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.states import job_state
+from prefixrl_mcore.launch.slurm.submission import submit
 from tests.slurm.conftest import LAUNCH_PYTHON, run_cluster
-from tests.support.launched_jobs import colocated, submit_program
+from tests.support.launched_jobs import colocated, prepare_program, submit_program
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of, without_clock
+from tests.support.wandb_records import offline_runs
 
 pytestmark = [
     pytest.mark.slurm,
@@ -84,12 +88,20 @@ def _wait_for_steps(run: Path, number: int, *, seconds: float = 300) -> None:
         time.sleep(0.1)
 
 
+def _wait_for(happens: Callable[[], bool], *, seconds: float = 60) -> None:
+    """Wait until something happens."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_preempted_run_goes_back_into_the_queue_and_ends_as_an_undisturbed_one(
     jobs: Path, tiny_task: TinyTask, tmp_path: Path
 ) -> None:
     undisturbed, preempted = tmp_path / "undisturbed", tmp_path / "preempted"
-    for run in (undisturbed, preempted):
-        assert _launch("--detach", *_settings(tiny_task, run)) == 0
+    for run, more in ((undisturbed, []), (preempted, ["metrics.wandb.mode=offline"])):
+        assert _launch("--detach", *_settings(tiny_task, run), *more) == 0
     job = find_job(jobs, "preempted")
     assert job.job_id is not None
     _wait_for_steps(preempted, 1)
@@ -106,6 +118,23 @@ def test_a_preempted_run_goes_back_into_the_queue_and_ends_as_an_undisturbed_one
         ours = without_clock(metrics_of(preempted, kind))
         assert ours == without_clock(metrics_of(undisturbed, kind))
     assert [line["step"] for line in metrics_of(preempted, "train")] == list(range(8))
+    _check_one_wandb_run(preempted, num_starts=2)
+
+
+def _check_one_wandb_run(run: Path, *, num_starts: int) -> None:
+    """Check that W&B has all starts as one run, with each row and each step once, in order."""
+    starts = offline_runs(run)
+    kept = json.loads((run / "wandb.json").read_text())
+    assert [run_id for run_id, _ in starts] == [kept["id"]] * num_starts
+    rows = [row for _, rows in starts for row in rows]
+    assert all(rows for _, rows in starts)  # each start has logged some
+    assert [row["_step"] for row in rows] == list(range(kept["num_rows"]))
+    for kind, name in (
+        ("train", "rollout/completion_tokens_mean"),
+        ("eval", "eval/held-out/accuracy"),
+    ):
+        logged = [(row["step"], row[name]) for row in rows if name in row]
+        assert logged == [(line["step"], line[name]) for line in metrics_of(run, kind)]
 
 
 def test_a_run_goes_on_without_a_node_that_fails(
@@ -134,6 +163,31 @@ def test_a_run_goes_on_without_a_node_that_fails(
     assert len(before) >= 5
     assert after[: len(before)] == before  # those that were taken again, too
     assert not (run / "lease.json").exists()
+
+
+def test_a_start_that_slurm_has_lost_ends_before_the_next_one_writes(
+    slurm: Path, jobs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    written = run / "written"
+    program = [sys.executable, "-m", "tests.support.slurm_writer", "JOB_FOLDER", str(run)]
+    job, job_id = submit_program(colocated(1, 1), program)
+    _wait_for(written.exists)
+    assert run_cluster("fail", slurm, "--node", "n1", "--daemon-only").returncode == 0
+    try:
+        assert follow(job, job_id, out=io.StringIO()) == 0
+    finally:
+        assert run_cluster("mend", slurm, "--node", "n1").returncode == 0
+    assert job_state(job_id).num_restarts == 1
+    lines = [line.split() for line in written.read_text().splitlines()]
+    assert len(lines) > 50  # the first one wrote on when its node was given up
+    assert [start for start, _, _ in lines] == sorted(start for start, _, _ in lines)
+    first, second = dict.fromkeys(map(tuple, lines))
+    assert (first[:2], second[:2]) == (("0", "n1"), ("1", "n2"))
+    assert [start for start, _, _ in lines].count("1") == 10
+    assert not Path(f"/proc/{first[2]}").exists()
+    assert "start-1 exists" in (job.starts()[0] / "trainer-0.log").read_text()
 
 
 def test_a_failing_run_makes_launch_fail_and_the_cause_is_shown(
@@ -228,15 +282,25 @@ def test_a_heterogeneous_job_samples_in_another_partition_and_outlives_its_serve
 ) -> None:
     run, site = tmp_path / "two-kinds", tmp_path / "ci-local.toml"
     site.write_text(site.read_text() + '\n[rollout_nodes]\npartition = "preemptible"\n')
-    steps = ["trainer.num_steps=10", "evaluation.every_steps=10", "checkpoint.every_steps=2"]
+    steps = ["trainer.num_steps=12", "evaluation.every_steps=12", "checkpoint.every_steps=2"]
     how = ["--shape", "heterogeneous", "--rollout-nodes", "1", "--detach"]
+    how += ["rollout.sglang.max_restarts=1"]
     assert _launch(*how, *_server_settings(tiny_task, run), *steps) == 0
     job = find_job(jobs, "two-kinds")
     assert job.job_id is not None
     script = job.script.read_text()
     assert "#SBATCH --partition=preemptible" in script.partition("#SBATCH hetjob")[2]
     _wait_for_steps(run, 3)
-    _kill_server(_urls(job, 0, 1)[0])
+    (url,) = _urls(job, 0, 1)
+    _kill_server(url)
+    version = _wait_for_late_weights(job.starts()[0] / "trainer-0.log")
+    assert version >= 2  # the third step's, at least; a server begins with others
+    server = json.loads(job.server_file(0, 0).read_text())
+    assert server == {"url": url, "num_restarts": 1, "max_restarts": 1}
+    _wait_for_steps(run, version + 2)
+    assert job_state(job.job_id).num_restarts == 0
+    assert sum(line["engine/num_server_restarts"] for line in metrics_of(run, "train")) == 1
+    _kill_server(url)
     said = io.StringIO()
     assert follow(job, job.job_id, out=said) == 0, said.getvalue()
     assert "the rollout servers ended before the trainer, with exit code 75" in said.getvalue()
@@ -246,9 +310,18 @@ def test_a_heterogeneous_job_samples_in_another_partition_and_outlives_its_serve
         assert url.startswith("http://n2:")
         assert url in (start / "trainer-0.log").read_text().replace("\n", "")
     assert "resumed from" in (job.starts()[1] / "trainer-0.log").read_text()
-    assert [line["step"] for line in metrics_of(run, "train")] == list(range(10))
+    assert [line["step"] for line in metrics_of(run, "train")] == list(range(12))
     ends = [json.loads(file.read_text()) for file in job.starts()[1].glob("trainer-*.end.json")]
     assert [(end["node"], end["exit_code"]) for end in ends] == [("n1", 0)] * 2
+
+
+def _wait_for_late_weights(log: Path) -> int:
+    """Wait until a server that came up late is sent weights; return their policy version."""
+    late = re.compile(r"server 0: starting -> updating: to\s+'[0-9a-f]+:(\d+)'")
+    _wait_for(lambda: late.search(log.read_text()) is not None, seconds=180)
+    found = late.search(log.read_text())
+    assert found is not None
+    return int(found[1])
 
 
 def test_a_trainer_samples_from_servers_on_other_nodes_and_goes_on_with_those_left(
@@ -260,6 +333,7 @@ def test_a_trainer_samples_from_servers_on_other_nodes_and_goes_on_with_those_le
     steps = ["trainer.num_steps=8", "evaluation.every_steps=8", "checkpoint.every_steps=8"]
     steps += ["trainer.rollouts_every_steps=4"]
     how = ["--shape", "split", "--nodes", "3", "--rollout-nodes", "2", "--detach"]
+    how += ["rollout.sglang.max_restarts=0"]  # else it would be back at the same address
     assert _launch(*how, *_server_settings(tiny_task, run), *steps) == 0
     job = find_job(jobs, "split")
     assert job.job_id is not None
@@ -322,10 +396,7 @@ def test_a_job_that_a_better_one_displaces_is_signalled_and_runs_again(
         f'trap "exit 138" USR1; touch {ready}; sleep 600 & wait'
     )
     job, job_id = submit_program(colocated(4, 1), ["bash", "-c", program])
-    deadline = time.monotonic() + 60
-    while not ready.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    _wait_for(ready.exists)
     better = ["srun", "--partition=batch", "--nodes=4", "--exclusive", "hostname"]
     displacing = subprocess.run(better, capture_output=True, text=True, check=True, timeout=60)
     assert sorted(displacing.stdout.split()) == ["n1", "n2", "n3", "n4"]
@@ -333,3 +404,41 @@ def test_a_job_that_a_better_one_displaces_is_signalled_and_runs_again(
     assert job_state(job_id).num_restarts == 1
     assert "start 0 of job" in job.batch_log.read_text()
     assert "ended with exit code 138" in job.batch_log.read_text()
+
+
+def test_a_job_that_slurm_requeues_more_often_than_it_may_ends_and_says_so(
+    jobs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = tmp_path / "ci-local.toml"
+    site.write_text(site.read_text().replace("max_restarts = 3", "max_restarts = 0"))
+    ran = tmp_path / "ran"
+    job, job_id = submit_program(colocated(1, 1), ["bash", "-c", f"echo >>{ran}; sleep 600"])
+    _wait_for(ran.exists)
+    subprocess.run(["scontrol", "requeue", job_id], check=True)
+    assert follow(job, job_id, out=io.StringIO()) == 78
+    assert job_state(job_id).num_restarts == 1
+    assert "started more often than requeue.max_restarts = 0 of the site allows" in caplog.text
+    assert ran.read_text() == "\n"  # once
+
+
+def test_the_job_behind_one_that_is_requeued_waits_for_its_completion(
+    jobs: Path, tmp_path: Path
+) -> None:
+    site, order = load_site("ci-local"), tmp_path / "order"
+    say = 'echo "{0} $SLURM_RESTART_COUNT" >>{1}'
+    first = say.format("parent", order) + "; ((SLURM_RESTART_COUNT)) && exit 0; sleep 2; exit 75"
+    one = colocated(1, 1)
+    parent = prepare_program(site, one, ["bash", "-c", first], name="parent")
+    then = ["bash", "-c", say.format("child", order)]
+    child = prepare_program(site, one, then, name="child", after=parent)
+    submit(site, [parent, child])
+    assert parent.job_id is not None
+    assert child.job_id is not None
+    seen = set()
+    while not (state := job_state(parent.job_id)).has_ended or state.num_restarts == 0:
+        seen.add((job_state(child.job_id).state, job_state(child.job_id).reason))
+        time.sleep(0.1)
+    assert seen == {("PENDING", "Dependency")}
+    assert [follow(job, str(job.job_id), out=io.StringIO()) for job in (parent, child)] == [0, 0]
+    assert order.read_text().splitlines() == ["parent ", "parent 1", "child "]
+    assert job_state(parent.job_id).num_restarts == 1

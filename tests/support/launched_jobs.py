@@ -41,7 +41,10 @@ def prepare_program(
     name: str = "program",
     after: JobFolder | None = None,
 ) -> JobFolder:
-    """Write a job of other programs than the trainer's, which waits for ``after``."""
+    """Write a job of other programs than the trainer's, which waits for ``after``.
+
+    A word ``JOB_FOLDER`` of a command becomes the job's folder.
+    """
     job = JobFolder.make(site.job_folder, name)
     task = TaskFile(
         config="",
@@ -53,7 +56,7 @@ def prepare_program(
     )
     submission = describe(name, site, layout, job, dry_run=False, after=after)
     for step, command in zip(submission["tasks"], commands, strict=True):
-        step["command"] = command
+        step["command"] = [str(job.path) if word == "JOB_FOLDER" else word for word in command]
     job.write(task, submission)
     return job
 

@@ -14,17 +14,18 @@ from typing import TextIO
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.last_signs import last_signs
 from prefixrl_mcore.launch.slurm.states import JobState, job_state
+from prefixrl_mcore.launch.slurm.waiting import JobWatch, WaitingLine
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
 _POLLS_PER_QUESTION = 3
-_LOST_QUESTIONS = 200
-"""Questions in a row that Slurm may leave unanswered, ten minutes."""
-
 _TAIL_LINES = 20
 
 _SLURM_ERRORS = ("srun: error:", "slurmstepd: error:")
+_OWN_ERROR = "prefixrl: error: "
+_START = "prefixrl: job "
+"""Begin lines of the batch script: why it ended a job, and the first one of each start."""
 
 
 class LogReader:
@@ -76,24 +77,17 @@ def follow(
         0, else the exit code of the batch script, 1 if it has none.
     """
     target = out or sys.stdout  # now, and not when this module was imported
-    reader, shown, num_lost, has_ended = LogReader(folder), "", 0, False
-    while True:
-        state = ask(job_id)
-        num_lost = 0 if state.is_known else num_lost + 1
-        if num_lost > _LOST_QUESTIONS:
-            logger.error("job %s: Slurm has not answered for long; it may still run", job_id)
-            return 1
-        if state.is_known and str(state) != shown:
-            shown = str(state)
-            logger.info("job %s: %s", job_id, shown)
-        if state.has_ended and has_ended:  # twice: a requeue passes through such states
-            reader.write_new(target)
-            report_end(folder, job_id, state)
-            return state.result
-        has_ended = state.has_ended
-        for _ in range(_POLLS_PER_QUESTION):
-            reader.write_new(target)
-            sleep(_POLL_SECONDS)
+    reader, watch = LogReader(folder), JobWatch(job_id, ask=ask)
+    with WaitingLine() as line:
+        while (end := watch.look()) is None:
+            line.show(f"job {job_id}: {watch.waits_for}" if watch.waits_for else "")
+            for _ in range(_POLLS_PER_QUESTION):
+                reader.write_new(target)
+                sleep(_POLL_SECONDS)
+    reader.write_new(target)
+    if end.is_known:
+        report_end(folder, job_id, end)
+    return end.result
 
 
 def report_end(folder: JobFolder, job_id: str, state: JobState) -> None:
@@ -102,8 +96,13 @@ def report_end(folder: JobFolder, job_id: str, state: JobState) -> None:
         logger.info("job %s: completed; logs are in %s", job_id, folder.logs)
         return
     logger.error("job %s: %s; logs are in %s", job_id, state, folder.logs)
-    batch = _lines(folder.batch_log)
+    batch = _of_last_start(_lines(folder.batch_log))
+    why = [line.removeprefix(_OWN_ERROR) for line in batch if line.startswith(_OWN_ERROR)]
+    for line in why:
+        logger.error("job %s: %s", job_id, line)
     signs, failure = last_signs(folder), folder.first_failure()
+    if failure is None and why:
+        return
     if failure is None:
         what, lines = "no task says why: killed, or never started; the batch script said", batch
     else:
@@ -116,6 +115,12 @@ def report_end(folder: JobFolder, job_id: str, state: JobState) -> None:
     logger.error("%s:\n%s", what, "\n".join(lines[-_TAIL_LINES:]) or "(nothing)")
     for line in signs.lines():
         logger.error("%s", line)
+
+
+def _of_last_start(batch: list[str]) -> list[str]:
+    """Return what the batch script has said since the job was started for the last time."""
+    starts = [index for index, line in enumerate(batch) if line.startswith(_START)]
+    return batch[starts[-1] :] if starts else batch
 
 
 def _lines(file: Path) -> list[str]:

@@ -138,7 +138,10 @@ class JobFolder:
         return self.logs / "batch.log"
 
     def server_file(self, start: int, index: int) -> Path:
-        """Return where rollout server ``index`` of a start says its address once it is healthy."""
+        """Return where rollout server ``index`` of a start says its address once it is healthy.
+
+        And how often it was started again, and how often it may be.
+        """
         return self.logs / f"start-{start}" / f"rollout-{index}.server.json"
 
     def write_begin(self, start: int) -> None:

@@ -10,6 +10,7 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.slurm.follow import follow, report_end
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, find_job, find_jobs
 from prefixrl_mcore.launch.slurm.states import cancel_job, job_state
+from prefixrl_mcore.launch.slurm.waiting import in_words
 
 
 def list_jobs(jobs: Path) -> None:
@@ -43,7 +44,9 @@ def show_status(jobs: Path, which: str) -> int:
     if state.has_ended:
         report_end(job, _id_of(job), state)
         return state.result
-    Console().print(f"job {_id_of(job)} ({job.path.name}): {state}", highlight=False, markup=False)
+    Console().print(
+        f"job {_id_of(job)} ({job.path.name}): {in_words(state)}", highlight=False, markup=False
+    )
     return 0
 
 

@@ -18,6 +18,11 @@ def server_port(job_id: str, local_index: int) -> int:
     return master_port(job_id) + 1 + local_index
 
 
+def start_number(environment: Mapping[str, str]) -> int:
+    """Return how often the job has been started before."""
+    return int(environment.get("SLURM_RESTART_COUNT") or 0)
+
+
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ... of a trainer's task.
 

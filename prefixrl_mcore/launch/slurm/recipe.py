@@ -19,6 +19,7 @@ from prefixrl_mcore.launch.slurm.launch import LaunchOptions, prepare_run, read_
 from prefixrl_mcore.launch.slurm.layout import TRAINER
 from prefixrl_mcore.launch.slurm.states import JobState, job_state
 from prefixrl_mcore.launch.slurm.submission import submit
+from prefixrl_mcore.launch.slurm.waiting import JobWatch
 
 logger = logging.getLogger(__name__)
 
@@ -132,21 +133,15 @@ def follow_all(
     Returns:
         0 if all completed, else the exit code of the first in order that failed by itself.
     """
-    shown: dict[str, str] = {}
+    watches = {label: JobWatch(str(folder.job_id), name=label, ask=ask) for label, folder in jobs}
     ended: dict[str, JobState] = {}
-    was_ended: set[str] = set()
     while len(ended) < len(jobs):
         for label, folder in jobs:
-            if label in ended:
-                continue
-            state = ask(str(folder.job_id))
-            if state.is_known and str(state) != shown.get(label):
-                shown[label] = str(state)
-                logger.info("%s: job %s: %s", label, folder.job_id, state)
-            if state.has_ended and label in was_ended:  # twice: a requeue passes through such
+            state = None if label in ended else watches[label].look()
+            if state is not None:
                 ended[label] = state
-                report_end(folder, str(folder.job_id), state)
-            was_ended = was_ended | {label} if state.has_ended else was_ended - {label}
+                if state.is_known:
+                    report_end(folder, str(folder.job_id), state)
         sleep(_POLL_SECONDS)
     _print_summary(jobs, ended)
     results = [ended[label] for label, _ in jobs]

@@ -1,19 +1,25 @@
-"""The task of a rollout node: one SGLang server, reachable from the trainer's node."""
+"""The task of a rollout node: one SGLang server, reachable from the trainer's node.
+
+A server that dies is started again at the same address, where the trainer's pool waits for it and
+sends it the current weights. One that dies too often sends the job back into the queue.
+"""
 
 import logging
 import signal
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from urllib.parse import urlsplit
 
 from prefixrl_mcore.config.load import load_config
+from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, RunConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
-from prefixrl_mcore.launch.slurm.rank_environment import server_port
+from prefixrl_mcore.launch.slurm.rank_environment import server_port, start_number
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
@@ -29,46 +35,128 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
 
     Returns:
         0 when told to end; 1 if the server does not come up; 75, which sends the job back into the
-        queue, if it dies later.
+        queue, if it dies more often than ``rollout.sglang.max_restarts`` allows.
     """
-    ending: list[int] = []
+    ending = _told_to_end()
+    index, start = int(environment["SLURM_PROCID"]), start_number(environment)
+    config = load_config(RunConfig, Path(task.config), [])
+    launch = server_launch(config, task, environment)
+    port = server_port(environment["SLURM_JOB_ID"], int(environment["SLURM_LOCALID"]))
+    allowance = RestartAllowance(config.rollout.sglang)
+    while True:
+        num_restarts = allowance.num_restarts
+        log_file = folder.logs / f"start-{start}" / f"sglang-{index}-{num_restarts}.log"
+        server = _start(launch, log_file, ending, port, is_known=num_restarts > 0)
+        if server is not None:
+            port = _port_of(server)
+            url = f"http://{socket.gethostname()}:{port}"
+            logger.warning("%s serves at %s", launch.name, url)
+            allowed = config.rollout.sglang.max_restarts
+            write_json_atomic(
+                folder.server_file(start, index),
+                {"url": url, "num_restarts": num_restarts, "max_restarts": allowed},
+            )
+            _wait_for_its_end(server, launch.name, ending)
+        if ending.is_set():
+            return 0
+        if server is None and not num_restarts:
+            return 1
+        if not allowance.take(time.monotonic()):
+            logger.error("%s is not started again: %s", launch.name, allowance)
+            return TIME_LIMIT_EXIT_CODE
+        logger.warning("%s is started again, with the initial weights: %s", launch.name, allowance)
 
-    def remember(number: int, _frame: FrameType | None) -> None:
-        ending.append(number)
 
-    signal.signal(signal.SIGTERM, remember)
+def _told_to_end() -> threading.Event:
+    """Return what is set when this task is told to end."""
+    ending = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        # In a thread, because this one may be inside the event and hold its lock.
+        threading.Thread(target=ending.set).start()
+
+    signal.signal(signal.SIGTERM, end)
     # It is the trainer that saves; the server inherits this, and serves until the trainer ends.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    index, start = int(environment["SLURM_PROCID"]), environment.get("SLURM_RESTART_COUNT") or "0"
-    config = load_config(RunConfig, Path(task.config), [])
+    return ending
+
+
+def _start(
+    launch: ServerLaunch, log_file: Path, ending: threading.Event, port: int, *, is_known: bool
+) -> SGLangServer | None:
+    """Start a server; return None if it does not come up, where the trainer knows it to be."""
     try:
-        launch = ServerLaunch(
-            name=f"rollout server {index}",
-            model_folder=config.model.path,
-            config=config.rollout.sglang.model_copy(update={"host": "0.0.0.0"}),
-            logits_dtype=config.model.logits_dtype,
-            device="cuda" if task.gpus_per_server else "cpu",
-            gpus=own_gpus(environment, task.gpus_per_server),
-            max_total_tokens=config.rollout.max_total_tokens,
-            weight_version="initial",
-        )
-        log_file = folder.logs / f"start-{start}" / f"sglang-{index}.log"
-        planned = server_port(environment["SLURM_JOB_ID"], int(environment["SLURM_LOCALID"]))
-        server = SGLangServer.start(launch, log_file, cancelled=threading.Event(), port=planned)
+        server = SGLangServer.start(launch, log_file, cancelled=ending, port=port)
     except (EngineError, ValueError) as error:
-        logger.error("%s", error)
-        return 1
-    port = urlsplit(server.client.url).port
-    url = f"http://{socket.gethostname()}:{port}"
-    write_json_atomic(folder.server_file(int(start), index), {"url": url})
-    logger.warning("rollout server %d serves at %s", index, url)
-    while server.is_alive and not ending:
-        time.sleep(_POLL_SECONDS)
-    if ending:
+        if not ending.is_set():
+            logger.error("%s", error)
+        return None
+    if is_known and _port_of(server) != port:
+        logger.error("%s: who listens on port %d, where the trainer waits?", launch.name, port)
         server.stop()
-        return 0
-    logger.error("rollout server %d has died:\n%s", index, server.log_tail())
-    return TIME_LIMIT_EXIT_CODE
+        return None
+    return server
+
+
+def _port_of(server: SGLangServer) -> int:
+    """Return where a server listens."""
+    port = urlsplit(server.client.url).port
+    assert port is not None, server.client.url
+    return port
+
+
+def _wait_for_its_end(server: SGLangServer, name: str, ending: threading.Event) -> None:
+    """Wait until a server dies, which is logged, or is to end; nothing of it is left then."""
+    while server.is_alive and not ending.is_set():
+        ending.wait(_POLL_SECONDS)
+    if not ending.is_set():
+        logger.error("%s has died: %s; %s", name, server.cause_of_death(), server.log_tail())
+    server.stop()
+
+
+class RestartAllowance:
+    """How often a dead server may still be started again: so often within a window of time."""
+
+    def __init__(self, config: SGLangConfig) -> None:
+        """Begin with none taken."""
+        self._max_restarts = config.max_restarts
+        self._window_seconds = config.restart_window_seconds
+        self._times: deque[float] = deque()
+        self.num_restarts = 0
+        """Restarts in all."""
+
+    def take(self, now: float) -> bool:
+        """Take one restart at ``time.monotonic()``; return whether there was one left."""
+        while self._times and self._times[0] < now - self._window_seconds:
+            self._times.popleft()
+        if len(self._times) >= self._max_restarts:
+            return False
+        self._times.append(now)
+        self.num_restarts += 1
+        return True
+
+    def __str__(self) -> str:
+        """Say how much is taken."""
+        return (
+            f"{len(self._times)} restart(s) in {self._window_seconds:g} s, "
+            f"rollout.sglang.max_restarts = {self._max_restarts}"
+        )
+
+
+def server_launch(
+    config: RunConfig, task: TaskFile, environment: Mapping[str, str]
+) -> ServerLaunch:
+    """Return how this task's server is started, every time."""
+    return ServerLaunch(
+        name=f"rollout server {environment['SLURM_PROCID']}",
+        model_folder=config.model.path,
+        config=config.rollout.sglang.model_copy(update={"host": "0.0.0.0"}),
+        logits_dtype=config.model.logits_dtype,
+        device="cuda" if task.gpus_per_server else "cpu",
+        gpus=own_gpus(environment, task.gpus_per_server),
+        max_total_tokens=config.rollout.max_total_tokens,
+        weight_version="initial",
+    )
 
 
 def own_gpus(environment: Mapping[str, str], number: int) -> tuple[str, ...]:

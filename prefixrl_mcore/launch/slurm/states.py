@@ -11,6 +11,9 @@ _ENDED = {
 }
 _UNKNOWN = "UNKNOWN"
 
+OUT_OF_SERVICE = ("down", "drain", "drng", "fail", "inval")
+"""Beginnings of the states of nodes that start no job, as ``sinfo --format=%t`` writes them."""
+
 
 class SlurmError(RuntimeError):
     """Slurm, or NeMo-Run on the way to it, refused; the message has its words."""
@@ -34,6 +37,15 @@ class JobState:
 
     nodes: str = ""
     """Nodes that it has, in Slurm's short form."""
+
+    partition: str = ""
+    """Where it runs or waits."""
+
+    num_nodes: int = 0
+    """Nodes that it asks for; 0 if Slurm does not say."""
+
+    excluded: str = ""
+    """Nodes that it may not have, in Slurm's short form."""
 
     @property
     def has_ended(self) -> bool:
@@ -78,6 +90,9 @@ def parse_scontrol(said: str) -> JobState:
         exit_code=_exit_code(fields.get("ExitCode", "0:0")),
         num_restarts=int(fields.get("Restarts", "0")),
         nodes=_unless_empty(fields.get("NodeList", "")),
+        partition=_unless_empty(fields.get("Partition", "")),
+        num_nodes=int(fields.get("NumNodes", "0").partition("-")[0]),
+        excluded=_unless_empty(fields.get("ExcNodeList", "")),
     )
 
 
@@ -93,6 +108,18 @@ def parse_sacct(said: str) -> JobState:
         num_restarts=len(lines) - 1,
         nodes=_unless_empty(nodes),
     )
+
+
+def nodes_in_service(partition: str) -> set[str]:
+    """Return the names of a partition's nodes that start jobs; none if Slurm does not answer."""
+    said = _ask(["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t"])
+    lines = [line.split() for line in said.splitlines()]
+    return {name for name, state in lines if not state.startswith(OUT_OF_SERVICE)}
+
+
+def host_names(short: str) -> list[str]:
+    """Return the single nodes of Slurm's short form, such as ``n[1-3,7]``."""
+    return _ask(["scontrol", "show", "hostnames", short]).split()
 
 
 def cancel_job(job_id: str) -> None:

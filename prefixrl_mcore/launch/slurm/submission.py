@@ -15,9 +15,10 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
+from prefixrl_mcore.launch.slurm.precheck.exit_codes import FAIL
 from prefixrl_mcore.launch.slurm.precheck.step import expectations, precheck_step
 from prefixrl_mcore.launch.slurm.srun import cpu_words, interpreter
-from prefixrl_mcore.launch.slurm.states import SlurmError, cancel_job
+from prefixrl_mcore.launch.slurm.states import OUT_OF_SERVICE, SlurmError, cancel_job
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ def describe(
             "trainer_nodes": layout.trainer_nodes,
             "requeue_codes": list(site.requeue.exit_codes) if site.requeue.max_restarts else [],
             "max_restarts": site.requeue.max_restarts,
+            "give_up_code": FAIL,
+            "nodes_by_partition": _nodes_by_partition(site, layout),
+            "out_of_service": "|".join(OUT_OF_SERVICE),
             "precheck": precheck_step(site, layout, folder),
         },
     }
@@ -171,6 +175,20 @@ def _cause(said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("sbatch: error:")]
     return "; ".join(dict.fromkeys(told)) or (lines[-1] if lines else "nothing was said")
+
+
+def _nodes_by_partition(site: SiteConfig, layout: JobLayout) -> list[tuple[str, int]]:
+    """Return the nodes that a job needs of each partition, as a word of bash."""
+    own = "$SLURM_JOB_PARTITION" if site.partition is None else site.partition
+    other = site.rollout_nodes.partition if layout.shape == "heterogeneous" else None
+    if other in (None, own):
+        needs = {own: layout.num_nodes}
+    else:
+        needs = {own: layout.trainer_nodes, other: layout.rollout_nodes}
+    return [
+        (f'"{name}"' if name.startswith("$") else shlex.quote(name), nodes)
+        for name, nodes in needs.items()
+    ]
 
 
 def _executor(site: SiteConfig) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.local import RANK_DEFAULTS
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
 from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER
-from prefixrl_mcore.launch.slurm.rank_environment import rank_variables
+from prefixrl_mcore.launch.slurm.orphan import end_with_a_later_start
+from prefixrl_mcore.launch.slurm.rank_environment import rank_variables, start_number
 from prefixrl_mcore.launch.slurm.states import SlurmError
 from prefixrl_mcore.observability.run_folder import RunFolder
 
@@ -24,6 +25,7 @@ def main() -> int:
     if role not in _ROLES:
         raise ConfigError(f"role {role}: expected one of {', '.join(_ROLES)}")
     task, exit_code = folder.read_task(), 1
+    end_with_a_later_start(folder, start_number(os.environ))
     if (role, os.environ["SLURM_PROCID"]) == (TRAINER, "0"):
         folder.write_begin(start_number(os.environ))
     os.chdir(task.working_directory)
@@ -83,6 +85,9 @@ def server_flags(
 ) -> list[str]:
     """Wait until all rollout servers of this start are healthy; return the flags that name them.
 
+    The trainer waits for a lost server once more than its task starts it again, so that the task,
+    which gives up by sending the job back into the queue, has the last word.
+
     Raises:
         SlurmError: if one of them has ended instead.
     """
@@ -95,13 +100,12 @@ def server_flags(
                 f"servers were healthy; its log is in {files[0].parent}"
             )
         time.sleep(poll_seconds)
-    urls = [json.loads(file.read_text())["url"] for file in files]
-    return ["--rollout.sglang.urls", *urls]
-
-
-def start_number(environment: Mapping[str, str]) -> int:
-    """Return how often the job has been started before."""
-    return int(environment.get("SLURM_RESTART_COUNT") or 0)
+    servers = [json.loads(file.read_text()) for file in files]
+    waits = 1 + max(server["max_restarts"] for server in servers)
+    return [
+        *("--rollout.sglang.urls", *(server["url"] for server in servers)),
+        *("--rollout.sglang.max-restarts", str(waits)),
+    ]
 
 
 def train_arguments(task: TaskFile, environment: Mapping[str, str]) -> list[str]:

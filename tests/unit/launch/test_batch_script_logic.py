@@ -30,13 +30,20 @@ exit $ROLLOUT_CODE
 
 SCONTROL = """#!/bin/bash
 case "$*" in
-"show hostnames"*) printf 'node-a\\nnode-b\\nnode-c\\n' ;;
+"show hostnames node-[a-c]") printf 'node-a\\nnode-b\\nnode-c\\n' ;;
+"show hostnames"*) tr , '\\n' <<<"$3" ;;
 "show job"*)
     echo '   StartTime=2026-01-01T00:00:00 EndTime=2026-01-01T04:00:00 Deadline=N/A'
     echo "   ReqNodeList=(null) ExcNodeList=$EXCLUDED"
     ;;
 *) echo "scontrol $*" >>$SAID ;;
 esac
+"""
+
+SINFO = """#!/bin/bash
+for argument in "$@"; do
+    [[ $argument != --partition=* ]] || cat "$NODES.${argument#*=}" 2>/dev/null
+done
 """
 
 
@@ -51,15 +58,23 @@ def _run(
     excluded: str = "(null)",
     precheck_does: str = "",
     hang_seconds: int = 960,
+    nodes: dict[str, str] | None = None,
 ) -> tuple[int, str, str]:
     """Run a golden script; the first step to end is the trainer's unless ``rollout`` is given.
+
+    ``nodes`` is what sinfo says of each partition; else it does not answer.
 
     Returns:
         Exit code, what the stand-ins were told, and the script's own words.
     """
     programs = folder / "bin"
     programs.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("module", "#!/bin/bash\n")):
+    for partition, text in (nodes or {}).items():
+        (folder / f"nodes.{partition}").write_text(text)
+    for name, text in (
+        *(("srun", SRUN), ("scontrol", SCONTROL), ("sinfo", SINFO)),
+        ("module", "#!/bin/bash\n"),
+    ):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     script = (GOLDEN / f"{shape}.sh").read_text().replace("/jobs/golden-1", str(folder))
@@ -76,8 +91,11 @@ def _run(
             "PATH": f"{programs}:{os.environ['PATH']}",
             "HOME": str(folder),
             "SAID": str(said),
+            "NODES": f"{folder}/nodes",
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "node-[a-c]",
+            "SLURM_JOB_NODELIST_HET_GROUP_0": "node-a",
+            "SLURM_JOB_NODELIST_HET_GROUP_1": "node-b",
             "SLURM_RESTART_COUNT": str(restarts),
             "LOGS": f"{folder}/logs/start-{restarts}",
             "PRECHECK_CODE": str(precheck),
@@ -113,7 +131,22 @@ def test_restarts_have_an_end(tmp_path: Path) -> None:
     result, told, said = _run(tmp_path, "colocated", trainer=75, restarts=20)
     assert result == 75
     assert "requeue" not in told
-    assert "not requeued: 20 restarts were allowed" in said
+    assert "error: not requeued: requeue.max_restarts = 20 of the site allows no more" in said
+
+
+def test_a_job_that_slurm_starts_too_often_ends_before_anything_else(tmp_path: Path) -> None:
+    result, told, said = _run(tmp_path, "colocated", trainer=0, restarts=21)
+    assert (result, told) == (78, "")
+    assert "prefixrl: error: the job was preempted, or lost a node, and was started more" in said
+    assert "requeue.max_restarts = 20 of the site" in said
+
+
+def test_a_start_that_slurm_has_lost_does_not_requeue_the_one_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "start-3").mkdir(parents=True)
+    result, told, said = _run(tmp_path, "colocated", trainer=75, restarts=2)
+    assert result == 75
+    assert "requeue" not in told
+    assert "not requeued: Slurm had lost this start" in said
 
 
 def test_the_trainers_end_ends_the_servers(tmp_path: Path) -> None:
@@ -156,6 +189,39 @@ def test_bad_nodes_are_left_out_of_the_next_start(
     ]
     assert "bad node node-b: reason" in said
     assert "without node-b" in said
+
+
+@pytest.mark.parametrize("state", ["idle", "mix", "alloc", "comp*"])
+def test_a_bad_node_is_left_out_where_enough_others_are_in_service(
+    tmp_path: Path, state: str
+) -> None:
+    nodes = {"gpu": f"node-a {state}\nnode-b mix\nnode-c alloc\nnode-x idle\n"}
+    bad = {"precheck": 77, "excluded": "node-x"}
+    result, told, _ = _run(tmp_path, "colocated", trainer=0, nodes=nodes, **bad)
+    assert result == 77
+    assert told.splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=node-x,node-b"
+
+
+@pytest.mark.parametrize("state", ["down*", "drain", "drng", "fail", "inval"])
+def test_a_job_that_would_find_too_few_nodes_ends_and_says_so(tmp_path: Path, state: str) -> None:
+    nodes = {"gpu": f"node-a {state}\nnode-b mix\nnode-c alloc\nnode-x idle\n"}
+    bad = {"precheck": 77, "excluded": "node-x"}
+    result, told, said = _run(tmp_path, "colocated", trainer=0, nodes=nodes, **bad)
+    assert (result, told) == (78, "")
+    assert (
+        "prefixrl: error: without the bad nodes node-x,node-b the partition gpu has 1 nodes that "
+        "are in service, the job needs 2; have the nodes repaired"
+    ) in said
+
+
+def test_each_partition_of_a_heterogeneous_job_must_have_enough(tmp_path: Path) -> None:
+    for name, state, code in (("enough", "idle", 77), ("short", "down", 78)):
+        nodes = {"batch": "node-a idle\n", "inference": f"node-b idle\nnode-c {state}\n"}
+        folder = tmp_path / name
+        folder.mkdir()
+        result, _, said = _run(folder, "heterogeneous", trainer=0, precheck=77, nodes=nodes)
+        assert result == code
+        assert ("partition inference has 0 nodes that are in" in said) == (code == 78)
 
 
 def _verdict(folder: Path, start: int) -> dict[str, Any]:
@@ -225,7 +291,7 @@ def test_a_signal_during_the_pre_check_sends_the_job_back_into_the_queue(tmp_pat
 def test_bad_nodes_do_not_restart_a_job_for_ever(tmp_path: Path) -> None:
     result, told, said = _run(tmp_path, "colocated", trainer=0, precheck=77, restarts=20)
     assert (result, told) == (77, "")
-    assert "not requeued: 20 restarts were allowed" in said
+    assert "error: not requeued: requeue.max_restarts = 20 of the site allows no more" in said
 
 
 def test_a_setup_line_that_fails_ends_the_job_before_any_task(tmp_path: Path) -> None:

@@ -135,6 +135,25 @@ def test_a_killed_task_leaves_the_batch_scripts_words(
     assert "Detected 1 oom-kill event(s)" in caplog.text
 
 
+def test_what_the_batch_script_says_of_its_last_start_is_the_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = _job(tmp_path)
+    end = TaskEnd(task="trainer-0", node="node-0", exit_code=138, unix_seconds=0.0)
+    job.write_end(0, end)
+    (job.logs / "start-1").mkdir()
+    job.batch_log.write_text(
+        "prefixrl: job 7, start 0, on n1\nprefixrl: error: of the first start\n"
+        "prefixrl: job 7, start 1, on n1\nprefixrl: error: started too often\n"
+    )
+    failed = JobState(state="FAILED", exit_code=78, num_restarts=1)
+    assert _follow(job, failed, failed)[0] == 78
+    assert "job 7: started too often\n" in caplog.text
+    assert "of the first start" not in caplog.text
+    assert "trainer-0" not in caplog.text
+    assert "no task says why" not in caplog.text
+
+
 def test_what_is_added_to_the_logs_is_written_once_and_in_order_of_the_starts(
     tmp_path: Path,
 ) -> None:

@@ -64,3 +64,12 @@ def test_cancelled_jobs_alone_are_a_failure_and_a_requeue_is_no_end(tmp_path: Pa
     assert _follow(tmp_path / "a", {"1": [JobState(state="CANCELLED")]}) == 1
     passing = [JobState(state="FAILED", exit_code=75), JobState(state="PENDING")]
     assert _follow(tmp_path / "b", {"1": [*passing, JobState(state="COMPLETED")]}) == 0
+
+
+def test_a_job_that_slurm_forgets_does_not_keep_the_others_from_their_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = {"1": [JobState(state="UNKNOWN")], "2": [JobState(state="COMPLETED")]}
+    assert _follow(tmp_path, states) == 1
+    summary = capsys.readouterr().out
+    assert [summary.count(state) for state in ("UNKNOWN", "COMPLETED")] == [1, 1]

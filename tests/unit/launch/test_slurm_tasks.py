@@ -1,10 +1,13 @@
 """What a task makes of Slurm's variables, and what is made of Slurm's words."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
 from prefixrl_mcore.launch.slurm.rank_environment import (
     master_port,
@@ -12,7 +15,7 @@ from prefixrl_mcore.launch.slurm.rank_environment import (
     server_port,
     tasks_per_node,
 )
-from prefixrl_mcore.launch.slurm.rollout_task import own_gpus
+from prefixrl_mcore.launch.slurm.rollout_task import RestartAllowance, own_gpus
 from prefixrl_mcore.launch.slurm.states import SlurmError, parse_sacct, parse_scontrol
 from prefixrl_mcore.launch.slurm.task import server_flags, train_arguments
 
@@ -157,9 +160,10 @@ def test_the_trainer_is_told_all_servers_of_this_start(tmp_path: Path) -> None:
     for start, index in ((0, 0), (0, 1), (1, 0), (1, 1)):
         file = job.server_file(start, index)
         file.parent.mkdir(exist_ok=True)
-        file.write_text(f'{{"url": "http://n{index}:{start}"}}')
+        file.write_text(f'{{"url": "http://n{index}:{start}", "max_restarts": 3}}')
     flags = server_flags(job, _task_with_servers(2), start=1)
-    assert flags == ["--rollout.sglang.urls", "http://n0:1", "http://n1:1"]
+    urls = ["--rollout.sglang.urls", "http://n0:1", "http://n1:1"]
+    assert flags == [*urls, "--rollout.sglang.max-restarts", "4"]  # once more than their tasks
 
 
 def test_a_server_that_does_not_come_up_ends_the_wait_and_is_named(tmp_path: Path) -> None:
@@ -175,3 +179,36 @@ def test_each_server_of_a_node_has_gpus_of_its_own() -> None:
     assert own_gpus(whole, 2) == ("6", "7")
     assert own_gpus({"SLURM_LOCALID": "3"}, 2) == ("6", "7")
     assert own_gpus({"SLURM_LOCALID": "3"}, 0) == ()
+
+
+def test_a_server_is_started_again_so_often_within_a_window() -> None:
+    allowance = RestartAllowance(SGLangConfig(max_restarts=2, restart_window_seconds=60.0))
+    assert [allowance.take(now) for now in (0.0, 10.0, 50.0, 61.0, 62.0, 71.0)] == [
+        True, True, False, True, False, True,
+    ]  # fmt: skip
+    assert allowance.num_restarts == 4
+    assert not RestartAllowance(SGLangConfig(max_restarts=0)).take(0.0)
+
+
+def test_a_task_ends_when_a_later_start_of_its_job_exists(tmp_path: Path) -> None:
+    job = JobFolder.make(tmp_path, "job")
+    (job.logs / "start-1").mkdir()  # its own
+    program = (
+        "import sys, time; from pathlib import Path; "
+        "from prefixrl_mcore.launch.slurm.job_folder import JobFolder; "
+        "from prefixrl_mcore.launch.slurm.orphan import end_with_a_later_start; "
+        "end_with_a_later_start(JobFolder(Path(sys.argv[1])), 1, poll_seconds=0.01); "
+        "print('lives', flush=True); time.sleep(60)"
+    )
+    task = subprocess.Popen(
+        [sys.executable, "-c", program, str(job.path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with task:
+        assert task.stdout is not None
+        assert task.stderr is not None
+        assert task.stdout.readline() == b"lives\n"
+        (job.logs / "start-2").mkdir()
+        assert task.wait(30) == 78
+        assert b"start-2 exists: Slurm has lost this start" in task.stderr.read()

@@ -4,4 +4,4 @@ EXCLUDE = 77
 """Bad nodes are to be left out of the next start."""
 
 FAIL = 78
-"""The job is to end."""
+"""The job is to end. So ends the batch script too where another start would not help."""

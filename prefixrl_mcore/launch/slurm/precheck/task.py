@@ -24,7 +24,7 @@ from prefixrl_mcore.launch.slurm.precheck.exchange import Listener, ask, clock_o
 from prefixrl_mcore.launch.slurm.precheck.exit_codes import EXCLUDE, FAIL
 from prefixrl_mcore.launch.slurm.precheck.node import check_needed, check_node
 from prefixrl_mcore.launch.slurm.precheck.verdict import Finding, Verdict, decide
-from prefixrl_mcore.launch.slurm.rank_environment import master_port, server_port
+from prefixrl_mcore.launch.slurm.rank_environment import master_port, server_port, start_number
 from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
 
 _EXIT_CODES = {"go": 0, "exclude": EXCLUDE, "fail": FAIL}
@@ -39,7 +39,7 @@ class Job:
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
         """Read Slurm's variables, and those of the batch script."""
         self.folder = JobFolder(path)
-        self.start = int(environment.get("SLURM_RESTART_COUNT") or 0)
+        self.start = start_number(environment)
         self.logs = self.folder.logs / f"start-{self.start}"
         self.findings = self.logs / "precheck"
         self.id = environment["SLURM_JOB_ID"]

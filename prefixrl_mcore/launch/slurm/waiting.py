@@ -1,0 +1,171 @@
+"""A job in the queue: what it waits for, and the end of a wait that has none."""
+
+import logging
+from collections.abc import Callable, Collection
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+
+from prefixrl_mcore.launch.slurm.states import (
+    JobState,
+    cancel_job,
+    host_names,
+    job_state,
+    nodes_in_service,
+)
+
+logger = logging.getLogger(__name__)
+
+_SHORT_QUESTIONS = 20
+"""Questions in a row, about a minute, after which nodes that are out of service stay so."""
+
+_LOST_QUESTIONS = 200
+"""Questions in a row that Slurm may leave unanswered, ten minutes."""
+
+_REASONS = {
+    "Priority": "jobs of higher priority are ahead of it",
+    "Resources": "it waits for nodes to become free",
+    "Dependency": "it waits for the job before it",
+    "BeginTime": "Slurm holds a requeued job back for a while, two minutes by default",
+    "ReqNodeNotAvail": "it waits for nodes that are down, drained or reserved",
+    "Nodes_required_for_job": "it waits for nodes that are down, drained or reserved",
+    "BadConstraints": "no nodes that it may have are what it asks for",
+    "JobHeld": "it is held, until somebody releases it (scontrol release)",
+    "launch_failed_requeued_held": "a node could not start it; scontrol release tries again",
+    "Partition": "its partition is down, or does not take so many nodes or so long",
+    "QOS": "a limit of its QOS is reached",
+    "Assoc": "a limit of its account or user is reached",
+    "Reservation": "it waits for its reservation",
+}
+"""What beginnings of Slurm's reasons mean."""
+
+
+def in_words(state: JobState) -> str:
+    """Return a state, and of a job in the queue what it waits for."""
+    if state.state != "PENDING":
+        return str(state)
+    meaning = next((words for name, words in _REASONS.items() if state.reason.startswith(name)), "")
+    excluded = f"; it may not have {state.excluded}" if state.excluded else ""
+    return str(state) + (f": {meaning}" if meaning else "") + excluded
+
+
+class QueuedJob:
+    """Cancels one job that waits for more nodes than its partition has beside the excluded ones.
+
+    A job that excludes no node is left alone: it waits for whom it was told to wait for.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        *,
+        in_service: Callable[[str], Collection[str]] = nodes_in_service,
+        names: Callable[[str], Collection[str]] = host_names,
+        cancel: Callable[[str], None] = cancel_job,
+    ) -> None:
+        """Watch job ``job_id``; the rest is how Slurm is asked, and told."""
+        self._job_id = job_id
+        self._in_service = in_service
+        self._names = names
+        self._cancel = cancel
+        self._num_short = 0
+
+    def see(self, state: JobState) -> None:
+        """Take the answer to a question into account.
+
+        Raises:
+            SlurmError: if the job cannot be cancelled.
+        """
+        if state.state != "PENDING" or not state.excluded:
+            self._num_short = 0
+            return
+        known = self._in_service(state.partition)
+        left = set(known) - set(self._names(state.excluded))
+        self._num_short = self._num_short + 1 if known and len(left) < state.num_nodes else 0
+        if self._num_short == _SHORT_QUESTIONS:
+            logger.error(
+                "job %s is cancelled: without the bad nodes %s the partition %s has %d nodes that "
+                "are in service, the job needs %d; have the nodes repaired (sinfo --Node --long "
+                "shows their states), or ask for fewer, and launch the run again",
+                *(self._job_id, state.excluded, state.partition, len(left), state.num_nodes),
+            )
+            self._cancel(self._job_id)
+
+
+class JobWatch:
+    """Asks for the state of one job, says what changed, and knows the end from a requeue."""
+
+    def __init__(
+        self, job_id: str, *, name: str | None = None, ask: Callable[[str], JobState] = job_state
+    ) -> None:
+        """Watch job ``job_id``.
+
+        Args:
+            job_id: Slurm's number.
+            name: what the log calls it besides.
+            ask: how its state is found.
+        """
+        self._job_id = job_id
+        self._prefix = "" if name is None else f"{name}: "
+        self._ask = ask
+        self._queued = QueuedJob(job_id)
+        self._shown = ""
+        self._num_lost = 0
+        self._has_ended = False
+        self.waits_for = ""
+        """What the job waits for, as long as it does."""
+
+    def look(self) -> JobState | None:
+        """Ask once; return how the job ended, or UNKNOWN once Slurm is silent for long.
+
+        Raises:
+            SlurmError: if a job that can never start cannot be cancelled.
+        """
+        state = self._ask(self._job_id)
+        if not state.is_known:
+            self._num_lost += 1
+            if self._num_lost <= _LOST_QUESTIONS:
+                return None
+            logger.error(
+                "%sjob %s: Slurm has not answered for long; it may still run",
+                *(self._prefix, self._job_id),
+            )
+            return state
+        self._num_lost = 0
+        text = in_words(state)
+        if text != self._shown:
+            self._shown = text
+            logger.info("%sjob %s: %s", self._prefix, self._job_id, text)
+        self.waits_for = text if state.state == "PENDING" else ""
+        self._queued.see(state)
+        is_end = state.has_ended and self._has_ended  # twice: a requeue passes through such states
+        self._has_ended = state.has_ended
+        return state if is_end else None
+
+
+class WaitingLine:
+    """One line at the bottom of the terminal as long as a job waits; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        """Show nothing yet."""
+        self._status = Console(stderr=True).status("")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._status.stop()
+
+    def show(self, text: str) -> None:
+        """Show a text, or nothing if it is empty."""
+        if not text:
+            self._status.stop()
+        elif self._status.console.is_terminal:
+            self._status.update(text.replace("[", "\\["))
+            self._status.start()

@@ -4,6 +4,7 @@ from prefixrl_mcore.records import Completion, FinishReason
 from prefixrl_mcore.rollout.collected import Collected
 from prefixrl_mcore.rollout.decoding import Row
 from prefixrl_mcore.rollout.engine import SampleRequest
+from prefixrl_mcore.rollout.interruption import never_interrupted
 
 REQUESTS = [
     SampleRequest(request_id=name, context_token_ids=(1,), num_samples=2, seed=0) for name in "abc"
@@ -27,7 +28,9 @@ def test_requests_that_finish_after_it_was_enough_are_announced_and_not_asked_ab
         asked.append(index)
         return len(asked) == 1
 
-    collected = Collected(REQUESTS, is_enough, lambda *counts: announced.append(counts))
+    collected = Collected(
+        REQUESTS, is_enough, lambda *counts: announced.append(counts), never_interrupted
+    )
 
     def add(request: int, sample: int, completion: Completion) -> bool:
         row = Row(request=REQUESTS[request], sample_index=sample, max_new_tokens=9)

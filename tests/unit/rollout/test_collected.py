@@ -34,7 +34,8 @@ def test_requests_that_finish_after_it_was_enough_are_announced_and_not_asked_ab
 
     def add(request: int, sample: int, completion: Completion) -> bool:
         row = Row(request=REQUESTS[request], sample_index=sample, max_new_tokens=9)
-        return collected.add(row, completion)
+        collected.add(row, completion)
+        return collected.is_over()
 
     assert not add(1, 1, completion_of(2))
     assert add(1, 0, completion_of(3))  # the whole request

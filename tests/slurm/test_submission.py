@@ -23,6 +23,7 @@ if grep -q -- --job-name=refused "${@: -1}"; then
     echo "sbatch: error: no more today" >&2
     exit 1
 fi
+env >"$SAID/inherited"
 echo >>"$SAID/submitted"
 echo $((100 + $(wc -l <"$SAID/submitted")))
 """
@@ -89,3 +90,35 @@ def test_a_refused_job_takes_those_before_it_out_of_the_queue(pretended: Path) -
     assert (pretended / "cancelled").read_text().split() == ["101", "102"]
     left = [job.path.name for job in find_jobs(pretended / "jobs")]
     assert [name.partition("-")[0] for name in left] == ["first", "second"]
+
+
+@pytest.mark.slow
+def test_a_job_inherits_nothing_of_the_job_that_it_is_launched_in(
+    pretended: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": "3",
+        "SLURM_EXPORT_ENV": "NONE",
+        "SRUN_CPUS_PER_TASK": "1",
+        "PMI_RANK": "0",
+        "PMIX_RANK": "0",
+        "PMI2_SIZE": "4",
+        "PREFIXRL_TRAINER_HOSTS": "x",
+        "PREFIXRL_JOB_END_UNIX_SECONDS": "1",
+        "CUDA_VISIBLE_DEVICES": "3",
+    }
+    kept = {
+        "SLURM_CONF": "/etc/slurm/slurm.conf",
+        "SLURM_JWT": "t0ken",
+        "SBATCH_ACCOUNT": "mine",
+        "WANDB_API_KEY": "k",
+        "PREFIXRL_SGLANG_API_KEY": "the-users-own-k3y",
+    }
+    for name, value in {**others, **kept}.items():
+        monkeypatch.setenv(name, value)
+    _submit(pretended, "first")
+    lines = (pretended / "inherited").read_text().splitlines()
+    inherited = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert others.keys() & inherited.keys() == set()
+    assert {name: inherited.get(name) for name in kept} == kept

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.site import NEMO_RUN_REWRITES, ContainerConfig, SiteConfig
+from prefixrl_mcore.launch.slurm.layout import TRAINER, JobLayout
 
 
 def interpreter(site: SiteConfig) -> str:
@@ -35,3 +36,20 @@ def container_words(container: ContainerConfig | None) -> list[str]:
 def cpu_words(cpus: int | None) -> list[str]:
     """Return how a task gets its CPUs: since Slurm 22.05 srun does not take them from sbatch."""
     return [] if cpus is None else [f"--cpus-per-task={cpus}"]
+
+
+def cpus_of_first(site: SiteConfig, role: str) -> int | None:
+    """Return the CPUs of a trainer rank, or of a stage, which has a node to itself."""
+    if site.cpus_per_task is None or role == TRAINER:
+        return site.cpus_per_task
+    return site.cpus_per_task * max(site.node_ranks, 1)
+
+
+def cpus_of_server(site: SiteConfig, layout: JobLayout) -> int | None:
+    """Return the CPUs of a rollout server on a node of its own."""
+    own = site.rollout_nodes.cpus_per_task
+    if layout.shape == "heterogeneous" and own is not None:
+        return own
+    if site.cpus_per_task is None:
+        return None
+    return site.cpus_per_task * max(layout.rollout_gpus_per_node // layout.servers_per_node, 1)

@@ -17,7 +17,7 @@ from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
 from prefixrl_mcore.launch.slurm.precheck.exit_codes import FAIL
 from prefixrl_mcore.launch.slurm.precheck.step import expectations, precheck_step
-from prefixrl_mcore.launch.slurm.srun import cpu_words, interpreter
+from prefixrl_mcore.launch.slurm.srun import cpu_words, cpus_of_first, cpus_of_server, interpreter
 from prefixrl_mcore.launch.slurm.states import OUT_OF_SERVICE, SlurmError, cancel_job
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _tasks(
 ) -> list[dict[str, Any]]:
     """Return the steps of a job, the trainer's or the stage's first."""
     is_split = layout.shape == "split"
-    cpus = cpu_words(_cpus_of_first(site, first_role))
+    cpus = cpu_words(cpus_of_first(site, first_role))
     if cpus and not layout.rollout_nodes:
         # Servers run on the CPUs of the task that starts them: let that be all of the node.
         cpus.append("--cpu-bind=none")
@@ -235,7 +235,7 @@ def _tasks(
     first["executor"] = {
         "nodes": layout.num_nodes if is_split else layout.trainer_nodes,
         "ntasks_per_node": layout.ranks_per_node,
-        "cpus_per_task": _cpus_of_first(site, first_role),
+        "cpus_per_task": cpus_of_first(site, first_role),
         **_gpu_request(site, site.gpus_per_node, site.gpu_type),
     }
     if not layout.rollout_nodes:
@@ -246,7 +246,7 @@ def _tasks(
         role=ROLLOUT,
         nodes=layout.rollout_nodes,
         per_node=layout.servers_per_node,
-        cpus=cpu_words(_cpus_of_server(site, layout)),
+        cpus=cpu_words(cpus_of_server(site, layout)),
         first_node=layout.trainer_nodes if is_split else None,
     )
     rollout["executor"] = {
@@ -267,7 +267,7 @@ def _rollout_options(site: SiteConfig, layout: JobLayout) -> dict[str, Any]:
         "qos": own.qos or site.qos,
         "constraint": own.constraint,
         "mem": own.memory or site.memory,
-        "cpus-per-task": _cpus_of_server(site, layout),
+        "cpus-per-task": cpus_of_server(site, layout),
         "gpus-per-node": gpus.get("gpus_per_node"),
         "gres": gpus.get("gres"),
     }
@@ -296,23 +296,6 @@ def _task(
         "srun_args": [*arguments, *site.srun_args],
         "command": [interpreter(site), "-m", _TASK, str(folder.path), role],
     }
-
-
-def _cpus_of_first(site: SiteConfig, role: str) -> int | None:
-    """Return the CPUs of a trainer rank, or of a stage, which has a node to itself."""
-    if site.cpus_per_task is None or role == TRAINER:
-        return site.cpus_per_task
-    return site.cpus_per_task * max(site.node_ranks, 1)
-
-
-def _cpus_of_server(site: SiteConfig, layout: JobLayout) -> int | None:
-    """Return the CPUs of a rollout server on a node of its own."""
-    own = site.rollout_nodes.cpus_per_task
-    if layout.shape == "heterogeneous" and own is not None:
-        return own
-    if site.cpus_per_task is None:
-        return None
-    return site.cpus_per_task * max(layout.rollout_gpus_per_node // layout.servers_per_node, 1)
 
 
 def _gpu_request(site: SiteConfig, gpus: int, gpu_type: str | None) -> dict[str, Any]:

@@ -87,6 +87,12 @@ def test_rollout_nodes_need_a_shape_that_has_them() -> None:
         lay_out(_config(), SITE, rollout_nodes=1)
 
 
+@pytest.mark.parametrize("number", [0, -1])
+def test_no_rollout_nodes_are_refused(number: int) -> None:
+    with pytest.raises(ConfigError, match=f"--rollout-nodes {number}: must be 1 or more"):
+        lay_out(_config(), SITE, shape="split", rollout_nodes=number)
+
+
 def test_more_servers_than_the_first_node_has_gpus_are_refused_with_the_arithmetic() -> None:
     settings = ["rollout.sglang.num_servers=3", "rollout.sglang.tensor_parallel_size=4"]
     config = validate(RunConfig, with_settings(DEMO, settings), where="test")

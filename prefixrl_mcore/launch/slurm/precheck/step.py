@@ -8,7 +8,7 @@ from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
 from prefixrl_mcore.launch.slurm.precheck.exit_codes import EXCLUDE
-from prefixrl_mcore.launch.slurm.srun import container_words, cpu_words, interpreter
+from prefixrl_mcore.launch.slurm.srun import container_words, cpu_words, cpus_of_server, interpreter
 
 _TASK = "prefixrl_mcore.launch.slurm.precheck.task"
 _START_SECONDS = 600
@@ -39,9 +39,12 @@ def precheck_step(site: SiteConfig, layout: JobLayout, folder: JobFolder) -> dic
     if not site.precheck.enabled:
         return None
     if layout.shape == "heterogeneous":
-        groups = [(layout.trainer_nodes, 0), (layout.rollout_nodes, 1)]
+        groups = [
+            (layout.trainer_nodes, 0, site.cpus_per_task),
+            (layout.rollout_nodes, 1, cpus_of_server(site, layout)),
+        ]
     else:
-        groups = [(layout.num_nodes, None)]
+        groups = [(layout.num_nodes, None, site.cpus_per_task)]
     command = " : ".join(_one_task_per_node(site, folder, *group) for group in groups)
     return {
         "command": f"srun {command}",
@@ -52,7 +55,7 @@ def precheck_step(site: SiteConfig, layout: JobLayout, folder: JobFolder) -> dic
 
 
 def _one_task_per_node(
-    site: SiteConfig, folder: JobFolder, nodes: int, component: int | None
+    site: SiteConfig, folder: JobFolder, nodes: int, component: int | None, cpus: int | None
 ) -> str:
     """Return arguments and command of srun for the nodes of one component."""
     words = [
@@ -60,7 +63,7 @@ def _one_task_per_node(
         *(f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
         # For ever: nodes that have said their finding end long before one that is slow.
         *("--kill-on-bad-exit=1", "--wait=0"),
-        *cpu_words(site.cpus_per_task),
+        *cpu_words(cpus),
         *container_words(site.container),
         *site.srun_args,
     ]

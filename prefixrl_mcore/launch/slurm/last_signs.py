@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.layout import TRAINER
 from prefixrl_mcore.observability.heartbeat import read_beats, stall_reports
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.observability.stall_report import Beat
@@ -27,7 +28,7 @@ class LastSigns:
     def place_of(self, task: str) -> str:
         """Return where a task was last seen, to follow a comma; empty if it is not known."""
         role, _, rank = task.rpartition("-")
-        beat = self.beats.get(int(rank)) if role == "trainer" else None
+        beat = self.beats.get(int(rank)) if role == TRAINER else None
         if beat is None:
             return ""
         return f", last seen in phase {beat.phase}" + (f" of {beat.step}" if beat.step else "")

@@ -64,7 +64,7 @@ def test_the_components_of_a_heterogeneous_job_get_what_their_own_nodes_must_hav
     assert (first["CPUs/Task"], second["CPUs/Task"]) == ("1", "2")
     assert (first["MinMemoryNode"], second["MinMemoryNode"]) == ("4000M", "500M")
     assert "TresPerNode" not in first
-    assert second["TresPerNode"] == "gres/gpu:2"
+    assert second["TresPerNode"].endswith("gpu:2")
 
 
 def test_tasks_get_what_the_script_exports_where_jobs_inherit_nothing(

@@ -245,6 +245,24 @@ def test_server_that_broke_a_connection_is_dead_if_it_does_not_answer_at_all(
     assert engine.take_metrics()["engine/num_server_deaths"] == (0 if is_reachable else 1)
 
 
+def test_lost_request_goes_to_another_server_although_the_first_has_its_context(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_retries=1, max_failures=99)
+    pool.fakes[0].fail_generate = 503
+
+    assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
+    assert len(pool.fakes[1].sampled) == 1
+
+
+def test_load_that_fails_leaves_the_version_of_before(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1])
+    engine.load_weights(weights, 4)
+
+    with pytest.raises(EngineError, match="did not come"):
+        engine.load_weights(lambda: iter(list(weights())[:-1]), 5)
+
+    assert engine.policy_version == 4
+
+
 def every_other_time(fake: FakeSGLang, path: str) -> None:
     """Have a server refuse every other call of an endpoint, the first among them."""
     turns = itertools.count()

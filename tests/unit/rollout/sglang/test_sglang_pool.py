@@ -1,5 +1,6 @@
 """Faults of single servers of a pool, as the scripted fake shows them."""
 
+import itertools
 import logging
 import threading
 import time
@@ -209,6 +210,98 @@ def test_hung_server_is_found_by_its_health_and_its_requests_go_elsewhere(pool: 
     metrics = engine.take_metrics()
     assert (metrics["engine/num_server_deaths"], metrics["engine/num_ready_servers"]) == (1, 2)
     assert metrics["engine/num_reissued_requests"] == 3
+
+
+def test_one_answer_of_other_weights_is_death(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=0, max_failures=99)
+
+    def of_other_weights(answer: Answer) -> None:
+        answer["meta_info"]["weight_version"] = "theirs"
+
+    pool.fakes[0].spoil = of_other_weights
+
+    assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
+    metrics = engine.take_metrics()
+    assert (metrics["engine/num_bad_answers"], metrics["engine/num_server_deaths"]) == (1, 1)
+
+
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_server_that_broke_a_connection_is_dead_if_it_does_not_answer_at_all(
+    pool: Pool, is_reachable: bool
+) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=0, max_failures=99)
+    fake, answer = pool.fakes[0], pool.fakes[0].answer
+    has_broken = False
+
+    def break_off(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        nonlocal has_broken
+        has_broken = has_broken or path == "/generate"
+        is_gone = has_broken and not is_reachable
+        return (0, None) if path == "/generate" or is_gone else answer(path, payload)
+
+    fake.answer = break_off  # type: ignore[method-assign]
+
+    assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
+    assert engine.take_metrics()["engine/num_server_deaths"] == (0 if is_reachable else 1)
+
+
+def test_lost_request_goes_to_another_server_although_the_first_has_its_context(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_retries=1, max_failures=99)
+    pool.fakes[0].fail_generate = 503
+
+    assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
+    assert len(pool.fakes[1].sampled) == 1
+
+
+def test_load_that_fails_leaves_the_version_of_before(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1])
+    engine.load_weights(weights, 4)
+
+    with pytest.raises(EngineError, match="did not come"):
+        engine.load_weights(lambda: iter(list(weights())[:-1]), 5)
+
+    assert engine.policy_version == 4
+
+
+def every_other_time(fake: FakeSGLang, path: str) -> None:
+    """Have a server refuse every other call of an endpoint, the first among them."""
+    turns = itertools.count()
+    answer = fake.answer
+
+    def flap(called: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if called == path and next(turns) % 2 == 0:
+            return 503, None
+        return answer(called, payload)
+
+    fake.answer = flap  # type: ignore[method-assign]
+
+
+def test_health_checks_that_fail_now_and_then_are_not_failures_in_a_row(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=0, max_failures=2)
+    fake = pool.fakes[0]
+    every_other_time(fake, "/health_generate")
+    fake.hold = hold = threading.Event()
+
+    def let_go_after_some_checks() -> None:
+        while fake.calls.count("/health_generate") < 4:
+            time.sleep(0.01)
+        hold.set()
+
+    threading.Thread(target=let_go_after_some_checks, daemon=True).start()
+
+    assert tokens_of(engine.sample(requests_of(2), PARAMS)) == [[6, 6]] * 2
+    assert engine.take_metrics()["engine/num_server_deaths"] == 0
+
+
+def test_answers_that_fail_now_and_then_are_not_failures_in_a_row(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=0, max_failures=2)
+    every_other_time(pool.fakes[0], "/generate")
+
+    for _ in range(3):  # one after the other
+        assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
+
+    metrics = engine.take_metrics()
+    assert (metrics["engine/num_reissued_requests"], metrics["engine/num_server_deaths"]) == (3, 0)
 
 
 def test_server_that_came_back_is_brought_up_to_date_and_samples_again(pool: Pool) -> None:

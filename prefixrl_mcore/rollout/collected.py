@@ -31,7 +31,8 @@ class Collected:
 
     def is_over(self) -> bool:
         """Return whether no more is to be sampled; asked between two tokens."""
-        self.was_interrupted = self.was_interrupted or self._is_interrupted()
+        if not self._is_enough:  # else it is whole, and no longer to be thrown away
+            self.was_interrupted = self.was_interrupted or self._is_interrupted()
         return self._is_enough or self.was_interrupted
 
     def add(self, row: Row, completion: Completion) -> None:

@@ -4,7 +4,6 @@ from prefixrl_mcore.records import Completion, FinishReason
 from prefixrl_mcore.rollout.collected import Collected
 from prefixrl_mcore.rollout.decoding import Row
 from prefixrl_mcore.rollout.engine import SampleRequest
-from prefixrl_mcore.rollout.interruption import never_interrupted
 
 REQUESTS = [
     SampleRequest(request_id=name, context_token_ids=(1,), num_samples=2, seed=0) for name in "abc"
@@ -29,7 +28,10 @@ def test_requests_that_finish_after_it_was_enough_are_announced_and_not_asked_ab
         return len(asked) == 1
 
     collected = Collected(
-        REQUESTS, is_enough, lambda *counts: announced.append(counts), never_interrupted
+        REQUESTS,
+        is_enough,
+        lambda *counts: announced.append(counts),
+        lambda: len(announced) == 2,  # too late: nothing is to be sampled any more
     )
 
     def add(request: int, sample: int, completion: Completion) -> bool:
@@ -45,6 +47,15 @@ def test_requests_that_finish_after_it_was_enough_are_announced_and_not_asked_ab
 
     assert asked == [1]
     assert announced == [(2, 5), (2, 8)]
+    assert not collected.was_interrupted
     groups = collected.in_order(policy_version=4)
     assert [[len(one.token_ids) for one in group] for group in groups] == [[4, 4], [3, 2], [0, 1]]
     assert [one.finish_reason for one in groups[2]] == ["abort", "abort"]
+
+
+def test_an_interruption_ends_it_for_good_whatever_is_finished() -> None:
+    answers = iter([False, True])  # asked no third time
+    collected = Collected(REQUESTS, lambda *_: False, None, lambda: next(answers))
+
+    assert [collected.is_over() for _ in range(4)] == [False, True, True, True]
+    assert collected.was_interrupted

@@ -61,6 +61,11 @@ class StallConfig(Config):
     phases: PhaseLimitsConfig = Field(default_factory=PhaseLimitsConfig)
     """Limits of phases that may take longer."""
 
+    export_seconds: float | None = Field(default=1800.0, gt=0.0)
+    """Time without a weight in the middle of an export to the engine after which rank 0 ends the
+    run with exit code 76, whatever ``action`` is: a rank hangs, and the engine waits for it. None
+    waits as long as the ranks' process group does, 24 hours."""
+
     answer_seconds: float = Field(default=90.0, gt=0.0)
     """Time that ranks are given to answer with their stacks before they count as silent; a shared
     file system may show a new file a minute late."""

@@ -6,13 +6,18 @@ stand by while rank 0 works, and take part whenever it asks.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Never
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from prefixrl_mcore.config.operations import STALL_EXIT_CODE
 from prefixrl_mcore.policy.topology import run_on_first
 
 logger = logging.getLogger(__name__)
@@ -22,6 +27,8 @@ Service = Callable[[], Iterator[Any]]
 
 _FAILURE_KEY = "prefixrl/service_failure"
 """Entry of the process group's store that tells the other ranks why one of them left."""
+
+_LOOKS_PER_LIMIT = 10
 
 _NEVER = object()
 """No service yields it."""
@@ -37,9 +44,18 @@ class ServiceFailure(RuntimeError):  # noqa: N818 -- the failure is of a service
 class CollectiveServices:
     """Named collectives that rank 0 may ask for inside ``run_on_first``; made on every rank."""
 
-    def __init__(self, services: Mapping[str, Service]) -> None:
-        """Keep the services, which must be the same on every rank."""
+    def __init__(
+        self, services: Mapping[str, Service], *, limit_seconds: float | None = None
+    ) -> None:
+        """Keep the services, which must be the same on every rank.
+
+        Args:
+            services: by name.
+            limit_seconds: how long rank 0 waits for what a service yields next before it ends its
+                process, and with it the run: another rank hangs. None waits for ever.
+        """
         self._services = services
+        self._limit_seconds = limit_seconds
         self._is_serving = False
         self._current: Iterator[Any] | None = None
         self._failure: ServiceFailure | None = None
@@ -140,12 +156,75 @@ class CollectiveServices:
         wait for it in a collective, which breaks when its process ends; they then find the note.
         """
         try:
-            yield from self._services[name]()
+            if _is_alone() or dist.get_rank() or self._limit_seconds is None:
+                yield from self._services[name]()
+            else:
+                yield from _watched(name, self._services[name](), self._limit_seconds)
         except Exception as error:  # of any kind: the others must learn of it
             if _is_alone():
                 raise
             self._failure = ServiceFailure(_failure_text(name, error))
             raise self._failure from error
+
+
+def _watched(name: str, service: Iterator[Any], limit_seconds: float) -> Iterator[Any]:
+    """Yield what a service yields; end the process if it takes longer than the limit once."""
+    watch = _Watch(name, limit_seconds)
+    with watch.running():
+        while True:
+            with watch.waiting():
+                item = next(service, _NEVER)
+            if item is _NEVER:
+                return
+            yield item
+
+
+class _Watch:
+    """Ends the process when it waits too long: its main thread may never return from a collective.
+
+    What is exported is incomplete then, and the ranks are out of step: there is nothing to save.
+    """
+
+    def __init__(self, name: str, limit_seconds: float) -> None:
+        self._name = name
+        self._limit_seconds = limit_seconds
+        self._num_items = 0
+        self._since: float | None = None
+
+    @contextmanager
+    def waiting(self) -> Generator[None]:
+        """Count the time inside; what is outside is the caller's."""
+        self._since = time.monotonic()
+        yield
+        self._since = None
+        self._num_items += 1
+
+    @contextmanager
+    def running(self) -> Generator[None]:
+        """Look at the time now and then, in a thread."""
+        ended = threading.Event()
+
+        def look() -> None:
+            while not ended.wait(self._limit_seconds / _LOOKS_PER_LIMIT):
+                since = self._since
+                if since is not None and time.monotonic() - since > self._limit_seconds:
+                    self._end_process()
+
+        threading.Thread(target=look, name=f"watch-{self._name}", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def _end_process(self) -> None:
+        logger.critical(
+            "%s: nothing for %.0f s after %d items: rank 0 waits for a rank that takes no part "
+            "(trainer.stall.export_seconds). The run ends without saving, with exit code %d; "
+            "heartbeats/ in its folder has every rank's phase, and it goes on with --resume",
+            *(self._name, self._limit_seconds, self._num_items, STALL_EXIT_CODE),
+        )
+        logging.shutdown()
+        os._exit(STALL_EXIT_CODE)
 
 
 def _is_alone() -> bool:

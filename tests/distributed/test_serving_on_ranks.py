@@ -1,13 +1,17 @@
 """Rank 0 works alone and asks the others for collectives, over real processes."""
 
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessExitedException
 
+from prefixrl_mcore.config.operations import STALL_EXIT_CODE
 from prefixrl_mcore.policy.serving import CollectiveServices
 from tests.support.ranks import run_on_ranks
 
@@ -119,3 +123,33 @@ def test_alone_a_service_is_a_plain_generator() -> None:
         services.ask("numbers")
     with pytest.raises(ZeroDivisionError):
         services.run_on_first(lambda: 1 // len([*services.ask("numbers")][3:]))
+
+
+def hang_half_way(rank: int, limit_seconds: float, log_file: Path) -> None:
+    """Ask for sums that rank 1 no longer takes part in after the second."""
+
+    def hanging_sums() -> Iterator[int]:
+        for index, item in enumerate(sums()):
+            if rank == 1 and index == 1:
+                time.sleep(60)
+            yield item
+
+    def slow_consumer() -> None:
+        logging.basicConfig(filename=log_file, force=True)
+        for _ in services.ask("sums"):
+            time.sleep(2 * limit_seconds)  # rank 0's own time does not count
+
+    services = CollectiveServices({"sums": hanging_sums}, limit_seconds=limit_seconds)
+    services.run_on_first(slow_consumer)
+
+
+def test_rank_0_ends_the_run_when_another_rank_hangs_in_a_service(tmp_path: Path) -> None:
+    log_file = tmp_path / "log"
+    started = time.monotonic()
+
+    with pytest.raises(ProcessExitedException) as ended:
+        run_on_ranks(hang_half_way, 1.0, log_file, world_size=2)
+
+    assert ended.value.exit_code == STALL_EXIT_CODE
+    assert time.monotonic() - started < 50
+    assert "sums: nothing for 1 s after 2 items: rank 0 waits for a rank" in log_file.read_text()

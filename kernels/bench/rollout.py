@@ -1,5 +1,7 @@
 """``python -m bench.rollout``: a real SGLang server beside a policy on the same GPU.
 
+With a broadcast it is on the next GPU, as NCCL wants; on a machine of one that is not measured.
+
 A Qwen3 of 0.6e9 parameters with random weights. Measured are, for each transport, the time of a
 weight update in GB/s; sleeping and waking; sampled tokens per second; and how far the engine's
 logprobs are from those of the same weights in PyTorch, with a float32 and with a rounded head. What
@@ -10,6 +12,7 @@ It needs the trainer (``prefixrl_mcore``) and SGLang's environment. Never run on
 """
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -86,6 +89,10 @@ CASES = {
 }
 
 
+class NotMeasurableError(Exception):
+    """This machine lacks what a measurement needs; the message says what."""
+
+
 class Bench:
     """One case on one device: the policy's weights, and a new server for each measurement."""
 
@@ -125,10 +132,8 @@ class Bench:
         self,
         transport: str | None = None,
         logits_dtype: LogitsName = "float32",
-        *,
-        colocated: bool = False,
     ) -> SGLangEngine:
-        """Start a server, which shares the GPU with the policy.
+        """Start a server: on the policy's GPU, or for a broadcast on the next one.
 
         Raises:
             EngineError: if it does not start.
@@ -148,7 +153,8 @@ class Bench:
             max_total_tokens=self.case.context_tokens + self.case.completion_tokens,
             logs_folder=self._folder / f"logs-{self._num_engines}",
             device=self.device,
-            colocated=colocated,
+            colocated=transport != "distributed",
+            num_trainer_ranks=1,
         )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -167,7 +173,13 @@ class Bench:
         return engine.sample(self.requests, params)
 
     def sync_seconds(self, transport: str) -> dict[str, Any]:
-        """Return the time of a weight update by one transport."""
+        """Return the time of a weight update by one transport.
+
+        Raises:
+            NotMeasurableError: if it wants a GPU more than there is.
+        """
+        if transport == "distributed" and torch.cuda.device_count() == 1:
+            raise NotMeasurableError("one GPU: NCCL wants another one for each process")
         engine = self.engine(transport)
         try:
             seconds = [
@@ -189,7 +201,7 @@ class Bench:
         """Return the time of giving memory back and taking it again, and how much it is."""
         if self.device == "cpu":
             raise EngineError("there is no device memory to give back on a CPU")
-        engine = self.engine(colocated=True)
+        engine = self.engine()
         try:
             self.sample(engine)
             before = torch.cuda.mem_get_info()[0]
@@ -255,6 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not has_cuda and not options.tiny:
         console.print("bench.rollout: no CUDA device; --tiny runs a tiny model on the CPU")
         return 1
+    if has_cuda and os.environ.pop("PYTORCH_ALLOC_CONF", None):
+        # The package's setting, for kernels: a server could not read handles of such memory.
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
     case = CASES[options.tiny]
     with tempfile.TemporaryDirectory(prefix="bench-rollout-") as folder:
         bench = Bench(case, options.sglang_python, Path(folder), seed=options.seed)
@@ -275,10 +290,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, measure: Callable[[], dict[str, Any]], console: Console) -> dict[str, Any]:
-    """Return the outcome of one measurement: ``ok`` or ``failed``."""
+    """Return the outcome of one measurement: ``ok``, ``not measured`` or ``failed``."""
     console.print(name)
     try:
         return {"measurement": name, "status": "ok", "result": measure()}
+    except NotMeasurableError as obstacle:
+        return {
+            "measurement": name,
+            "status": "not measured",
+            "detail": f"not measured: {obstacle}",
+        }
     except Exception as error:  # out of memory, a server that does not start: a result, too
         console.print_exception()
         return {

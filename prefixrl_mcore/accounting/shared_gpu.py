@@ -1,10 +1,10 @@
 """Memory of a GPU that a trainer rank and a SGLang server share, phase by phase.
 
 The server starts after the policy is built: it sizes its KV cache by what weights, gradients and
-main weights leave free (``memory_at_start``). Moments come with the first update and stay. With
-``rollout.colocated`` the server gives weights and KV cache back before each update
+main weights leave free (``memory_at_start``). Moments come with the first update and stay. The
+server (``rollout.colocated``) gives weights and KV cache back before each update
 (``/release_memory_occupation``), takes memory for its weights again before the sync, and for the KV
-cache only after it (``rollout/sglang/pool.py``). Without, it holds everything all the time.
+cache only after it (``rollout/sglang/pool.py``).
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ class SharedGpu:
 
     sync: float
     """Both sides' weights: the trainer's resident memory, what rank 0 exports at a time, and the
-    server with its weights but without KV cache; with it where the server never sleeps."""
+    server with its weights but without KV cache."""
 
     update: float
-    """The trainer's peak, and what stays of a server that sleeps, or all of one that does not."""
+    """The trainer's peak, and what stays of a server that sleeps."""
 
     @property
     def peak(self) -> float:
@@ -47,23 +47,19 @@ class SharedGpu:
         return max(phases, key=lambda name: phases[name])
 
 
-def share_gpu(
-    stage: StageMemory, server: ServerMemory, *, is_released: bool, export_bytes: float
-) -> SharedGpu:
+def share_gpu(stage: StageMemory, server: ServerMemory, *, export_bytes: float) -> SharedGpu:
     """Return what trainer and server need on one GPU.
 
     Args:
         stage: the trainer rank's.
         server: on the same GPU.
-        is_released: the server sleeps during the update (``rollout.colocated``).
         export_bytes: ``sync_export_bytes`` on rank 0's stage; 0 elsewhere.
     """
-    in_sync = server.weights + server.asleep if is_released else server.awake
     return SharedGpu(
         stage=stage.stage,
         sampling=stage.resident + server.awake,
-        sync=stage.resident + export_bytes + in_sync,
-        update=stage.total + (server.asleep if is_released else server.awake),
+        sync=stage.resident + export_bytes + server.weights + server.asleep,
+        update=stage.total + server.asleep,
     )
 
 

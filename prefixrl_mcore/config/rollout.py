@@ -15,15 +15,20 @@ _NO_PORT_THERE = (
 _ONE_REPLICA = "a server is one replica: set rollout.sglang.num_servers for more"
 _TENSOR_PARALLEL = "set rollout.sglang.tensor_parallel_size"
 _MODEL = "set model.path"
+_PLACED = "servers get the GPUs after the trainer's, or with rollout.colocated the same ones"
 _RESERVED_ARGUMENTS = {
     "--dtype": "set rollout.sglang.dtype",
     "--enable-fp32-lm-head": "set model.logits_dtype, which the trainer's head obeys too",
+    "--enable-tf32-matmul": "it would round what the trainer's head computes in float32",
+    "--rl-on-policy-target": "it would round logits and logprobs as no trainer's head does",
     "--enable-deterministic-inference": "set rollout.sglang.deterministic",
     "--model-path": _MODEL,
     "--weight-version": "the engine names the weights itself, to know whose they are",
     "--device": "it is the trainer's",
     "--tp-size": _TENSOR_PARALLEL,
     "--tensor-parallel-size": _TENSOR_PARALLEL,
+    "--base-gpu-id": _PLACED,
+    "--gpu-id-step": _PLACED,
     "--dp-size": _ONE_REPLICA,
     "--data-parallel-size": _ONE_REPLICA,
     "--pp-size": f"pipelines of servers are not supported; {_TENSOR_PARALLEL}",
@@ -93,7 +98,8 @@ class SGLangConfig(Config):
 
     num_servers: int = Field(default=1, ge=1)
     """Servers to start as child processes; on a GPU machine each has ``tensor_parallel_size``
-    GPUs of its own, in the order of ``CUDA_VISIBLE_DEVICES``."""
+    GPUs, in the order of ``CUDA_VISIBLE_DEVICES``: after those of the trainer's ranks there, or
+    with ``rollout.colocated`` from the first one on."""
 
     urls: tuple[str, ...] = ()
     """URLs of servers that already run; they take the place of ``num_servers`` child processes."""
@@ -350,6 +356,12 @@ class RolloutConfig(Config):
             raise ValueError(
                 "rollout.colocated is for servers that the run starts on its own GPUs, got "
                 f"rollout.sglang.urls = {list(self.sglang.urls)}; leave one of them out"
+            )
+        if self.colocated and self.sglang.sync.transport == "distributed":
+            raise ValueError(
+                "rollout.sglang.sync.transport = 'distributed' gives each process of a broadcast a "
+                "GPU of its own, and with rollout.colocated servers are on the trainer's; leave "
+                "the transport out, or take 'tensor' or 'disk'"
             )
         return self
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from prefixrl_mcore.config.base import ConfigError, read_toml, validate
@@ -49,6 +50,8 @@ class Demo:
         self.task = task
         self._run_file = run_file
         self._flags = [] if engine is None else ["--rollout.engine", engine]
+        if torch.cuda.is_available():  # there may be one GPU only
+            self._flags.append("--rollout.colocated")
         self.config = load_config(RunConfig, run_file, self._paths("prefixrl"))
         self._done_file = folder / "stages.json"
         self._seconds: dict[str, float] = {}

@@ -35,6 +35,7 @@ def build_evaluator(
     renderer: PromptRenderer | None = None,
     is_synced: bool = False,
     is_interrupted: IsInterrupted = never_interrupted,
+    num_trainer_ranks: int = 0,
 ) -> Iterator[Evaluator]:
     """Yield an evaluator whose engine serves ``model_folder``; closes engine and verifier.
 
@@ -50,6 +51,7 @@ def build_evaluator(
         renderer: prompts of the run's tokenizer; None loads it.
         is_synced: the caller loads weights into the engine before it samples.
         is_interrupted: asked often while the engine samples; True ends that.
+        num_trainer_ranks: on this machine, one GPU each; 0 where nothing is trained.
 
     Raises:
         ConfigError: if a reference answer cannot be verified.
@@ -65,6 +67,7 @@ def build_evaluator(
             logits_dtype=config.model.logits_dtype,
             logs_folder=logs_folder,
             is_interrupted=is_interrupted,
+            num_trainer_ranks=num_trainer_ranks,
         )
         stack.callback(engine.close)
         if config.rollout.sglang.urls and not is_synced:

@@ -33,6 +33,7 @@ from prefixrl_mcore.config.model_shape import (
 )
 from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.config.server_gpus import check_server_gpus
 from prefixrl_mcore.launch.knobs import knobs
 from prefixrl_mcore.launch.machine import Machine
 from prefixrl_mcore.launch.plan_report import (
@@ -70,6 +71,7 @@ def print_check(
     machine = with_sampling(config, shape, work, machine)
     if num_gpus == layout_ranks:
         check_layout(config, shape)
+        _check_server_gpus(config, machine)
         _print_config(config, shape, console)
         _print_plan(config, shape, work, machine, console)
     else:
@@ -151,6 +153,18 @@ def check_layout(config: RunConfig, shape: ModelShape) -> None:
     check_precision(shape, config.policy, config.stream_tokens)
 
 
+def _check_server_gpus(config: RunConfig, machine: Machine) -> None:
+    """Refuse servers that the node of rank 0 has no GPUs for, unless they have nodes of their own.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    per_node = machine.assumptions.gpus_per_node
+    if machine.rollout_gpus is None:
+        num_ranks = min(config.policy.parallel.world_size, per_node)
+        check_server_gpus(config.rollout, num_trainer_ranks=num_ranks, num_gpus=per_node)
+
+
 def predict_rank_bytes(config: RunConfig) -> float:
     """Return the bytes that the trainer rank needs which needs most, on a GPU.
 
@@ -221,7 +235,7 @@ def _print_servers(
     if config.rollout.engine == "transformers":
         return
     server = predict_server(config, shape, machine)
-    own_gpus = machine.own_gpus(config.rollout.sglang)
+    own_gpus = machine.own_gpus(config.rollout)
     if own_gpus is not None:
         _print_lines(own_server_lines(server, config.rollout, own_gpus, machine), console)
         return

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.config.rollout import RolloutConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class Machine:
     """Speeds."""
 
     rollout_gpus: int | None = None
-    """GPUs of rollout nodes; None starts the servers on the trainer's."""
+    """GPUs of rollout nodes; None starts the servers on the node of rank 0."""
 
     memory_bytes_per_second: float | None = None
     """Bandwidth of one GPU; None leaves out what reading costs in sampling."""
@@ -76,18 +76,18 @@ class Machine:
         """What weights, state and step may take."""
         return self.memory_bytes * (1 - self.reserved_fraction)
 
-    def own_gpus(self, sglang: SGLangConfig) -> int | None:
+    def own_gpus(self, rollout: RolloutConfig) -> int | None:
         """Return the GPUs that servers have to themselves; None if they share the trainer's.
 
         Raises:
             ConfigError: if servers would leave some of ``--rollout-gpus`` over.
         """
-        gpus, size = self.rollout_gpus, sglang.tensor_parallel_size
+        gpus, size = self.rollout_gpus, rollout.sglang.tensor_parallel_size
         if gpus is not None and gpus % size:
             raise ConfigError(
                 f"--rollout-gpus {gpus} are not whole servers of "
                 f"rollout.sglang.tensor_parallel_size = {size} GPUs; give a multiple of {size}"
             )
-        if gpus is None and sglang.urls:
-            return len(sglang.urls) * size
+        if gpus is None and not rollout.colocated:
+            return rollout.sglang.num_members * size
         return gpus

@@ -31,7 +31,7 @@ def predict_server(config: RunConfig, shape: ModelShape, machine: Machine) -> Se
         ConfigError: if the model's heads do not divide over the server's GPUs.
     """
     taken = 0.0
-    if machine.own_gpus(config.rollout.sglang) is None:
+    if machine.own_gpus(config.rollout) is None:
         taken = max(memory_at_start(shape, config.policy, stage) for stage in _stages(config))
     return _server(config, shape, machine, taken)
 
@@ -49,7 +49,6 @@ def share_gpus(
         share_gpu(
             stages[stage],
             _server(config, shape, machine, memory_at_start(shape, config.policy, stage)),
-            is_released=config.rollout.colocated,
             export_bytes=exported if stage == 0 else 0.0,
         )
         for stage in _stages(config)
@@ -70,7 +69,7 @@ def with_sampling(
         assumptions = replace(machine.assumptions, rollout_gpus=1)
         return replace(machine, assumptions=assumptions)
     size = rollout.sglang.tensor_parallel_size
-    gpus = machine.own_gpus(rollout.sglang) or rollout.sglang.num_members * size
+    gpus = machine.own_gpus(rollout) or rollout.sglang.num_members * size
     seconds = 0.0
     if speed is not None:
         server = predict_server(config, shape, machine)
@@ -112,13 +111,13 @@ def shared_server_lines(
 
     Args:
         server: the prediction of the one with the least room.
-        rollout: servers, longest sequence, whether they sleep.
+        rollout: servers, longest sequence.
         shared: the GPU that needs most.
         stages: the trainer's memory.
         machine: what trainer and server together may take of a GPU.
     """
     yield from _room_lines(server, rollout)
-    yield _phase_table(shared, stages[shared.stage], rollout)
+    yield _phase_table(shared, stages[shared.stage])
     usable = machine.usable_bytes
     yield (
         f"  {rollout.sglang.num_members} server(s) on GPUs of the trainer: at most "
@@ -127,10 +126,8 @@ def shared_server_lines(
     )
     if shared.peak <= usable:
         return
-    if shared.peak_phase == "update" and not rollout.colocated:
-        yield "  rollout.colocated = true would have the servers leave the GPUs for the update"
     yield "  servers on GPUs of their own: --rollout-gpus N (--shape split when launching)"
-    if shared.peak_phase == "sampling" or not rollout.colocated:
+    if shared.peak_phase == "sampling":
         yield from _fraction_line(server, rollout, usable - shared.peak)
 
 
@@ -160,11 +157,10 @@ def _fraction_line(server: ServerMemory, rollout: RolloutConfig, spare: float) -
         yield f"  rollout.sglang.memory_fraction = {possible:g} would fit"
 
 
-def _phase_table(shared: SharedGpu, stage: StageMemory, rollout: RolloutConfig) -> Table:
+def _phase_table(shared: SharedGpu, stage: StageMemory) -> Table:
     """Return GiB of trainer and server on one GPU, a column for each phase."""
-    sleeps = "asleep" if rollout.colocated else "awake"
     table = Table(title=f"predicted memory of a shared GPU (stage {stage.stage}), GiB")
-    for name in ("", "sampling", "weight sync", f"update (server {sleeps})"):
+    for name in ("", "sampling", "weight sync", "update (server asleep)"):
         table.add_column(name)
     totals = (shared.sampling, shared.sync, shared.update)
     trainer = (stage.resident, stage.resident, stage.total)

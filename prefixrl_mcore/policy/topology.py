@@ -156,6 +156,16 @@ def current(device: torch.device | None = None) -> Topology:
     )
 
 
+def num_local_ranks(environment: Mapping[str, str] | None = None) -> int:
+    """Return the ranks on this machine, which have its first GPUs.
+
+    Args:
+        environment: variables of the launcher; None reads the process's own.
+    """
+    environment = os.environ if environment is None else environment
+    return int(environment.get("LOCAL_WORLD_SIZE", environment.get("WORLD_SIZE", "1")))
+
+
 def shut_down() -> None:
     """Leave Megatron's groups and the process group; a no-op when there are none.
 

@@ -25,6 +25,7 @@ def build_engine(
     logs_folder: Path,
     device: str | None = None,
     is_interrupted: IsInterrupted = never_interrupted,
+    num_trainer_ranks: int = 0,
 ) -> RolloutEngine:
     """Return the engine that ``config.engine`` names, serving a Hugging Face folder.
 
@@ -39,9 +40,11 @@ def build_engine(
             engine it became, and why SGLang is not used if it fell back.
         device: ``cpu`` or ``cuda``; None takes the GPU where there is one.
         is_interrupted: asked often while the engine samples; True ends that.
+        num_trainer_ranks: on this machine, one GPU each; 0 where nothing is trained.
 
     Raises:
-        ValueError: if the folder is not a model's.
+        ValueError: if the folder is not a model's; if trainer and servers need more GPUs than
+            there are, which no other engine would mend.
         EngineError: if SGLang was asked for by name and cannot be had.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,6 +60,7 @@ def build_engine(
                 device=device,
                 colocated=config.colocated,
                 is_interrupted=is_interrupted,
+                num_trainer_ranks=num_trainer_ranks,
             )
         except EngineError as error:
             if config.engine == "sglang":

@@ -4,12 +4,15 @@ import itertools
 from contextlib import ExitStack
 from functools import partial
 
+import torch
+
 from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
 from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
 from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
+from prefixrl_mcore.config.server_gpus import check_server_gpus
 from prefixrl_mcore.data.prefixes import read_prefixes
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource, original_problems, union
@@ -19,7 +22,7 @@ from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.serving import CollectiveServices
-from prefixrl_mcore.policy.topology import Topology, run_on_first
+from prefixrl_mcore.policy.topology import Topology, num_local_ranks, run_on_first
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.generation import Generator
@@ -46,7 +49,19 @@ def build_session(
     """Build this rank's session at step 0; rank 0 also starts the engine and the verifier.
 
     ``phases`` become the policy's; ``stop`` interrupts what the engine samples.
+
+    Raises:
+        ConfigError: on every rank and before anything is loaded, if trainer and servers need more
+            GPUs than rank 0's machine has.
     """
+    if topology.device.type == "cuda":
+        run_on_first(
+            lambda: check_server_gpus(
+                config.rollout,
+                num_trainer_ranks=num_local_ranks(),
+                num_gpus=torch.cuda.device_count(),
+            )
+        )
     renderer = PromptRenderer(config.model.path, config.data.prompt)
     sets = read_evaluation_sets(config)
     originals = original_problems(renderer.render(problem) for problem in sets["train"])
@@ -74,6 +89,7 @@ def build_session(
                 problems=itertools.chain.from_iterable(sets.values()),
                 is_synced=True,
                 is_interrupted=lambda: stop.interrupts_sampling(saver.seconds_to_save),
+                num_trainer_ranks=num_local_ranks(),
             )
         )
     source = MixtureSource(union(prefixed, originals), seed=config.seed)
@@ -81,7 +97,9 @@ def build_session(
         num_parameters=count_parameters(config.model.path),
         collect_flops=_collect_flops(config, renderer),
     )
-    services = CollectiveServices({EXPORT: policy.export_weights})
+    services = CollectiveServices(
+        {EXPORT: policy.export_weights}, limit_seconds=config.trainer.stall.export_seconds
+    )
     supply = RolloutSupply(
         None if evaluator is None else Generator(evaluator, source, config),
         source,

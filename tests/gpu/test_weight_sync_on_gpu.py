@@ -57,6 +57,7 @@ def test_colocated_server_gives_its_memory_back_and_samples_from_the_new_weights
         logs_folder=tmp_path / "logs",
         device="cuda",
         colocated=True,
+        num_trainer_ranks=1,
     )
     try:
         for version, seed in enumerate((1, 2)):
@@ -76,8 +77,8 @@ def test_colocated_server_gives_its_memory_back_and_samples_from_the_new_weights
 @pytest.mark.parametrize(
     "transport",
     [
-        None,  # GPU handles, if both sides have the same torch
-        "disk",
+        None,  # GPU handles, if both sides have the same torch; on the GPU of this process
+        "disk",  # the same
         pytest.param(
             "distributed",
             marks=pytest.mark.skipif(
@@ -105,6 +106,8 @@ def test_server_on_a_gpu_samples_from_the_weights_that_it_was_sent(
         max_total_tokens=200,
         logs_folder=tmp_path / "logs",
         device="cuda",
+        colocated=transport != "distributed",  # which puts the server on the next GPU
+        num_trainer_ranks=1,
     )
     try:
         for version, seed in enumerate((1, 2)):

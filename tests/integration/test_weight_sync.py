@@ -24,6 +24,7 @@ from prefixrl_mcore.records import TrainingSequence
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.payloads import generate_payload
+from prefixrl_mcore.rollout.weight_sync.by_location import ByLocation
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
 from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
 from prefixrl_mcore.rollout.weight_sync.tensor import TensorByValue
@@ -68,6 +69,14 @@ def served(
         yield served
 
 
+@pytest.fixture(scope="module")
+def served_next(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server whose updates are sessions."""
+    root = tmp_path_factory.mktemp("next")
+    with serving(sglang_python("sglang-next"), root, build_tiny_qwen3()) as served:
+        yield served
+
+
 def largest_gap(policy: MegatronPolicy, sequences: list[TrainingSequence]) -> float:
     """Return the largest difference of engine's and policy's logprobs; all ranks call this."""
     batch = make_batch(sequences, streams_multiple=2)
@@ -79,9 +88,12 @@ def largest_gap(policy: MegatronPolicy, sequences: list[TrainingSequence]) -> fl
 
 
 def train_and_sync(
-    rank: int, served: Served, transports: list[str], folder: Path
+    rank: int, served: Served, transports: list[str], folder: Path, elsewhere: Served | None = None
 ) -> list[tuple[str, float, float]]:
-    """Update, sync and sample; return each transport's gaps before and after the sync."""
+    """Update, sync and sample; return each transport's gaps before and after the sync.
+
+    By location, the weights also go to a server that counts as one of another machine.
+    """
     optimizer = OptimizerConfig(lr=1e-3)
     policy = build_policy(served.folder, parallel=TP2_PP2, optimizer=optimizer)
     services = CollectiveServices({"export": policy.export_weights})
@@ -93,15 +105,19 @@ def train_and_sync(
         stale = services.run_on_first(lambda version=version: sample(served, version))
         version = f"version {index}"
 
-        def sync(name: str = name, version: str = version) -> list[TrainingSequence]:
-            report = push(served, transport_named(name, folder), stream, version)
+        def sync(name: str = name, version: str = version) -> list[list[TrainingSequence]]:
+            others = [elsewhere] if elsewhere is not None and name == "by location" else []
+            targets = [other.target(is_here=False) for other in others]
+            report = push(served, transport_named(name, folder), stream, version, *targets)
             assert report.failed == {}
             assert report.num_buckets > 3
-            check(served, stream())
-            return sample(served, version)
+            for one in (served, *others):
+                check(one, stream())
+            return [sample(one, version) for one in (served, *others)]
 
         fresh = services.run_on_first(sync)
-        gaps.append((name, largest_gap(policy, stale), largest_gap(policy, fresh)))
+        after = max(largest_gap(policy, sequences) for sequences in fresh)
+        gaps.append((name, largest_gap(policy, stale), after))
     return gaps
 
 
@@ -118,6 +134,23 @@ def test_engine_and_policy_on_four_ranks_agree_after_every_sync_and_not_before(
         assert before > STALE_GAP, name
         assert after < LOGPROB_TOLERANCE, name
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_transport_brings_a_sharded_policy_to_a_server_whose_updates_are_sessions(
+    served: Served, served_next: Served, tmp_path: Path
+) -> None:
+    """By location, also to an older one elsewhere: one export, one name, logprobs of both."""
+    if "llama" in str(served.folder):
+        pytest.skip("one model is enough")
+    transports = ["tensor", "by location", "distributed", "disk", "by location"]
+
+    results = run_on_ranks(train_and_sync, served_next, transports, tmp_path, served, world_size=4)
+
+    assert results[1:] == results[:1] * 3
+    assert [name for name, _, _ in results[0]] == transports
+    for name, before, after in results[0]:
+        assert before > STALE_GAP, name
+        assert after < LOGPROB_TOLERANCE, name
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +324,30 @@ def test_server_that_breaks_a_broadcast_is_left_out_and_the_others_get_the_weigh
     assert list(report.failed) == ["the other"], report.failed
     assert "no NCCL here" in report.failed["the other"]
     check(served, iter(weights))
+
+
+def test_server_elsewhere_that_breaks_its_broadcast_takes_nothing_from_those_here(
+    served: Served, served_next: Served
+) -> None:
+    """The one here has its weights from the first try, the other one elsewhere from a second."""
+    if "llama" in str(served.folder):
+        pytest.skip("one model is enough")
+    weights = named_weights(build_tiny_qwen3(seed=31))
+    transport = ByLocation(TensorByValue(), Broadcast("gloo", timeout_seconds=5))
+    with serve(DoesNotJoin()) as url:
+        client = SGLangClient(url, request_timeout_seconds=5)
+        other = SyncTarget(client=client, num_ranks=1, name="the other", is_here=False)
+
+        report = push(
+            served_next,
+            transport,
+            lambda: iter(weights),
+            "thirty-one",
+            served.target(is_here=False),
+            other,
+        )
+
+    assert list(report.failed) == ["the other"], report.failed
+    for one in (served_next, served):
+        assert check(one, iter(weights)) > 10
+        sample(one, "thirty-one")

@@ -50,7 +50,8 @@ class Case:
 EIGHT = "policy.parallel.data_parallel_size=8"
 GOLDEN_CASES = {
     "colocated": Case(
-        site="bare-metal", settings=("policy.parallel.tensor_model_parallel_size=8",
+        site="bare-metal", settings=("rollout.colocated=true",
+                                     "policy.parallel.tensor_model_parallel_size=8",
                                      "policy.parallel.data_parallel_size=2"),
     ),
     "split": Case(

@@ -36,8 +36,6 @@ RECIPES = (
         release="Qwen3-4B-Instruct-2507",
         rollout_nodes=0,
         neighbours=(
-            "awake f50",
-            "full awake f45",
             "server1 f55",
             "server4 f50",
             "none",
@@ -55,8 +53,6 @@ RECIPES = (
         release="Llama-3.1-8B",
         rollout_nodes=0,
         neighbours=(
-            "awake f45",
-            "tp8 full awake f35",
             "server2 f45",
             "server8 f45",
             "selective",
@@ -143,8 +139,8 @@ def changed(config: RunConfig, rollout_nodes: int, change: str) -> tuple[RunConf
         rollout_nodes: of the recipe.
         change: words; sizes that are not 1 (``tp2 cp4``, in place of the whole layout), the
             recomputation, ``nodesN`` rollout nodes (0: servers on the trainer's first node, which
-            sleep during the update), ``awake`` where they do not sleep, ``serverN`` GPUs of a
-            server, ``fN`` its ``memory_fraction`` in percent.
+            sleep during the update), ``serverN`` GPUs of a server, ``fN`` its
+            ``memory_fraction`` in percent.
     """
     names = {"tp": "tensor_model", "pp": "pipeline_model", "cp": "context", "dp": "data"}
     sizes: dict[str, Any] = {}
@@ -157,8 +153,6 @@ def changed(config: RunConfig, rollout_nodes: int, change: str) -> tuple[RunConf
         elif word.startswith("nodes"):
             rollout_nodes = int(word.removeprefix("nodes"))
             rollout["colocated"] = rollout_nodes == 0
-        elif word == "awake":
-            rollout["colocated"] = False
         elif word.startswith("server"):
             sglang["tensor_parallel_size"] = int(word.removeprefix("server"))
         elif word in ("none", "selective", "full"):

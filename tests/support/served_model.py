@@ -19,6 +19,7 @@ from prefixrl_mcore.rollout.sglang.payloads import generate_payload
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_names import read_config_number, read_weight_coverage
 from prefixrl_mcore.rollout.weight_sync.buckets import pack_buckets
+from prefixrl_mcore.rollout.weight_sync.by_location import ByLocation
 from prefixrl_mcore.rollout.weight_sync.checksums import check_weights
 from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
@@ -43,9 +44,9 @@ class Served:
     url: str
     num_ranks: int
 
-    def target(self) -> SyncTarget:
+    def target(self, *, is_here: bool = True) -> SyncTarget:
         client = SGLangClient(self.url, request_timeout_seconds=60)
-        return SyncTarget(client=client, num_ranks=self.num_ranks, name=self.url)
+        return SyncTarget(client=client, num_ranks=self.num_ranks, name=self.url, is_here=is_here)
 
 
 @contextmanager
@@ -74,7 +75,10 @@ def serving(
 def transport_named(name: str, folder: Path) -> Transport:
     if name == "disk":
         return Disk(folder)
-    return Broadcast("gloo", timeout_seconds=60) if name == "distributed" else TensorByValue()
+    broadcast = Broadcast("gloo", timeout_seconds=60)
+    if name == "by location":
+        return ByLocation(TensorByValue(), broadcast)
+    return broadcast if name == "distributed" else TensorByValue()
 
 
 def push(

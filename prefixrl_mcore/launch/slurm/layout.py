@@ -5,6 +5,7 @@ from typing import Literal
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.config.server_gpus import check_server_gpus
 from prefixrl_mcore.config.site import SiteConfig
 
 Shape = Literal["colocated", "split", "heterogeneous"]
@@ -72,8 +73,8 @@ def lay_out(
         rollout_nodes: nodes with servers alone; None is 1 unless colocated.
 
     Raises:
-        ConfigError: if ranks do not fill whole nodes, or ``nodes`` is another number, with the
-            arithmetic.
+        ConfigError: if ranks do not fill whole nodes, the node of rank 0 has no GPUs for the
+            servers that it starts, or ``nodes`` is another number, with the arithmetic.
     """
     if rollout_nodes is not None and rollout_nodes < 1:
         raise ConfigError(
@@ -84,10 +85,12 @@ def lay_out(
             f"--rollout-nodes {rollout_nodes} needs --shape split or heterogeneous, got colocated: "
             "there the first trainer node generates"
         )
-    if shape == "colocated":
-        _check_own_servers(config, site)
     rollout_nodes = 0 if shape == "colocated" else rollout_nodes or 1
     trainer_nodes, ranks_per_node = _trainer_nodes(config, site, rollout_nodes)
+    if shape == "colocated" and site.gpus_per_node:
+        check_server_gpus(
+            config.rollout, num_trainer_ranks=ranks_per_node, num_gpus=site.gpus_per_node
+        )
     rollout_gpus = site.gpus_per_node
     if shape == "heterogeneous" and site.rollout_nodes.gpus_per_node is not None:
         rollout_gpus = site.rollout_nodes.gpus_per_node
@@ -160,22 +163,6 @@ def _trainer_nodes(config: RunConfig, site: SiteConfig, rollout_nodes: int) -> t
         + (f" (beside {rollout_nodes} rollout nodes)" if rollout_nodes else "")
         + f". Change policy.parallel, {remedy}"
     )
-
-
-def _check_own_servers(config: RunConfig, site: SiteConfig) -> None:
-    """Refuse more servers than rank 0 has GPUs for; they run on its node, beside the trainer.
-
-    Raises:
-        ConfigError: with the arithmetic.
-    """
-    servers = config.rollout.sglang
-    wanted = servers.num_servers * servers.tensor_parallel_size
-    if site.gpus_per_node and not servers.urls and wanted > site.gpus_per_node:
-        raise ConfigError(
-            f"rollout.sglang: {servers.num_servers} servers x TP {servers.tensor_parallel_size} = "
-            f"{wanted} GPUs, but the node of rank 0, which starts them, has {site.gpus_per_node}; "
-            "lower num_servers, or put servers on nodes of their own with --shape split"
-        )
 
 
 def _servers_per_node(config: RunConfig, gpus: int) -> int:

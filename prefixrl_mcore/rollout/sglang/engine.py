@@ -71,6 +71,7 @@ class SGLangEngine:
         device: str = "cpu",
         colocated: bool = False,
         is_interrupted: IsInterrupted = never_interrupted,
+        num_trainer_ranks: int = 0,
     ) -> None:
         """Start ``config.num_servers`` servers, or connect to ``config.urls``.
 
@@ -84,11 +85,13 @@ class SGLangEngine:
             device: ``cpu`` or ``cuda``.
             colocated: ``sleep`` is to free the memory of GPUs.
             is_interrupted: asked several times a second while it samples.
+            num_trainer_ranks: on this machine, with its first GPUs; servers that are started get
+                the ones after them, unless colocated.
 
         Raises:
-            ValueError: if the folder is not a model's.
+            ValueError: if the folder is not a model's; if there are too few GPUs.
             EngineError: if a server does not start, does not answer, or has logits of another
-                precision; if there are too few GPUs.
+                precision.
         """
         self._model_folder = model_folder
         self._config = config
@@ -103,11 +106,16 @@ class SGLangEngine:
         self._is_interrupted = is_interrupted
         self._num_calls = 0
         self._lengths = CompletionLengths()
-        self._inspector = Inspector(model_folder, config, logits_dtype=logits_dtype)
+        self._inspector = Inspector(
+            model_folder, config, logits_dtype=logits_dtype, colocated=colocated
+        )
         find_api_key(config)  # fails now rather than in a thread
         base_weights = weights_name(self._run, -1)
         launches: list[ServerLaunch | None] = [None] * len(config.urls)
         if not config.urls:
+            placed = gpus_of_servers(
+                config, device, colocated=colocated, num_trainer_ranks=num_trainer_ranks
+            )
             launches = [
                 ServerLaunch(
                     name=f"server {index}",
@@ -120,7 +128,7 @@ class SGLangEngine:
                     max_total_tokens=min(max_total_tokens, self._max_positions),
                     weight_version=base_weights,
                 )
-                for index, gpus in enumerate(gpus_of_servers(config, device))
+                for index, gpus in enumerate(placed)
             ]
         self._pool = ServerPool(
             [
@@ -134,7 +142,7 @@ class SGLangEngine:
                 for index, launch in enumerate(launches)
             ],
             config,
-            syncer=self._build_syncer(device, logs_folder),
+            syncer=self._build_syncer(device, logs_folder, colocated=colocated),
             router=self._client_of_router(),
         )
         try:
@@ -317,7 +325,7 @@ class SGLangEngine:
             bucket_bytes=self._config.sync.bucket_bytes,
         )
 
-    def _build_syncer(self, device: str, logs_folder: Path) -> Syncer:
+    def _build_syncer(self, device: str, logs_folder: Path, *, colocated: bool) -> Syncer:
         """Choose how weights get to the servers, and how they are checked."""
         config, folder = self._config, self._model_folder
         heads = read_config_number(folder, "num_attention_heads")
@@ -328,10 +336,7 @@ class SGLangEngine:
             is_cuda=device == "cuda",
         )
         transport = choose_transport(
-            config.sync,
-            device=device,
-            server_python=None if config.urls else config.python,
-            folder=logs_folder / "weights",
+            config, device=device, colocated=colocated, folder=logs_folder / "weights"
         )
         return Syncer(transport, check=check, check_every_syncs=config.sync.checksum_every_syncs)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.sglang.determinism import check_determinism
+from prefixrl_mcore.rollout.sglang.gpus import reported_gpus
 from prefixrl_mcore.rollout.sglang.identity import check_layout, check_model, check_versions
 from prefixrl_mcore.rollout.sglang.member import Member, State
 from prefixrl_mcore.rollout.sglang.precision import check_logits
@@ -15,7 +16,12 @@ class Inspector:
     """Inspects servers as they come up, each in a thread, and remembers what it saw."""
 
     def __init__(
-        self, model_folder: Path, config: SGLangConfig, *, logits_dtype: LogitsDtype
+        self,
+        model_folder: Path,
+        config: SGLangConfig,
+        *,
+        logits_dtype: LogitsDtype,
+        colocated: bool,
     ) -> None:
         """Begin with no server seen.
 
@@ -23,10 +29,12 @@ class Inspector:
             model_folder: what servers are to serve.
             config: their settings.
             logits_dtype: precision of a bfloat16 model's logits.
+            colocated: those on this machine share this run's GPUs.
         """
         self._model_folder = model_folder
         self._config = config
         self._logits_dtype: LogitsDtype = logits_dtype
+        self._colocated = colocated
         self._lock = threading.Lock()  # servers come up in threads
         self._versions: dict[Member, tuple[int, str]] = {}  # its life and version
         self._is_deterministic: dict[Member, bool] = {}
@@ -53,6 +61,8 @@ class Inspector:
         self._note_version(member, version)
         check_logits(info, self._config, self._logits_dtype)
         check_determinism(info, self._config)
+        if self._colocated and member.is_here and member.gpus is None:
+            member.gpus = reported_gpus(info, url=client.url)
         self._is_deterministic[member] = client.protocol.is_deterministic
 
     def _note_version(self, member: Member, version: str) -> None:

@@ -64,6 +64,10 @@ class ServerLaunch:
     gpus: tuple[str, ...]
     """Its entries of CUDA_VISIBLE_DEVICES; empty on a CPU machine."""
 
+    first_gpu: int = 0
+    """Which of them is its first, where it also sees others: a trainer that reaches it by its URL
+    and shares its GPUs then learns from it which they are."""
+
     max_total_tokens: int
     """Longest context and completion together."""
 
@@ -92,6 +96,8 @@ def server_arguments(launch: ServerLaunch, port: int, *, has_key: bool) -> list[
         # Structured output is not used, and its library takes seconds to load.
         "--grammar-backend": "none",
     }
+    if launch.first_gpu:
+        arguments["--base-gpu-id"] = str(launch.first_gpu)
     if config.max_kv_tokens is not None:
         arguments["--max-total-tokens"] = str(config.max_kv_tokens)
     flags = ["--skip-server-warmup", "--skip-tokenizer-init"]

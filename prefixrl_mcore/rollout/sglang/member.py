@@ -19,6 +19,7 @@ from prefixrl_mcore.rollout.sglang.faults import ServerFault
 from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
+from prefixrl_mcore.rollout.weight_sync.addresses import is_here
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,13 @@ class Member:
         """Parts of its device memory that it gave back in this life. Only these may be resumed:
         any other ends SGLang's scheduler."""
 
+        self.gpus = None if launch is None else gpu_numbers(launch.gpus)
+        """The GPU of each of its ranks, as this process numbers them; None if it has none, or
+        others started it. Those of one that shares this run's are noted when it has come up."""
+
+        self.is_here = launch is not None or is_here(config.urls[index])
+        """It is on this machine."""
+
         self._config = config
         self._client = None if launch is not None else self._client_of_url()
         self._launch = launch
@@ -144,11 +152,6 @@ class Member:
         """Calls to the server, once it has come up for the first time."""
         assert self._client is not None, f"{self.name} has not come up"
         return self._client
-
-    @property
-    def gpus(self) -> tuple[int, ...] | None:
-        """The GPU of each of its ranks, as this process numbers them; None if not ours to give."""
-        return None if self._launch is None else gpu_numbers(self._launch.gpus)
 
     @property
     def is_up(self) -> bool:

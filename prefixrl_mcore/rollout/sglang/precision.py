@@ -56,19 +56,21 @@ def check_logits(
         dtype = config.dtype
     has_flag = bool(server_info.get("enable_fp32_lm_head"))
     target = server_info.get("rl_on_policy_target")  # rounds logits and logprobs, flag or not
-    is_float32 = (has_flag or dtype == "float32") and target is None
+    has_tf32 = bool(server_info.get("enable_tf32_matmul"))  # rounds what is multiplied
+    is_float32 = (has_flag or dtype == "float32") and target is None and not has_tf32
     if is_float32 == (logits_dtype == "float32" or config.dtype == "float32"):
         return
     raise EngineError(
         f"SGLang: the server has {'float32' if is_float32 else 'rounded'} logits (dtype {dtype}, "
-        f"{_FLOAT32_LOGITS} {'on' if has_flag else 'off'}, rl_on_policy_target {target}), but "
+        f"{_FLOAT32_LOGITS} {'on' if has_flag else 'off'}, rl_on_policy_target {target}, "
+        f"enable_tf32_matmul {'on' if has_tf32 else 'off'}), but "
         f'model.logits_dtype = "{logits_dtype}" and rollout.sglang.dtype = "{config.dtype}" give '
         f"the trainer {'rounded' if is_float32 else 'float32'} ones; start it with "
         + (
             f"dtype bfloat16 and without {_FLOAT32_LOGITS} (a server on a CPU cannot: set "
             'model.logits_dtype = "float32")'
             if is_float32
-            else f"{_FLOAT32_LOGITS} and without --rl-on-policy-target, or set "
-            'model.logits_dtype = "bfloat16"'
+            else f"{_FLOAT32_LOGITS} and without --rl-on-policy-target and --enable-tf32-matmul, "
+            'or set model.logits_dtype = "bfloat16"'
         )
     )

@@ -70,7 +70,13 @@ def send_weights(
     for member in members:
         member.move_to(State.UPDATING, f"to {weights.name!r}")
     targets = [
-        SyncTarget(client=member.client, num_ranks=num_ranks, name=member.name, gpus=member.gpus)
+        SyncTarget(
+            client=member.client,
+            num_ranks=num_ranks,
+            name=member.name,
+            gpus=member.gpus,
+            is_here=member.is_here,
+        )
         for member in members
     ]
     by_name = {member.name: member for member in members}

@@ -1,82 +1,134 @@
 """Which transport a run uses, and why."""
 
 import logging
-from importlib.metadata import distributions
+import os
 from pathlib import Path
 
-import torch
-
-from prefixrl_mcore.config.rollout import SyncConfig
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.weight_sync.addresses import is_here
+from prefixrl_mcore.rollout.weight_sync.by_location import ByLocation
 from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
+from prefixrl_mcore.rollout.weight_sync.releases import (
+    nccl_version,
+    own_nccl,
+    own_torch,
+    torch_release,
+)
 from prefixrl_mcore.rollout.weight_sync.tensor import TensorByHandle, TensorByValue
 from prefixrl_mcore.rollout.weight_sync.transport import Transport
 
 logger = logging.getLogger(__name__)
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_EXPANDABLE = "expandable_segments:True"
+
 
 def choose_transport(
-    config: SyncConfig, *, device: str, server_python: Path | None, folder: Path
+    config: SGLangConfig, *, device: str, colocated: bool, folder: Path
 ) -> Transport:
-    """Return the transport that ``config`` names, or the fastest that works; log which and why.
+    """Return the transport that ``sync.transport`` names, or the fastest that works; log why.
 
     Args:
-        config: ``rollout.sglang.sync``.
+        config: the servers, and how weights are to get to them.
         device: of the servers, ``cpu`` or ``cuda``.
-        server_python: interpreter of servers on this machine that this trainer starts; None for
-            servers that run elsewhere.
+        colocated: the servers share GPUs with trainer ranks.
         folder: of the run; gets the files of the transport ``disk``.
+
+    Raises:
+        ValueError: if the transport that is named cannot work.
     """
-    transport, reason = _choose(config, device, server_python, folder)
+    transport, reason = _Choice(config, device, colocated, folder).make()
     logger.info("weight sync: %s, because %s", transport.name, reason)
     return transport
 
 
-def _choose(
-    config: SyncConfig, device: str, server_python: Path | None, folder: Path
-) -> tuple[Transport, str]:
-    kind, reason = config.transport, "rollout.sglang.sync.transport says so"
-    if kind is None and device == "cuda" and server_python is None:
-        kind, reason = "distributed", "the servers have GPUs and run elsewhere"
-    elif kind is None:
-        kind, reason = "tensor", f"the servers run on this machine's {device}"
-        if server_python is None:
-            reason = "the servers have no GPU"
-    limit = config.timeout_seconds
-    if kind == "disk":
-        return Disk(config.folder or folder, timeout_seconds=limit), reason
-    if kind == "distributed":
-        backend = "nccl" if device == "cuda" else "gloo"
-        return Broadcast(backend, timeout_seconds=limit), reason
-    obstacle = _obstacle_to_handles(device, server_python)
-    if not obstacle:
-        return TensorByHandle(timeout_seconds=limit), reason
-    return TensorByValue(timeout_seconds=limit), f"{reason}; no GPU handles: {obstacle}"
+class _Choice:
+    """What it depends on."""
 
+    def __init__(self, config: SGLangConfig, device: str, colocated: bool, folder: Path) -> None:
+        self._config, self._sync = config, config.sync
+        self._device, self._colocated, self._folder = device, colocated, folder
+        self._limit = config.sync.timeout_seconds
+        self._here = [url for url in config.urls if is_here(url)]
+        self._elsewhere = [url for url in config.urls if url not in self._here]
 
-def _obstacle_to_handles(device: str, server_python: Path | None) -> str:
-    """Return why GPU memory cannot be shared with the servers, or nothing.
+    def make(self) -> tuple[Transport, str]:
+        """Return the transport and the reason."""
+        kind, reason = self._sync.transport, "rollout.sglang.sync.transport says so"
+        if kind == "disk":
+            return Disk(self._sync.folder or self._folder, timeout_seconds=self._limit), reason
+        if kind == "distributed":
+            self._check_nccl()
+            return self._broadcast(), reason
+        if kind == "tensor":
+            return self._tensor(reason)
+        if not self._config.urls:
+            return self._tensor(f"the servers run on this machine's {self._device}")
+        if self._colocated:
+            return self._by_location()
+        if self._device == "cuda":
+            return self._broadcast(), "the servers have GPUs of their own and run elsewhere"
+        return self._tensor("the servers have no GPU")
 
-    What torch writes into a handle is its own affair, so both sides must have the same release.
-    """
-    if device != "cuda":
-        return "no GPU"
-    if server_python is None:
-        return "the servers run elsewhere"
-    theirs, ours = torch_release(server_python), _release(torch.__version__)
-    if theirs != ours:
-        return f"the servers have torch {theirs or 'of unknown version'}, the trainer {ours}"
-    return ""
+    def _by_location(self) -> tuple[Transport, str]:
+        """Choose for servers that share the GPUs of trainer ranks, here and on other machines.
 
+        Rank 0 and the servers beside it have GPUs in common, which no communicator may have twice.
+        """
+        if not self._here:
+            return self._broadcast(), "the servers share no machine with rank 0"
+        tensor, reason = self._tensor("the servers share the trainer's GPUs")
+        if not self._elsewhere:
+            return tensor, reason
+        where = f"on this machine {', '.join(self._here)}; elsewhere {', '.join(self._elsewhere)}"
+        return ByLocation(tensor, self._broadcast()), f"{reason}; {where}"
 
-def torch_release(python: Path) -> str:
-    """Return the release of torch in another interpreter's environment; empty if it has none."""
-    folders = python.parent.parent.glob("lib/python3.*/site-packages")
-    for found in distributions(name="torch", path=[str(folder) for folder in folders]):
-        return _release(found.version)
-    return ""
+    def _broadcast(self) -> Broadcast:
+        backend = "nccl" if self._device == "cuda" else "gloo"
+        return Broadcast(backend, timeout_seconds=self._limit)
 
+    def _tensor(self, reason: str) -> tuple[Transport, str]:
+        """Send handles of GPU memory where they can be read, the bytes elsewhere."""
+        obstacle = self._obstacle_to_handles()
+        if not obstacle:
+            return TensorByHandle(timeout_seconds=self._limit), reason
+        by_value = TensorByValue(timeout_seconds=self._limit)
+        return by_value, f"{reason}; no GPU handles: {obstacle}"
 
-def _release(version: str) -> str:
-    """Return major and minor number: what a handle looks like does not change in between."""
-    return ".".join(version.split("+")[0].split(".")[:2])
+    def _obstacle_to_handles(self) -> str:
+        """Return why GPU memory cannot be shared with the servers, or nothing.
+
+        What torch writes into a handle is its own affair, so both sides must have the same release.
+        """
+        if self._device != "cuda":
+            return "no GPU"
+        if self._config.urls and not (self._colocated and self._here):
+            return "the servers run elsewhere"
+        if self._sync.transport is not None and self._elsewhere:
+            return "some servers run elsewhere"
+        theirs, ours = torch_release(self._config.python), own_torch()
+        if theirs != ours:
+            return f"the servers have torch {theirs or 'of unknown version'}, the trainer {ours}"
+        for name in _ALLOCATOR_VARIABLES:
+            if _EXPANDABLE in os.environ.get(name, ""):
+                # They are shared as open files, which the server would have to take from the
+                # trainer's process: the right of a debugger.
+                return f"{name} has {_EXPANDABLE}; leave it out"
+        return ""
+
+    def _check_nccl(self) -> None:
+        """Refuse servers of another NCCL, which would refuse the trainer.
+
+        Raises:
+            ValueError: with both versions.
+        """
+        if self._device != "cuda" or self._config.urls:
+            return
+        theirs, ours = nccl_version(self._config.python), own_nccl()
+        if theirs and theirs != ours:
+            raise ValueError(
+                f"rollout.sglang.sync.transport: 'distributed' needs one NCCL on both sides, but "
+                f"{self._config.python} has {theirs} and the trainer {ours}; take 'tensor' or "
+                "'disk', or an environment of SGLang with the trainer's torch"
+            )

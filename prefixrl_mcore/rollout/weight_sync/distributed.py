@@ -5,7 +5,6 @@ The path over NCCL has not been run yet.
 
 import datetime
 import logging
-import socket
 import threading
 import time
 import uuid
@@ -13,13 +12,14 @@ from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from prefixrl_mcore.rollout.weight_sync.addresses import address_for
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket
+from prefixrl_mcore.rollout.weight_sync.releases import own_nccl
 from prefixrl_mcore.rollout.weight_sync.transport import (
     Failures,
     SyncTarget,
@@ -36,8 +36,6 @@ tells who failed first."""
 
 _LEAVE_SECONDS = 10.0
 """Longest wait for servers to leave a broken group, and for this side to abort it."""
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Broadcast:
@@ -82,17 +80,16 @@ class Broadcast:
         )
         world_size = 1 + sum(sizes)
         timeout = datetime.timedelta(seconds=self._timeout_seconds)
-        address = _own_address(targets)
-        # A free port; the servers may come in any order, and before or after this rank.
+        # A free port at every address; the servers come in any order, before or after this rank.
         store = dist.TCPStore(
-            address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
+            "127.0.0.1", 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
         )
         self._store, self._group_name = store, f"prefixrl-{uuid.uuid4().hex}"
         with ThreadPoolExecutor(len(targets), "weight-sync-join") as pool:
             joining = {
                 target.name: pool.submit(
                     target.client.init_update_group,
-                    address=address,
+                    address=address_for(target.client.url),
                     port=store.port,
                     rank_offset=offsets[target.name],
                     world_size=world_size,
@@ -160,7 +157,8 @@ class Broadcast:
     def _broadcast(self, bucket: Bucket, receiving: Mapping[str, Future[None]]) -> str:
         """Broadcast the bytes; return why that failed, or nothing."""
         assert self._group is not None, "open comes first"
-        broadcasting = _begin_broadcast(self._group, bucket)
+        limit = _group_timeout(self._backend, self._timeout_seconds)
+        broadcasting = _begin_broadcast(self._group, bucket, limit)
         deadline = time.monotonic() + self._timeout_seconds
         while not broadcasting.done():
             if any(future.done() and future.exception() for future in receiving.values()):
@@ -171,7 +169,9 @@ class Broadcast:
         error = broadcasting.exception()
         if error is not None and not isinstance(error, RuntimeError):
             raise error
-        return "" if error is None else str(error)  # a connection broke
+        if error is None:
+            return ""
+        return f"{type(error).__name__}: {error}"  # a connection broke
 
     def _leave_broken(self, targets: Sequence[SyncTarget]) -> None:
         """Let the servers that did nothing wrong drop the broken group; they get another one."""
@@ -192,17 +192,20 @@ class Broadcast:
             return failures
         self.innocent = frozenset(name for name in futures if name not in guilty)
         broke = f"the broadcast to all servers broke: {cause}"
+        if self._backend == "nccl":
+            broke += f" (NCCL must be of one version on both sides; the trainer has {own_nccl()})"
         return {
             name: f"{failures[name]}; {broke}" if name in failures else broke for name in futures
         }
 
     def finish(self, targets: Sequence[SyncTarget]) -> Failures:
-        """Leave the group on both sides."""
+        """Leave the group on both sides at once: NCCL's ranks of one machine wait for another."""
         name, self._group_name = self._group_name, ""
+        leaving = self._begin_to_leave()
         failures = on_all(
             targets, lambda target: target.client.destroy_update_group(name, self._timeout_seconds)
         )
-        self._destroy()
+        _wait_for(leaving)
         return failures
 
     def close(self) -> None:
@@ -212,15 +215,25 @@ class Broadcast:
 
     def _destroy(self) -> None:
         """Leave the group on this side; connections are closed even if something is on its way."""
+        _wait_for(self._begin_to_leave())
+
+    def _begin_to_leave(self) -> threading.Thread | None:
+        """Leave the group on this side, in a thread: an abort that hangs must not hang the run."""
         group, self._group = self._group, None
         if group is None:
-            return
-        # An abort that hangs must not hang the run: the group is given up then.
-        aborting = threading.Thread(target=_abort, args=(group,), daemon=True)
-        aborting.start()
-        aborting.join(_LEAVE_SECONDS)
-        if aborting.is_alive():
-            logger.warning("weight sync: the process group is still being aborted")
+            return None
+        leaving = threading.Thread(target=_abort, args=(group,), daemon=True)
+        leaving.start()
+        return leaving
+
+
+def _wait_for(leaving: threading.Thread | None) -> None:
+    """Wait until the group was left; give it up if that takes too long."""
+    if leaving is None:
+        return
+    leaving.join(_LEAVE_SECONDS)
+    if leaving.is_alive():
+        logger.warning("weight sync: the process group is still being aborted")
 
 
 def _abort(group: dist.ProcessGroup) -> None:
@@ -257,7 +270,9 @@ def _options(backend: str, timeout: datetime.timedelta) -> object | None:
     return options
 
 
-def _begin_broadcast(group: dist.ProcessGroup, bucket: Bucket) -> Future[None]:
+def _begin_broadcast(
+    group: dist.ProcessGroup, bucket: Bucket, limit: datetime.timedelta
+) -> Future[None]:
     """Broadcast in a thread of its own: with NCCL the call waits for all servers to join.
 
     A daemon's, and no pool's: one that hangs must not keep the interpreter from ending.
@@ -272,7 +287,8 @@ def _begin_broadcast(group: dist.ProcessGroup, bucket: Bucket) -> Future[None]:
                 work = group.broadcast([bucket.data], options)
                 while not work.is_completed():
                     time.sleep(_POLL_SECONDS)
-                work.wait()
+                # Also true if it failed. NCCL raises that only where there is a limit.
+                work.wait(limit)
         except BaseException as error:  # raised where the future is read
             done.set_exception(error)
         else:
@@ -290,15 +306,3 @@ def _failed_so_far(futures: Mapping[str, Future[None]]) -> set[str]:
 def _current(bucket: Bucket) -> AbstractContextManager[object]:
     """Return a context in which the bucket's GPU is the current one of this thread."""
     return torch.cuda.device(bucket.data.device) if bucket.data.is_cuda else nullcontext()
-
-
-def _own_address(targets: Sequence[SyncTarget]) -> str:
-    """Return an address of this machine that all targets can reach."""
-    hosts = [urlparse(target.client.url).hostname or "" for target in targets]
-    remote = [host for host in hosts if host not in _LOOPBACK]
-    if not remote:
-        return "127.0.0.1"
-    family, kind, _, _, address = socket.getaddrinfo(remote[0], 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # sends nothing; chooses the interface
-        return probe.getsockname()[0]

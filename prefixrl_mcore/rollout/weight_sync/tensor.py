@@ -75,6 +75,7 @@ class TensorByHandle(_TensorTransport):
     """
 
     name = "tensor (GPU handles)"
+    _has_copies = False
 
     def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
         """Post the handles to all targets at once.
@@ -84,6 +85,7 @@ class TensorByHandle(_TensorTransport):
         copies = {
             gpu: bucket.data.to(f"cuda:{gpu}") for target in targets for gpu in target.rank_gpus
         }
+        self._has_copies |= any(copy is not bucket.data for copy in copies.values())
         for gpu in copies:
             torch.cuda.synchronize(gpu)
         metadata = _metadata(bucket)
@@ -104,8 +106,11 @@ class TensorByHandle(_TensorTransport):
         )
 
     def close(self) -> None:
-        """Give back memory that servers have let go of."""
+        """Give back memory that servers have let go of, on their GPUs too."""
         torch.cuda.ipc_collect()
+        if self._has_copies:  # the servers next take memory for their KV cache there
+            torch.cuda.empty_cache()
+            self._has_copies = False
 
 
 class GpuHandle:

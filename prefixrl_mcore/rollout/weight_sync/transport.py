@@ -1,7 +1,7 @@
 """How buckets of weights get to servers: what every transport does, and whom it does it for."""
 
 import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,6 +36,9 @@ class SyncTarget:
     """The GPU of each rank, as the trainer numbers them, where trainer and server are on one
     machine; None if they are the first ones, or none."""
 
+    is_here: bool = True
+    """It is on this machine."""
+
     @property
     def rank_gpus(self) -> Sequence[int]:
         """Return the GPU of each rank."""
@@ -50,7 +53,7 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str:
-        """``disk``, ``tensor`` or ``distributed``, with what else tells it from others."""
+        """``disk``, ``tensor`` or ``distributed``, with what else tells it from others, or two."""
         ...
 
     @property
@@ -59,7 +62,7 @@ class Transport(Protocol):
         ...
 
     @property
-    def innocent(self) -> Container[str]:
+    def innocent(self) -> frozenset[str]:
         """Targets that failed in this update only because another one did; they may try again."""
         ...
 

@@ -8,7 +8,6 @@ import pytest
 from prefixrl_mcore.accounting.memory import StageMemory, Workload, estimate_stages
 from prefixrl_mcore.accounting.server_memory import ServerMemory, estimate_server
 from prefixrl_mcore.accounting.shared_gpu import (
-    SharedGpu,
     memory_at_start,
     share_gpu,
     shared_stages,
@@ -47,29 +46,17 @@ SERVER = ServerMemory(
 """Awake 4 + 30 + 2 + 12 = 48 GiB."""
 
 
-def _shared(*, is_released: bool, server: ServerMemory = SERVER) -> SharedGpu:
-    return share_gpu(STAGE, server, is_released=is_released, export_bytes=3 * GIB)
-
-
 def test_a_sleeping_server_leaves_the_update_all_but_its_graphs() -> None:
-    shared = _shared(is_released=True)
+    shared = share_gpu(STAGE, SERVER, export_bytes=3 * GIB)
     assert shared.sampling == (12 + 48) * GIB
     assert shared.sync == (12 + 3 + 4 + 2) * GIB  # both sides' weights, no KV cache yet
     assert shared.update == (36 + 2) * GIB
     assert (shared.peak, shared.peak_phase) == (60 * GIB, "sampling")
 
 
-def test_a_server_that_does_not_sleep_is_there_in_every_phase() -> None:
-    shared = _shared(is_released=False)
-    assert shared.sampling == (12 + 48) * GIB
-    assert shared.sync == (12 + 3 + 48) * GIB
-    assert shared.update == (36 + 48) * GIB
-    assert shared.peak_phase == "update"
-
-
 def test_the_sync_is_the_peak_where_the_cache_is_small() -> None:
     small = replace(SERVER, weights=30 * GIB, max_kv_tokens=1024, activations=0.0)
-    tight = share_gpu(STAGE, small, is_released=True, export_bytes=3 * GIB)
+    tight = share_gpu(STAGE, small, export_bytes=3 * GIB)
     assert tight.sampling == (12 + 30 + 1 + 2) * GIB
     assert (tight.peak, tight.peak_phase) == ((12 + 3 + 30 + 2) * GIB, "sync")
 
@@ -134,7 +121,7 @@ def test_a_recipe_by_hand() -> None:
     tokens = int((static - whole / 2) // 32_768)
     assert (server.static, server.kv_tokens) == (pytest.approx(static), tokens)
     stage = replace(STAGE, weights=2 * rank, gradients=4 * rank, optimizer=12 * rank)
-    shared = share_gpu(stage, server, is_released=True, export_bytes=0.0)
+    shared = share_gpu(stage, server, export_bytes=0.0)
     asleep = (512 + 512 + 2 * 512 + 8 * 58) * MIB
     assert shared.sampling == 18 * rank + whole / 2 + tokens * 32_768 + asleep + 12 * GIB
     assert shared.sync == 18 * rank + whole / 2 + asleep

@@ -71,6 +71,9 @@ def test_no_argument_of_an_installed_version_opens_a_port(environment: str) -> N
         ("--weight-version", "names the weights"),
         ("--disaggregation-mode=prefill", "several parts"),
         ("--encoder-only", "several parts"),
+        ("--enable-tf32-matmul", "round"),
+        ("--rl-on-policy-target=fsdp", "round"),
+        ("--base-gpu-id", "after the trainer's"),
         ("--kv-events-config", "API key"),
     ],
 )

@@ -63,7 +63,11 @@ def _config(
             "method": method,
             "model": {"path": folder},
             "data": {"problems": folder / "p.jsonl"},
-            "rollout": {"max_total_tokens": stream_tokens, "max_completion_tokens": 1},
+            "rollout": {
+                "colocated": True,
+                "max_total_tokens": stream_tokens,
+                "max_completion_tokens": 1,
+            },
             "policy": {"parallel": parallel or {}} | (policy or {}),
         }
     )

@@ -54,11 +54,10 @@ def _own_lines(server: ServerMemory = SERVER) -> list[str]:
     return list(own_server_lines(server, ROLLOUT, 8, _machine(8)))
 
 
-def _shared_lines(server: ServerMemory = SERVER, *, colocated: bool = False) -> list[str]:
+def _shared_lines(server: ServerMemory = SERVER, stage: StageMemory = STAGE) -> list[str]:
     """Return all but the table; the fraction 0.75 is of 80 GiB."""
-    rollout = ROLLOUT.model_copy(update={"colocated": colocated})
-    shared = share_gpu(STAGE, server, is_released=colocated, export_bytes=0.0)
-    lines = shared_server_lines(server, rollout, shared, [STAGE], _machine(None))
+    shared = share_gpu(stage, server, export_bytes=0.0)
+    lines = shared_server_lines(server, ROLLOUT, shared, [stage], _machine(None))
     return [line for line in lines if isinstance(line, str)]
 
 
@@ -88,21 +87,21 @@ def test_a_server_of_its_own_that_is_too_large_names_the_fraction_that_fits() ->
 
 
 def test_beside_the_trainer_the_worst_phase_decides_and_remedies_are_named() -> None:
-    _, together, *remedies = _shared_lines()  # 20 + 70 in the update
-    assert "90.00 GiB of 72.00, in the update, does not fit" in together
-    assert "rollout.colocated = true" in remedies[0]
-    assert "--rollout-gpus N" in remedies[1]
-    assert "memory_fraction = 0.52 would fit" in remedies[2]  # (60 - 18) / 80
+    large = replace(STAGE, activations=74 * GIB, last_activations=74 * GIB)
+    _, together, *remedies = _shared_lines(stage=large)  # 80 + 2 in the update
+    assert "82.00 GiB of 72.00, in the update, does not fit" in together
+    (remedy,) = remedies  # no memory_fraction would help
+    assert "--rollout-gpus N" in remedy
 
 
 def test_a_sleeping_server_is_judged_by_the_sampling() -> None:
-    _, together, *remedies = _shared_lines(colocated=True)  # 6 + 70
+    _, together, *remedies = _shared_lines()  # 6 + 70
     assert "76.00 GiB of 72.00, in the sampling, does not fit" in together
-    assert not any("colocated = true" in line for line in remedies)
-    assert "memory_fraction = 0.7 would fit" in remedies[-1]  # (60 - 4) / 80
+    assert "--rollout-gpus N" in remedies[0]
+    assert "memory_fraction = 0.7 would fit" in remedies[1]  # (60 - 4) / 80
     small = replace(SERVER, static=56 * GIB)
-    assert "72.00 GiB of 72.00, in the sampling, fits" in _shared_lines(small, colocated=True)[1]
-    assert len(_shared_lines(small, colocated=True)) == 2
+    assert "72.00 GiB of 72.00, in the sampling, fits" in _shared_lines(small)[1]
+    assert len(_shared_lines(small)) == 2
 
 
 def test_no_fraction_is_named_where_the_trainer_leaves_no_room_for_weights() -> None:
@@ -117,11 +116,12 @@ def test_a_server_without_room_for_the_longest_sequence_is_told() -> None:
 
 
 def test_servers_have_whole_gpus_of_rollout_nodes_or_of_their_urls() -> None:
-    servers = SGLangConfig(tensor_parallel_size=4)
+    servers = RolloutConfig(sglang=SGLangConfig(tensor_parallel_size=4))
     assert _machine(8).own_gpus(servers) == 8
-    assert _machine(None).own_gpus(servers) is None
-    elsewhere = SGLangConfig(tensor_parallel_size=4, urls=("http://a:1", "http://b:1"))
-    assert _machine(None).own_gpus(elsewhere) == 8
+    assert _machine(None).own_gpus(servers) == 4
+    assert _machine(None).own_gpus(servers.model_copy(update={"colocated": True})) is None
+    urls = SGLangConfig(tensor_parallel_size=4, urls=("http://a:1", "http://b:1"))
+    assert _machine(None).own_gpus(RolloutConfig(sglang=urls)) == 8
     with pytest.raises(ConfigError, match=r"--rollout-gpus 6 .* give a multiple of 4"):
         _machine(6).own_gpus(servers)
     with pytest.raises(ConfigError, match="--rollout-gpus must be at least 1, got 0"):

@@ -16,6 +16,7 @@ SITE = SiteConfig(gpus_per_node=8)
 
 def _config(**parallel: int) -> RunConfig:
     sizes = [f"policy.parallel.{name}={size}" for name, size in parallel.items()]
+    sizes.append("rollout.colocated=true")
     return validate(RunConfig, with_settings(DEMO, sizes), where="test")
 
 
@@ -96,10 +97,10 @@ def test_no_rollout_nodes_are_refused(number: int) -> None:
 def test_more_servers_than_the_first_node_has_gpus_are_refused_with_the_arithmetic() -> None:
     settings = ["rollout.sglang.num_servers=3", "rollout.sglang.tensor_parallel_size=4"]
     config = validate(RunConfig, with_settings(DEMO, settings), where="test")
-    with pytest.raises(ConfigError, match=r"3 servers x TP 4 = 12 GPUs, but .* has 8"):
+    with pytest.raises(ConfigError, match=r"1 trainer ranks \+ 3 .* TP 4 = 13 GPUs, but .* has 8"):
         lay_out(config, SITE)
     on_cpus = SiteConfig(gpus_per_node=0, ranks_per_node=1)
     assert lay_out(config, on_cpus).num_nodes == 1
-    settings[0] = "rollout.sglang.num_servers=2"
+    settings = ["rollout.sglang.num_servers=2", settings[1], "rollout.colocated=true"]
     config = validate(RunConfig, with_settings(DEMO, settings), where="test")
     assert lay_out(config, SITE).num_nodes == 1

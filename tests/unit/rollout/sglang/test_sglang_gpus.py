@@ -1,14 +1,19 @@
 """Each server's ranks get handles of memory on the server's own GPUs."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from prefixrl_mcore.config.rollout import SGLangConfig
-from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers, gpus_of_servers
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig
+from prefixrl_mcore.rollout.build import build_engine
+from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers, gpus_of_servers, reported_gpus
 from prefixrl_mcore.rollout.sglang.launch import (
     ServerLaunch,
     server_arguments,
@@ -17,6 +22,7 @@ from prefixrl_mcore.rollout.sglang.launch import (
 from prefixrl_mcore.rollout.sglang.member import Member, State
 from prefixrl_mcore.rollout.sglang.weights import Weights, send_weights
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
+from tests.support.tiny_models import write_tiny_qwen3
 
 CONFIG = SGLangConfig(num_servers=2, tensor_parallel_size=2)
 
@@ -33,11 +39,13 @@ class _Syncer:
 
 
 def test_weights_go_to_the_gpus_that_each_server_was_started_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-b, 6,7,8")
-    gpus = gpus_of_servers(CONFIG, "cuda")
-    assert gpus == [("4", "GPU-b"), ("6", "7")]
+    with caplog.at_level(logging.INFO):
+        gpus = gpus_of_servers(CONFIG, "cuda", colocated=False, num_trainer_ranks=1)
+    assert gpus == [("GPU-b", "6"), ("7", "8")]
+    assert "GPUs of this machine: trainer 4; server 0 GPU-b,6; server 1 7,8" in caplog.text
     members = [
         Member(
             index,
@@ -66,7 +74,59 @@ def test_weights_go_to_the_gpus_that_each_server_was_started_on(
 
     send_weights(weights, members, syncer, num_ranks=2, bury=Member.die)
 
-    assert [target.rank_gpus for target in syncer.targets] == [(0, 1), (2, 3)]
+    assert [target.rank_gpus for target in syncer.targets] == [(1, 2), (3, 4)]
+    assert all(target.is_here for target in syncer.targets)
+
+
+def test_too_few_gpus_are_no_reason_to_take_another_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    folder = write_tiny_qwen3(tmp_path / "model")
+
+    with pytest.raises(ConfigError, match=r"1 trainer ranks \+ 1 servers x TP 1 = 2 GPUs"):
+        build_engine(
+            RolloutConfig(),
+            folder,
+            logits_dtype="float32",
+            logs_folder=tmp_path,
+            device="cuda",
+            num_trainer_ranks=1,
+        )
+
+
+def test_server_that_shares_the_trainers_gpus_says_which_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    info = {"device": "cuda", "base_gpu_id": 2, "gpu_id_step": 1, "tp_size": 2}
+
+    assert reported_gpus(info, url="http://a") == (2, 3)
+    assert reported_gpus({**info, "base_gpu_id": 0, "gpu_id_step": 2}, url="http://a") == (0, 2)
+    assert reported_gpus({**info, "device": "cpu"}, url="http://a") is None
+    with pytest.raises(EngineError, match=r"has GPUs 3, 4, this process has 4; start both with"):
+        reported_gpus({**info, "base_gpu_id": 3}, url="http://a")
+
+
+def test_server_that_sees_other_gpus_too_is_told_its_first(tmp_path: Path) -> None:
+    launch = ServerLaunch(
+        name="server 1",
+        model_folder=tmp_path,
+        config=CONFIG,
+        logits_dtype="float32",
+        device="cuda",
+        gpus=("4", "5", "6", "7"),
+        first_gpu=2,
+        max_total_tokens=10,
+        weight_version="first",
+    )
+
+    arguments = server_arguments(launch, 30000, has_key=False)
+
+    assert arguments[arguments.index("--base-gpu-id") + 1] == "2"
+    assert server_environment(launch)["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+    own = server_arguments(replace(launch, first_gpu=0), 30000, has_key=False)
+    assert "--base-gpu-id" not in own
 
 
 def test_server_without_gpus_has_no_numbers() -> None:

@@ -155,6 +155,12 @@ def test_server_with_the_trainers_logits_is_accepted(
             "has rounded logits .*rl_on_policy_target fsdp",
             id="rounds after all",
         ),
+        pytest.param(
+            {"dtype": "float32", "enable_tf32_matmul": True},
+            "float32",
+            "has rounded logits .*enable_tf32_matmul on.*without .*--enable-tf32-matmul",
+            id="rounds what it multiplies",
+        ),
     ],
 )
 def test_server_with_other_logits_than_the_trainers_is_refused(

@@ -1,9 +1,11 @@
-"""What only NCCL does, as stand-ins for its group show it, and which address servers are told."""
+"""What only NCCL does, as stand-ins for its group show it; whose addresses are whose."""
 
+import datetime
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from torch.distributed import distributed_c10d
 
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.weight_sync import distributed
+from prefixrl_mcore.rollout.weight_sync.addresses import address_for, is_here
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, BucketEntry
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
+from prefixrl_mcore.rollout.weight_sync.releases import own_nccl
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
 from tests.support.fake_sglang import FakeSGLang, serve
 
@@ -108,10 +112,58 @@ def test_watchdog_of_nccl_waits_longer_than_this_side_and_an_abort_finds_the_com
         assert (options.config.blocking, options._timeout) == (0, timeout)
 
 
-def test_servers_of_the_other_kind_of_address_are_told_one_of_that_kind(
+class Failed:
+    """A broadcast that is over because NCCL failed, as it shows that."""
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self, timeout: datetime.timedelta | None = None) -> bool:
+        if timeout is not None:
+            raise RuntimeError("ncclRemoteError")
+        return True
+
+
+def test_broadcast_that_failed_is_not_one_that_is_done(
+    target: SyncTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", lambda group: None)
+    group: Any = SimpleNamespace(broadcast=lambda tensors, options: Failed())
+    transport = joined(group)
+
+    failures = transport.send(BUCKET, [target])
+
+    assert "RuntimeError: ncclRemoteError" in failures["server 0"]
+    assert f"one version on both sides; the trainer has {own_nccl()}" in failures["server 0"]
+    assert transport.innocent == {"server 0"}
+
+
+def test_trainer_leaves_the_group_without_waiting_for_the_servers_to_have_left(
+    fake: FakeSGLang, target: SyncTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's ranks on one machine leave together: a server's answer may wait for this side."""
+    left = threading.Event()
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", lambda group: left.set())
+    answer = fake.answer
+    waited: list[bool] = []
+
+    def leave_together(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/destroy_weights_update_group":
+            waited.append(left.wait(5))
+        return answer(path, payload)
+
+    fake.answer = leave_together  # type: ignore[method-assign]
+    group: Any = object()
+    transport: Any = joined(group)
+    transport._timeout_seconds = 20.0
+
+    assert transport.finish([target]) == {}
+    assert waited == [True]
+
+
+def test_every_server_is_told_an_address_that_it_can_reach(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    client = SGLangClient("http://[2001:db8::7]:30000", request_timeout_seconds=5)
     asked: list[tuple[int, Any]] = []
 
     class Probe:
@@ -131,7 +183,15 @@ def test_servers_of_the_other_kind_of_address_are_told_one_of_that_kind(
             return "2001:db8::1", 0
 
     monkeypatch.setattr(socket, "socket", Probe)
-    target = SyncTarget(client=client, num_ranks=1, name="server 0")
 
-    assert distributed._own_address([target]) == "2001:db8::1"
+    assert address_for("http://[2001:db8::7]:30000") == "2001:db8::1"
+    assert address_for("http://127.0.0.1:30000") == "127.0.0.1"
     assert asked == [(socket.AF_INET6, "2001:db8::7")]
+
+
+def test_server_is_here_if_this_machine_has_its_address() -> None:
+    assert is_here("http://localhost:1")
+    assert is_here("http://127.0.0.2:1")  # all of 127 is
+    assert is_here(f"http://{socket.gethostname()}:1")
+    assert not is_here("http://192.0.2.1:1")  # for documentation
+    assert not is_here("http://nobody-knows.invalid:1")

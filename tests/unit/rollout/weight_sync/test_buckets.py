@@ -1,15 +1,26 @@
+import ast
 import base64
+import inspect
+import io
+import pickle
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing import reductions
 
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
-from prefixrl_mcore.rollout.weight_sync.tensor import GpuHandle, _dumps, flattened_bucket
+from prefixrl_mcore.rollout.weight_sync.tensor import (
+    GpuHandle,
+    _dumps,
+    _metadata,
+    flattened_bucket,
+)
 from tests.support.fake_sglang import read_bucket, read_pickle
+from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import build_tiny_qwen2, build_tiny_qwen3_moe
 
 LAYER = "model.layers.0"
@@ -161,3 +172,56 @@ def test_handle_of_gpu_memory_names_sglangs_function_and_the_gpus_own_id() -> No
         ),
         "metadata": [],
     }
+
+
+def test_server_that_reads_few_names_reads_all_that_a_handle_has() -> None:
+    """From 0.5.21 on a server has a list of what a pickle may name."""
+    arguments = dict.fromkeys(inspect.signature(reductions.rebuild_cuda_tensor).parameters, 0)
+    arguments |= {  # as ``reduce_tensor`` fills them in for memory of a GPU
+        "tensor_cls": torch.Tensor,
+        "tensor_size": torch.Size([8]),
+        "tensor_stride": (1,),
+        "storage_cls": torch.storage.TypedStorage,
+        "dtype": torch.uint8,
+        "storage_device": "GPU-id",
+        "storage_handle": b"handle",
+        "requires_grad": False,
+    }
+    (bucket,) = pack({"a": torch.randn(2, 3)}, bucket_bytes=10**6, dtype=torch.bfloat16)
+    handle = GpuHandle(tuple(arguments.values()))
+
+    named = _names_in(_dumps({"flattened_tensor": handle, "metadata": _metadata(bucket)}))
+
+    assert ("sglang.srt.utils.patch_torch", "_rebuild_cuda_tensor_modified") in named
+    assert ("torch.storage", "TypedStorage") in named
+    assert named <= _names_that_a_server_reads()
+
+
+class _Anything:
+    """Stands for whatever a pickle names."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+
+def _names_in(serialized: str) -> set[tuple[str, str]]:
+    """Return (module, name) of all that a pickle asks its reader for."""
+    named: set[tuple[str, str]] = set()
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> type[_Anything]:
+            named.add((module, name))
+            return _Anything
+
+    Reader(io.BytesIO(base64.b64decode(serialized))).load()
+    return named
+
+
+def _names_that_a_server_reads() -> set[tuple[str, str]]:
+    """Return the list of the newest supported version, from its source."""
+    environment = sglang_python("sglang-next").parent.parent
+    (file,) = environment.glob("lib/python3.*/site-packages/sglang/srt/utils/common.py")
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ALLOWED_GLOBALS":
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"{file} has no ALLOWED_GLOBALS")

@@ -93,7 +93,7 @@ def sync_export_bytes(shape: ModelShape, sglang: SGLangConfig) -> float:
 def shared_stages(policy: PolicyConfig, num_server_gpus: int) -> range:
     """Return the pipeline stages of the ranks whose GPUs have a server.
 
-    Rank 0 starts the servers on the first GPUs of its node; Megatron's ranks are ordered by stage.
+    On one node rank 0 starts the servers on the first GPUs; Megatron's ranks are ordered by stage.
     """
     parallel = policy.parallel
     stage_ranks = parallel.world_size // parallel.pipeline_model_parallel_size

@@ -25,7 +25,7 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--shape",
         choices=("colocated", "split", "heterogeneous"),
         default="colocated",
-        help="rollouts on the trainer's first node (default), on others of the same job, or on "
+        help="rollouts on the trainer's nodes (default), on others of the same job, or on "
         "others of a heterogeneous job",
     )
     launch.add_argument("--nodes", type=int, metavar="N", help="refuse a config of another number")

@@ -99,7 +99,8 @@ class SGLangConfig(Config):
     num_servers: int = Field(default=1, ge=1)
     """Servers to start as child processes; on a GPU machine each has ``tensor_parallel_size``
     GPUs, in the order of ``CUDA_VISIBLE_DEVICES``: after those of the trainer's ranks there, or
-    with ``rollout.colocated`` from the first one on."""
+    with ``rollout.colocated`` from the first one on. In a colocated Slurm job on several nodes each
+    has so many; with GPUs as many as fill it, and this stays 1."""
 
     urls: tuple[str, ...] = ()
     """URLs of servers that already run; they take the place of ``num_servers`` child processes."""
@@ -312,8 +313,8 @@ class RolloutConfig(Config):
 
     colocated: bool = False
     """The engine shares the trainer's GPUs: it gives their memory back for every update, and takes
-    it again, with the new weights, to sample. Not with ``schedule.overlap`` or servers that run
-    already (``sglang.urls``)."""
+    it again, with the new weights, to sample. Not with ``schedule.overlap``. Servers that run
+    already (``sglang.urls``) must be able to: started with ``--enable-memory-saver``, and awake."""
 
     temperature: float = Field(default=1.0, gt=0.0)
     """Sampling temperature in training; the loss uses logprobs at the same temperature."""
@@ -351,11 +352,6 @@ class RolloutConfig(Config):
                 "rollout.colocated puts the engine to sleep during the update, and "
                 "rollout.schedule.overlap samples during it; switch one of them off: overlap needs "
                 "servers on GPUs of their own"
-            )
-        if self.colocated and self.sglang.urls:
-            raise ValueError(
-                "rollout.colocated is for servers that the run starts on its own GPUs, got "
-                f"rollout.sglang.urls = {list(self.sglang.urls)}; leave one of them out"
             )
         if self.colocated and self.sglang.sync.transport == "distributed":
             raise ValueError(

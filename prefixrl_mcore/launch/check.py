@@ -49,6 +49,7 @@ from prefixrl_mcore.launch.server_plan import (
     share_gpus,
     shared_server_lines,
     with_sampling,
+    with_servers_of_all_nodes,
 )
 
 
@@ -68,10 +69,12 @@ def print_check(
     layout_ranks = config.policy.parallel.world_size
     num_gpus = layout_ranks if machine.num_gpus is None else machine.num_gpus
     work = step_work(config, machine.mean_tokens)
-    machine = with_sampling(config, shape, work, machine)
     if num_gpus == layout_ranks:
         check_layout(config, shape)
         _check_server_gpus(config, machine)
+    config = with_servers_of_all_nodes(config, machine)
+    machine = with_sampling(config, shape, work, machine)
+    if num_gpus == layout_ranks:
         _print_config(config, shape, console)
         _print_plan(config, shape, work, machine, console)
     else:

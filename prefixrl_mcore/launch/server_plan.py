@@ -24,6 +24,21 @@ from prefixrl_mcore.launch.machine import Machine
 _GIB = 1024**3
 
 
+def with_servers_of_all_nodes(config: RunConfig, machine: Machine) -> RunConfig:
+    """Return a config with the servers that a job of several nodes starts on the trainer's GPUs.
+
+    Unlike on one node the config's own number does not count: every node is filled.
+    """
+    servers, num_ranks = config.rollout.sglang, config.policy.parallel.world_size
+    is_elsewhere = config.rollout.engine == "transformers" or not config.rollout.colocated
+    if is_elsewhere or servers.urls or num_ranks <= machine.assumptions.gpus_per_node:
+        return config
+    num_servers = max(1, num_ranks // servers.tensor_parallel_size)
+    sglang = servers.model_copy(update={"num_servers": num_servers})
+    rollout = config.rollout.model_copy(update={"sglang": sglang})
+    return config.model_copy(update={"rollout": rollout})
+
+
 def predict_server(config: RunConfig, shape: ModelShape, machine: Machine) -> ServerMemory:
     """Return the memory of a SGLang server; beside the trainer, of the one with the least room.
 

@@ -26,6 +26,7 @@ from prefixrl_mcore.policy.topology import Topology, num_local_ranks, run_on_fir
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.generation import Generator
+from prefixrl_mcore.trainer.memory import give_back_cached_memory
 from prefixrl_mcore.trainer.out_of_memory import explained
 from prefixrl_mcore.trainer.profiling import StepProfiler
 from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
@@ -69,6 +70,7 @@ def build_session(
     if config.method == "prefixrl":
         prefixed = _read_prefixed(config, renderer, sets["train"])
     policy = build_policy(config)
+    give_back_cached_memory()  # servers on the same GPUs take a share of what is free
     profiler = stack.enter_context(StepProfiler(config.profile, folder.profile, topology))
     policy.phases = phases
     phases.annotate = profiler.annotate

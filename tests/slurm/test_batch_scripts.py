@@ -51,8 +51,13 @@ EIGHT = "policy.parallel.data_parallel_size=8"
 GOLDEN_CASES = {
     "colocated": Case(
         site="bare-metal", settings=("rollout.colocated=true",
-                                     "policy.parallel.tensor_model_parallel_size=8",
-                                     "policy.parallel.data_parallel_size=2"),
+                                     "policy.parallel.tensor_model_parallel_size=8"),
+    ),
+    "colocated-two-nodes": Case(
+        site="bare-metal",
+        settings=("policy.parallel.tensor_model_parallel_size=8",
+                  "policy.parallel.data_parallel_size=2",
+                  "rollout.colocated=true", "rollout.sglang.tensor_parallel_size=2"),
     ),
     "split": Case(
         site="bare-metal", shape="split", settings=("policy.parallel.data_parallel_size=16",)

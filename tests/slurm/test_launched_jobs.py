@@ -315,6 +315,31 @@ def test_a_heterogeneous_job_samples_in_another_partition_and_outlives_its_serve
     assert [(end["node"], end["exit_code"]) for end in ends] == [("n1", 0)] * 2
 
 
+def test_every_node_of_a_colocated_run_generates_and_sleeps_in_turn(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run, site = tmp_path / "everywhere", tmp_path / "ci-local.toml"
+    site.write_text(site.read_text().replace("ranks_per_node = 2", "ranks_per_node = 1"))
+    steps = ["trainer.num_steps=2", "evaluation.every_steps=2", "checkpoint.every_steps=2"]
+    colocated_run = [*_server_settings(tiny_task, run), *steps, "rollout.colocated=true"]
+    assert _launch("--nodes", "2", *colocated_run) == 0
+    job = find_job(jobs, "everywhere")
+    logs, port = job.starts()[0], server_port(job.job_id or "", 0)
+    urls = [json.loads(job.server_file(0, index).read_text())["url"] for index in range(2)]
+    assert urls == [f"http://n1:{port}", f"http://n2:{port}"]
+    ends = [json.loads(file.read_text()) for file in sorted(logs.glob("trainer-*.end.json"))]
+    assert [(end["node"], end["exit_code"]) for end in ends] == [("n1", 0), ("n2", 0)]
+    for index in range(2):
+        said = (logs / f"rollout-{index}.log").read_text()
+        assert f"starts when the trainer looks for it on port {port}" in said
+        calls = re.findall(r'"POST (/\w+)', (logs / f"sglang-{index}-0.log").read_text())
+        assert calls.count("/generate") >= 3  # two steps and an evaluation
+        # After each update somebody samples: the next step, or the last evaluation.
+        assert calls.count("/release_memory_occupation") == 2
+        assert calls.count("/resume_memory_occupation") == 2 * 2
+    assert [line["step"] for line in metrics_of(run, "train")] == [0, 1]
+
+
 def _wait_for_late_weights(log: Path) -> int:
     """Wait until a server that came up late is sent weights; return their policy version."""
     late = re.compile(r"server 0: starting -> updating: to\s+'[0-9a-f]+:(\d+)'")

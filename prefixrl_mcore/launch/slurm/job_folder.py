@@ -34,10 +34,13 @@ class TaskFile:
     """The run was begun by an earlier job, or elsewhere."""
 
     num_servers: int
-    """Rollout servers on nodes of their own; 0 if the trainer starts its own."""
+    """Rollout tasks, a server each; 0 if the trainer starts its own."""
 
     gpus_per_server: int
     """GPUs of each of them; 0 is a server on CPUs."""
+
+    shares_nodes: bool = False
+    """Rollout tasks run beside trainer ranks, on their GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +141,7 @@ class JobFolder:
         return self.logs / "batch.log"
 
     def server_file(self, start: int, index: int) -> Path:
-        """Return where rollout server ``index`` of a start says its address once it is healthy.
+        """Return where rollout task ``index`` of a start says the address of its server.
 
         And how often it was started again, and how often it may be.
         """

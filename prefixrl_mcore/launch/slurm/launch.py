@@ -129,7 +129,7 @@ def prepare_run(
             config, site, shape=how.shape, nodes=how.nodes, rollout_nodes=how.rollout_nodes
         )
         _check_servers(config, layout)
-        _warn_of_shared_gpus(config, site, layout)
+        _warn_of_idle_gpus(config, site, layout)
         _check_model(config, dry_run=how.dry_run)
         _check_run_folder(config, resume=how.resume)
         logger.info("%s: %s", name, explain(config, site, layout))
@@ -147,10 +147,11 @@ def prepare_run(
         run_folder=str(config.run_folder),
         working_directory=str(Path.cwd()),
         is_resumed=how.resume,
-        num_servers=layout.rollout_nodes * layout.servers_per_node,
+        num_servers=layout.server_nodes * layout.servers_per_node,
         gpus_per_server=(
             config.rollout.sglang.tensor_parallel_size if layout.rollout_gpus_per_node else 0
         ),
+        shares_nodes=layout.shares_nodes,
     )
     submission = describe(
         name,
@@ -191,25 +192,19 @@ def _check_servers(config: RunConfig, layout: JobLayout) -> None:
         )
 
 
-def _warn_of_shared_gpus(config: RunConfig, site: SiteConfig, layout: JobLayout) -> None:
-    """Say what a forgotten ``--shape split`` or ``rollout.colocated`` comes to."""
+def _warn_of_idle_gpus(config: RunConfig, site: SiteConfig, layout: JobLayout) -> None:
+    """Say what a forgotten ``rollout.sglang.num_servers`` comes to on one node."""
     rollout = config.rollout
-    is_elsewhere = rollout.engine == "transformers" or rollout.sglang.urls or layout.rollout_nodes
-    if is_elsewhere or not site.gpus_per_node:
+    is_elsewhere = rollout.engine == "transformers" or rollout.sglang.urls or layout.server_nodes
+    if is_elsewhere or not site.gpus_per_node or not rollout.colocated:
         return
     num_gpus = layout.trainer_nodes * layout.ranks_per_node
     num_sampling = rollout.sglang.num_servers * rollout.sglang.tensor_parallel_size
     if num_sampling < num_gpus:
         logger.warning(
-            "%d of %d GPUs sample: rollout.sglang.num_servers = %d x TP %d, started on the first "
-            "node; --shape split gives servers nodes of their own",
+            "%d of %d GPUs sample: rollout.sglang.num_servers = %d x TP %d",
             *(num_sampling, num_gpus, rollout.sglang.num_servers),
             rollout.sglang.tensor_parallel_size,
-        )
-    if not rollout.colocated:
-        logger.warning(
-            "the servers keep their memory of the trainer's GPUs during the update; "
-            "rollout.colocated=true has them give it back. prefixrl check says whether both fit"
         )
 
 

@@ -11,7 +11,7 @@ from prefixrl_mcore.config.site import SiteConfig
 Shape = Literal["colocated", "split", "heterogeneous"]
 
 TRAINER, ROLLOUT = "trainer", "rollout"
-"""Roles of tasks: those that train, and the servers on nodes of their own."""
+"""Roles of tasks: those that train, and those that have a server each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,9 +19,8 @@ class JobLayout:
     """Nodes and tasks of one job."""
 
     shape: Shape
-    """``colocated``: every node trains and the first one generates too; ``split``: one job, trainer
-    nodes first, then rollout nodes; ``heterogeneous``: the same as two components of a
-    heterogeneous job."""
+    """``colocated``: every node trains and generates; ``split``: one job, trainer nodes first, then
+    rollout nodes; ``heterogeneous``: the same as two components of a heterogeneous job."""
 
     trainer_nodes: int
     """Nodes with trainer ranks."""
@@ -33,15 +32,25 @@ class JobLayout:
     """Nodes with rollout servers alone; 0 if colocated."""
 
     servers_per_node: int
-    """Rollout servers on each of those; 0 if colocated."""
+    """Rollout tasks, a server each, on each of ``server_nodes``; 0 if rank 0 starts the servers."""
 
     rollout_gpus_per_node: int
-    """GPUs of each of those."""
+    """GPUs of each of ``server_nodes``."""
 
     @property
     def num_nodes(self) -> int:
         """Nodes in all."""
         return self.trainer_nodes + self.rollout_nodes
+
+    @property
+    def server_nodes(self) -> int:
+        """Nodes with rollout tasks: the rollout nodes, or those of the trainer if colocated."""
+        return (self.rollout_nodes or self.trainer_nodes) if self.servers_per_node else 0
+
+    @property
+    def shares_nodes(self) -> bool:
+        """Rollout tasks run beside trainer ranks."""
+        return self.server_nodes > self.rollout_nodes
 
 
 ONE_TASK = JobLayout(
@@ -83,24 +92,26 @@ def lay_out(
     if shape == "colocated" and rollout_nodes:
         raise ConfigError(
             f"--rollout-nodes {rollout_nodes} needs --shape split or heterogeneous, got colocated: "
-            "there the first trainer node generates"
+            "there every node generates"
         )
     rollout_nodes = 0 if shape == "colocated" else rollout_nodes or 1
     trainer_nodes, ranks_per_node = _trainer_nodes(config, site, rollout_nodes)
-    if shape == "colocated" and site.gpus_per_node:
-        check_server_gpus(
-            config.rollout, num_trainer_ranks=ranks_per_node, num_gpus=site.gpus_per_node
-        )
     rollout_gpus = site.gpus_per_node
     if shape == "heterogeneous" and site.rollout_nodes.gpus_per_node is not None:
         rollout_gpus = site.rollout_nodes.gpus_per_node
+    if rollout_nodes:
+        servers_per_node = _servers_per_node(config, rollout_gpus)
+    else:
+        servers_per_node = _servers_beside_ranks(
+            config, site, trainer_nodes=trainer_nodes, ranks_per_node=ranks_per_node
+        )
     layout = JobLayout(
         shape=shape,
         trainer_nodes=trainer_nodes,
         ranks_per_node=ranks_per_node,
         rollout_nodes=rollout_nodes,
-        servers_per_node=_servers_per_node(config, rollout_gpus) if rollout_nodes else 0,
-        rollout_gpus_per_node=rollout_gpus if rollout_nodes else 0,
+        servers_per_node=servers_per_node,
+        rollout_gpus_per_node=rollout_gpus if servers_per_node else 0,
     )
     if nodes is not None and nodes != layout.num_nodes:
         raise ConfigError(
@@ -114,10 +125,12 @@ def explain(config: RunConfig, site: SiteConfig, layout: JobLayout) -> str:
     """Return the arithmetic of a layout, in one line."""
     ranks = _ranks(config)
     text = f"{ranks} on {layout.trainer_nodes} x {layout.ranks_per_node} {_unit(site)}"
-    if layout.rollout_nodes:
-        servers = layout.rollout_nodes * layout.servers_per_node
-        size = config.rollout.sglang.tensor_parallel_size
-        text += f" + {servers} rollout servers x TP {size} on {layout.rollout_nodes} nodes"
+    servers = layout.server_nodes * layout.servers_per_node
+    what = f"{servers} rollout servers x TP {config.rollout.sglang.tensor_parallel_size}"
+    if layout.shares_nodes:
+        text += f", in turn with {what}"
+    elif servers:
+        text += f" + {what} on {layout.rollout_nodes} nodes"
         if layout.rollout_gpus_per_node:
             text += f" x {layout.rollout_gpus_per_node} GPUs"
     return f"{text} = {layout.num_nodes} node{'s' if layout.num_nodes > 1 else ''}"
@@ -165,6 +178,35 @@ def _trainer_nodes(config: RunConfig, site: SiteConfig, rollout_nodes: int) -> t
     )
 
 
+def _servers_beside_ranks(
+    config: RunConfig, site: SiteConfig, *, trainer_nodes: int, ranks_per_node: int
+) -> int:
+    """Return the rollout tasks of each trainer node; 0 where rank 0 alone has an engine.
+
+    On one node rank 0 starts the servers itself, as without Slurm; on several its children would
+    leave the GPUs of all other nodes idle.
+
+    Raises:
+        ConfigError: if there are too few GPUs for the servers, or some would be left over.
+    """
+    servers, gpus = config.rollout.sglang, site.gpus_per_node
+    if config.rollout.engine == "transformers" or servers.urls:
+        return 0
+    if gpus == 0:
+        return servers.num_servers if trainer_nodes > 1 else 0
+    if trainer_nodes == 1 or not config.rollout.colocated:
+        check_server_gpus(config.rollout, num_trainer_ranks=ranks_per_node, num_gpus=gpus)
+        return 0
+    per_node = _servers_per_node(config, gpus)
+    if servers.num_servers not in (1, per_node):
+        raise ConfigError(
+            f"rollout.sglang.num_servers = {servers.num_servers}: on several nodes each node is "
+            f"filled with servers, {gpus} GPUs / TP {servers.tensor_parallel_size} = {per_node}; "
+            "leave num_servers out"
+        )
+    return per_node
+
+
 def _servers_per_node(config: RunConfig, gpus: int) -> int:
     """Return how many rollout servers a node of so many GPUs takes.
 
@@ -177,6 +219,6 @@ def _servers_per_node(config: RunConfig, gpus: int) -> int:
     if gpus % size:
         raise ConfigError(
             f"rollout.sglang.tensor_parallel_size = {size} does not divide the {gpus} GPUs of a "
-            "rollout node: servers do not reach over nodes and leave no GPU out"
+            "node with servers: they do not reach over nodes and leave no GPU out"
         )
     return gpus // size

@@ -1,4 +1,4 @@
-"""The task of a rollout node: one SGLang server, reachable from the trainer's node.
+"""A rollout task: one SGLang server, reachable from the trainer's node.
 
 A server that dies is started again at the same address, where the trainer's pool waits for it and
 sends it the current weights. One that dies too often sends the job back into the queue.
@@ -6,7 +6,6 @@ sends it the current weights. One that dies too often sends the job back into th
 
 import logging
 import signal
-import socket
 import threading
 import time
 from collections import deque
@@ -18,10 +17,12 @@ from urllib.parse import urlsplit
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, RunConfig
+from prefixrl_mcore.launch.slurm.first_call import wait_for_call
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
 from prefixrl_mcore.launch.slurm.rank_environment import server_port, start_number
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 
@@ -31,7 +32,10 @@ _POLL_SECONDS = 1.0
 
 
 def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> int:
-    """Serve the initial model until told to end, and say where once the server is healthy.
+    """Serve the initial model until told to end, and say where.
+
+    On a node of its own the server starts at once, and its address is written once it is healthy.
+    Beside trainer ranks the address is written at once, and the server starts when it is called.
 
     Returns:
         0 when told to end; 1 if the server does not come up; 75, which sends the job back into the
@@ -43,19 +47,31 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
     launch = server_launch(config, task, environment)
     port = server_port(environment["SLURM_JOB_ID"], int(environment["SLURM_LOCALID"]))
     allowance = RestartAllowance(config.rollout.sglang)
+
+    def tell(port: int) -> str:
+        url = f"http://{environment['SLURMD_NODENAME']}:{port}"
+        write_json_atomic(
+            folder.server_file(start, index),
+            {
+                "url": url,
+                "num_restarts": allowance.num_restarts,
+                "max_restarts": config.rollout.sglang.max_restarts,
+            },
+        )
+        return url
+
+    if task.shares_nodes:
+        tell(port)
     while True:
         num_restarts = allowance.num_restarts
         log_file = folder.logs / f"start-{start}" / f"sglang-{index}-{num_restarts}.log"
-        server = _start(launch, log_file, ending, port, is_known=num_restarts > 0)
+        is_known = task.shares_nodes or num_restarts > 0
+        server = None
+        if not task.shares_nodes or _was_called(launch, port, ending):
+            server = _start(launch, log_file, ending, port, is_known=is_known)
         if server is not None:
             port = _port_of(server)
-            url = f"http://{socket.gethostname()}:{port}"
-            logger.warning("%s serves at %s", launch.name, url)
-            allowed = config.rollout.sglang.max_restarts
-            write_json_atomic(
-                folder.server_file(start, index),
-                {"url": url, "num_restarts": num_restarts, "max_restarts": allowed},
-            )
+            logger.warning("%s serves at %s", launch.name, tell(port))
             _wait_for_its_end(server, launch.name, ending)
         if ending.is_set():
             return 0
@@ -79,6 +95,18 @@ def _told_to_end() -> threading.Event:
     # It is the trainer that saves; the server inherits this, and serves until the trainer ends.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     return ending
+
+
+def _was_called(launch: ServerLaunch, port: int, ending: threading.Event) -> bool:
+    """Wait until the trainer looks for the server; return False if it is not to be started."""
+    logger.warning("%s starts when the trainer looks for it on port %d", launch.name, port)
+    try:
+        key = find_api_key(launch.config)
+        assert key is not None, "a server that other machines reach has one"
+        return wait_for_call(port, key, is_ending=ending.is_set)
+    except (EngineError, ValueError) as error:
+        logger.error("%s", error)
+        return False
 
 
 def _start(
@@ -146,22 +174,42 @@ class RestartAllowance:
 def server_launch(
     config: RunConfig, task: TaskFile, environment: Mapping[str, str]
 ) -> ServerLaunch:
-    """Return how this task's server is started, every time."""
+    """Return how this task's server is started, every time.
+
+    On the trainer's GPUs it sees all of them, as rank 0 does, which sends it handles of memory.
+    """
+    number = task.gpus_per_server
+    gpus, first_gpu = own_gpus(environment, number), 0
+    if task.shares_nodes:
+        gpus, first_gpu = _gpus_up_to_own(environment, number), _first_gpu(environment, number)
     return ServerLaunch(
         name=f"rollout server {environment['SLURM_PROCID']}",
         model_folder=config.model.path,
         config=config.rollout.sglang.model_copy(update={"host": "0.0.0.0"}),
         logits_dtype=config.model.logits_dtype,
         device="cuda" if task.gpus_per_server else "cpu",
-        gpus=own_gpus(environment, task.gpus_per_server),
+        gpus=gpus,
+        first_gpu=first_gpu,
         max_total_tokens=config.rollout.max_total_tokens,
         weight_version="initial",
+        releases_memory=config.rollout.colocated,
     )
 
 
 def own_gpus(environment: Mapping[str, str], number: int) -> tuple[str, ...]:
     """Return this task's share of the node's GPUs, as entries of ``CUDA_VISIBLE_DEVICES``."""
-    first = int(environment["SLURM_LOCALID"]) * number
+    first = _first_gpu(environment, number)
+    return _gpus_up_to_own(environment, number)[first : first + number]
+
+
+def _first_gpu(environment: Mapping[str, str], number: int) -> int:
+    """Return which of the node's GPUs is the first of this task's."""
+    return int(environment["SLURM_LOCALID"]) * number
+
+
+def _gpus_up_to_own(environment: Mapping[str, str], number: int) -> tuple[str, ...]:
+    """Return the node's GPUs, at least those up to this task's last."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(index) for index in range(first + number)]
-    return tuple(gpus[first : first + number])
+    if visible and number:
+        return tuple(visible.split(","))
+    return tuple(str(index) for index in range(_first_gpu(environment, number) + number))

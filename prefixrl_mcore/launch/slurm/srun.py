@@ -46,7 +46,7 @@ def cpus_of_first(site: SiteConfig, role: str) -> int | None:
 
 
 def cpus_of_server(site: SiteConfig, layout: JobLayout) -> int | None:
-    """Return the CPUs of a rollout server on a node of its own."""
+    """Return the CPUs of a rollout task."""
     own = site.rollout_nodes.cpus_per_task
     if layout.shape == "heterogeneous" and own is not None:
         return own

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
@@ -83,6 +84,8 @@ def describe(
             "give_up_code": FAIL,
             "nodes_by_partition": _nodes_by_partition(site, layout),
             "out_of_service": "|".join(OUT_OF_SERVICE),
+            "lost_code": TIME_LIMIT_EXIT_CODE,
+            "save_seconds": site.requeue.signal_seconds or _END_SECONDS,
             "precheck": precheck_step(site, layout, folder),
         },
     }
@@ -220,7 +223,7 @@ def _tasks(
     """Return the steps of a job, the trainer's or the stage's first."""
     is_split = layout.shape == "split"
     cpus = cpu_words(cpus_of_first(site, first_role))
-    if cpus and not layout.rollout_nodes:
+    if cpus and not layout.server_nodes:
         # Servers run on the CPUs of the task that starts them: let that be all of the node.
         cpus.append("--cpu-bind=none")
     first = _task(
@@ -238,19 +241,24 @@ def _tasks(
         "cpus_per_task": cpus_of_first(site, first_role),
         **_gpu_request(site, site.gpus_per_node, site.gpu_type),
     }
-    if not layout.rollout_nodes:
+    if not layout.server_nodes:
         return [first]
     rollout = _task(
         site,
         folder,
         role=ROLLOUT,
-        nodes=layout.rollout_nodes,
+        nodes=layout.server_nodes,
         per_node=layout.servers_per_node,
         cpus=cpu_words(cpus_of_server(site, layout)),
-        first_node=layout.trainer_nodes if is_split else None,
+        first_node=(
+            None if layout.shape == "heterogeneous" else layout.num_nodes - layout.server_nodes
+        ),
     )
+    if layout.shares_nodes:
+        # CPUs, memory and GPUs of the trainer's step, for whose end it would have to wait else.
+        rollout["srun_args"].insert(0, "--overlap")
     rollout["executor"] = {
-        "nodes": layout.rollout_nodes,
+        "nodes": layout.server_nodes,
         "ntasks_per_node": layout.servers_per_node,
     }
     if layout.shape == "heterogeneous":

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.load import load_config
+from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.local import RANK_DEFAULTS
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
 from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER
@@ -17,6 +19,9 @@ from prefixrl_mcore.launch.slurm.orphan import end_with_a_later_start
 from prefixrl_mcore.launch.slurm.rank_environment import rank_variables, start_number
 from prefixrl_mcore.launch.slurm.states import SlurmError
 from prefixrl_mcore.observability.run_folder import RunFolder
+
+_BEGIN_SECONDS = 600.0
+"""What a node may take to begin a task, beyond the start of its server: it may fetch an image."""
 
 
 def main() -> int:
@@ -50,7 +55,13 @@ def _train(folder: JobFolder, task: TaskFile) -> int:
     os.environ.update({**RANK_DEFAULTS, **os.environ, **rank_variables(os.environ)})
     arguments = train_arguments(task, os.environ)
     if task.num_servers:
-        arguments += server_flags(folder, task, start=start_number(os.environ))
+        servers = load_config(RunConfig, Path(task.config), []).rollout.sglang
+        arguments += server_flags(
+            folder,
+            task,
+            start=start_number(os.environ),
+            timeout_seconds=_BEGIN_SECONDS + servers.start_timeout_seconds,
+        )
     # Here: it imports what only a trainer needs.
     from prefixrl_mcore.cli import main as prefixrl
 
@@ -81,29 +92,48 @@ _ROLES = {
 
 
 def server_flags(
-    folder: JobFolder, task: TaskFile, *, start: int, poll_seconds: float = 1.0
+    folder: JobFolder,
+    task: TaskFile,
+    *,
+    start: int,
+    timeout_seconds: float,
+    poll_seconds: float = 1.0,
 ) -> list[str]:
-    """Wait until all rollout servers of this start are healthy; return the flags that name them.
+    """Wait until all rollout tasks of this start have said where; return the flags that name them.
 
     The trainer waits for a lost server once more than its task starts it again, so that the task,
     which gives up by sending the job back into the queue, has the last word.
 
+    Args:
+        folder: the job's.
+        task: how many there are.
+        start: of the job.
+        timeout_seconds: how long they may take; one that was killed says nothing.
+        poll_seconds: between two looks.
+
     Raises:
-        SlurmError: if one of them has ended instead.
+        SlurmError: if one of them has ended instead, or says nothing in time.
     """
-    files = [folder.server_file(start, index) for index in range(task.num_servers)]
-    while not all(file.exists() for file in files):
-        ends = [folder.read_end(start, f"{ROLLOUT}-{index}") for index in range(task.num_servers)]
-        for end in filter(None, ends):
+    files = {f"{ROLLOUT}-{i}": folder.server_file(start, i) for i in range(task.num_servers)}
+    logs, deadline = folder.server_file(start, 0).parent, time.monotonic() + timeout_seconds
+    while missing := [name for name, file in files.items() if not file.exists()]:
+        for end in filter(None, (folder.read_end(start, name) for name in files)):
             raise SlurmError(
                 f"{end.task} on {end.node} ended with exit code {end.exit_code} before all rollout "
-                f"servers were healthy; its log is in {files[0].parent}"
+                f"servers were there; its log is in {logs}"
+            )
+        if time.monotonic() > deadline:
+            raise SlurmError(
+                f"{', '.join(missing)}: no address after {timeout_seconds:.0f} s; was it killed? "
+                f"Its log, if it has begun, is in {logs}; raise "
+                "rollout.sglang.start_timeout_seconds if it is only slow"
             )
         time.sleep(poll_seconds)
-    servers = [json.loads(file.read_text()) for file in files]
+    servers = [json.loads(file.read_text()) for file in files.values()]
     waits = 1 + max(server["max_restarts"] for server in servers)
     return [
         *("--rollout.sglang.urls", *(server["url"] for server in servers)),
+        *("--rollout.sglang.num-servers", "1"),  # the config's is of each node
         *("--rollout.sglang.max-restarts", str(waits)),
     ]
 

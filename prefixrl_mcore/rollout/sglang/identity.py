@@ -7,6 +7,7 @@ from typing import Any
 from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.sglang.protocol import ServerProtocol
 
 _MODEL_KEYS = ("architectures", "model_type", "vocab_size")
 
@@ -51,6 +52,22 @@ def check_model(model_info: Mapping[str, Any], model_folder: Path, *, url: str) 
                 f"({model_info.get('model_path')}), expected {ours!r} as in {model_folder}; start "
                 "it with that model, or correct rollout.sglang.urls or model.path"
             )
+
+
+def check_memory_release(
+    protocol: ServerProtocol, server_info: Mapping[str, Any], *, url: str
+) -> None:
+    """Refuse a server whose sleep would leave the trainer no memory.
+
+    Raises:
+        EngineError: with the remedy.
+    """
+    if server_info.get("device") == "cuda" and not protocol.can_release_memory:
+        raise EngineError(
+            f"SGLang: the server at {url} keeps its GPU memory when it sleeps, which "
+            "rollout.colocated has it do for every update; start it with --enable-memory-saver, or "
+            "set rollout.colocated = false"
+        )
 
 
 def check_versions(version: str, others: Iterable[str], *, url: str) -> None:

@@ -7,7 +7,12 @@ from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.sglang.determinism import check_determinism
 from prefixrl_mcore.rollout.sglang.gpus import reported_gpus
-from prefixrl_mcore.rollout.sglang.identity import check_layout, check_model, check_versions
+from prefixrl_mcore.rollout.sglang.identity import (
+    check_layout,
+    check_memory_release,
+    check_model,
+    check_versions,
+)
 from prefixrl_mcore.rollout.sglang.member import Member, State
 from prefixrl_mcore.rollout.sglang.precision import check_logits
 
@@ -29,7 +34,7 @@ class Inspector:
             model_folder: what servers are to serve.
             config: their settings.
             logits_dtype: precision of a bfloat16 model's logits.
-            colocated: those on this machine share this run's GPUs.
+            colocated: they sleep beside the trainer; those on this machine share this run's GPUs.
         """
         self._model_folder = model_folder
         self._config = config
@@ -61,6 +66,8 @@ class Inspector:
         self._note_version(member, version)
         check_logits(info, self._config, self._logits_dtype)
         check_determinism(info, self._config)
+        if self._colocated:
+            check_memory_release(client.protocol, info, url=client.url)
         if self._colocated and member.is_here and member.gpus is None:
             member.gpus = reported_gpus(info, url=client.url)
         self._is_deterministic[member] = client.protocol.is_deterministic

@@ -41,20 +41,13 @@ def test_settings_that_do_not_go_together_are_refused(
         servers(**settings)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        pytest.param(
-            {"schedule": {"overlap": True, "max_staleness": 1}},
-            "switch one of them off: overlap needs servers on GPUs of their own",
-            id="overlap",
-        ),
-        pytest.param({"sglang": {"urls": ["http://a"]}}, "leave one of them out", id="urls"),
-    ],
-)
-def test_colocated_is_refused_where_nobody_can_take_turns(
-    settings: dict[str, Any], message: str
-) -> None:
+def test_colocated_is_refused_where_nobody_can_take_turns() -> None:
+    settings = {"schedule": {"overlap": True, "max_staleness": 1}}
     validate(RolloutConfig, settings, where="test")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="switch one of them off: overlap needs servers on GPUs"):
         validate(RolloutConfig, {"colocated": True, **settings}, where="test")
+
+
+def test_servers_that_run_already_may_share_the_trainers_gpus() -> None:
+    both = {"colocated": True, "sglang": {"urls": ["http://a", "http://b"]}}
+    assert validate(RolloutConfig, both, where="test").sglang.num_members == 2

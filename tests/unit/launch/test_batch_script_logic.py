@@ -23,6 +23,9 @@ if [[ $* == *precheck.task* ]]; then
 fi
 trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' TERM
 echo "$role $PREFIXRL_TRAINER_HOSTS $PREFIXRL_ROLLOUT_HOSTS" >>$SAID
+# Who is told to end before it listens would end without a word.
+other=$([[ $role == trainer ]] && echo rollout || echo trainer)
+while [[ -n $HAS_SERVERS ]] && ! grep -q "^$other " $SAID; do sleep 0.05; done
 if [[ $role == trainer ]]; then sleep $TRAINER_SECONDS >&- 2>&- & wait; exit $TRAINER_CODE; fi
 sleep $ROLLOUT_SECONDS >&- 2>&- & wait
 exit $ROLLOUT_CODE
@@ -77,7 +80,8 @@ def _run(
     ):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    script = (GOLDEN / f"{shape}.sh").read_text().replace("/jobs/golden-1", str(folder))
+    golden = (GOLDEN / f"{shape}.sh").read_text()
+    script = golden.replace("/jobs/golden-1", str(folder))
     script = script.replace("960", str(hang_seconds)).replace("--kill-after=60", "--kill-after=1")
     (folder / ".prefixrl-secrets").write_text("")
     said = folder / "said"
@@ -105,6 +109,7 @@ def _run(
             "TRAINER_CODE": str(trainer),
             "ROLLOUT_SECONDS": "30" if rollout is None else "0",
             "ROLLOUT_CODE": str(rollout or 0),
+            "HAS_SERVERS": "yes" if "task /jobs/golden-1 rollout" in golden else "",
         },
     )
     told = said.read_text() if said.exists() else ""
@@ -168,6 +173,28 @@ def test_servers_that_leave_without_a_word_fail_the_job(tmp_path: Path) -> None:
     assert _run(tmp_path, "split", trainer=0, rollout=0)[0] == 1
 
 
+def test_servers_on_the_trainers_nodes_end_with_it(tmp_path: Path) -> None:
+    result, told, _ = _run(tmp_path, "colocated-two-nodes", trainer=0)
+    assert result == 0
+    assert "trainer node-a,node-b node-c" in told  # the stand-in always has three nodes
+    assert "rollout told to end" in told
+
+
+def test_a_trainer_that_does_not_end_without_servers_is_left_to_the_end_of_the_job(
+    tmp_path: Path,
+) -> None:
+    script = (GOLDEN / "split.sh").read_text()
+    part = script[script.index("end_step() {") : script.index("while are_alive")]
+    stubborn = "trap '' TERM; exec sleep 30"
+    done = subprocess.run(
+        ["bash", "-c", f'{part}\nbash -c "{stubborn}" & sleep 0.2; end_step $! 1; kill -9 $!'],
+        check=False,
+        timeout=10,
+        capture_output=True,
+    )
+    assert done.returncode == 0
+
+
 def test_lost_servers_send_the_job_back_into_the_queue(tmp_path: Path) -> None:
     result, told, _ = _run(tmp_path, "split", trainer=0, rollout=75)
     assert result == 75
@@ -197,7 +224,7 @@ def test_a_bad_node_is_left_out_where_enough_others_are_in_service(
 ) -> None:
     nodes = {"gpu": f"node-a {state}\nnode-b mix\nnode-c alloc\nnode-x idle\n"}
     bad = {"precheck": 77, "excluded": "node-x"}
-    result, told, _ = _run(tmp_path, "colocated", trainer=0, nodes=nodes, **bad)
+    result, told, _ = _run(tmp_path, "colocated-two-nodes", trainer=0, nodes=nodes, **bad)
     assert result == 77
     assert told.splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=node-x,node-b"
 
@@ -206,7 +233,7 @@ def test_a_bad_node_is_left_out_where_enough_others_are_in_service(
 def test_a_job_that_would_find_too_few_nodes_ends_and_says_so(tmp_path: Path, state: str) -> None:
     nodes = {"gpu": f"node-a {state}\nnode-b mix\nnode-c alloc\nnode-x idle\n"}
     bad = {"precheck": 77, "excluded": "node-x"}
-    result, told, said = _run(tmp_path, "colocated", trainer=0, nodes=nodes, **bad)
+    result, told, said = _run(tmp_path, "colocated-two-nodes", trainer=0, nodes=nodes, **bad)
     assert (result, told) == (78, "")
     assert (
         "prefixrl: error: without the bad nodes node-x,node-b the partition gpu has 1 nodes that "

@@ -495,3 +495,14 @@ def test_the_peak_is_the_settings_or_the_data_sheets(tmp_path: Path) -> None:
         gpu_flops(config, "abacus")
     trainer = config.trainer.model_copy(update={"peak_flops": 5e12})
     assert gpu_flops(config.model_copy(update={"trainer": trainer}), "abacus") == 5e12
+
+
+@pytest.mark.parametrize(("num_ranks", "num_servers"), [(8, 1), (16, 16)])
+def test_servers_of_several_nodes_are_on_all_of_them(
+    tmp_path: Path, num_ranks: int, num_servers: int
+) -> None:
+    config = _config(tmp_path, {"data_parallel_size": num_ranks})
+    rollout = config.rollout.model_copy(update={"colocated": True})
+    printed = _printed(config.model_copy(update={"rollout": rollout}))
+    assert f"{num_servers} server(s) on GPUs of the trainer" in printed
+    assert f"sampling on {num_servers} GPU(s)" in printed

@@ -100,16 +100,22 @@ def test_servers_of_a_split_job_are_counted_by_its_nodes(site: str) -> None:
 
 def test_rollout_nodes_without_a_shape_are_refused(site: str) -> None:
     message = _refusal(QWEN3_32B, site, rollout_nodes=2)
-    assert "needs --shape split or heterogeneous, got colocated: there the first trainer" in message
+    assert "needs --shape split or heterogeneous, got colocated: there every node gen" in message
 
 
-def test_a_forgotten_shape_is_told(
+def test_a_forgotten_shape_is_refused(site: str) -> None:
+    message = _refusal(QWEN3_32B, site)
+    assert "8 trainer ranks + 1 servers x TP 4 = 12 GPUs" in message
+    assert "set rollout.colocated = true" in message
+    assert "prefixrl launch --shape split" in message
+
+
+def test_gpus_of_one_node_that_do_not_sample_are_told(
     site: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = f"model.path={write_shape(RECIPES[2].release, tmp_path)}"
-    _refusal(QWEN3_32B, site, model)
-    assert "4 of 16 GPUs sample: rollout.sglang.num_servers = 1 x TP 4" in _warnings(caplog)
-    assert "the servers keep their memory of the trainer's GPUs" in _warnings(caplog)
+    model = f"model.path={write_shape(RECIPES[0].release, tmp_path)}"
+    _refusal(QWEN3_4B, site, model, "rollout.sglang.num_servers=1")
+    assert "2 of 8 GPUs sample: rollout.sglang.num_servers = 1 x TP 2" in _warnings(caplog)
 
 
 def test_a_colocated_run_of_whole_nodes_has_no_warning(

@@ -14,18 +14,22 @@ DEMO = read_config_file(Path(__file__).parents[3] / "configs" / "demo" / "run.to
 SITE = SiteConfig(gpus_per_node=8)
 
 
-def _config(**parallel: int) -> RunConfig:
+def _config(*settings: str, **parallel: int) -> RunConfig:
     sizes = [f"policy.parallel.{name}={size}" for name, size in parallel.items()]
-    sizes.append("rollout.colocated=true")
-    return validate(RunConfig, with_settings(DEMO, sizes), where="test")
+    settings = ("rollout.colocated=true", *settings)
+    return validate(RunConfig, with_settings(DEMO, [*sizes, *settings]), where="test")
 
 
 def test_ranks_fill_whole_nodes() -> None:
     config = _config(
-        tensor_model_parallel_size=4, pipeline_model_parallel_size=2, data_parallel_size=3
+        "rollout.engine=transformers",
+        tensor_model_parallel_size=4,
+        pipeline_model_parallel_size=2,
+        data_parallel_size=3,
     )
     layout = lay_out(config, SITE)
     assert (layout.trainer_nodes, layout.ranks_per_node, layout.num_nodes) == (3, 8, 3)
+    assert (layout.server_nodes, layout.shares_nodes) == (0, False)
     assert explain(config, SITE, layout) == (
         "TP 4 x PP 2 x CP 1 x DP 3 = 24 trainer ranks on 3 x 8 GPUs = 3 nodes"
     )
@@ -79,7 +83,7 @@ def test_another_number_of_nodes_is_refused_with_the_arithmetic() -> None:
 def test_servers_that_leave_gpus_over_are_refused() -> None:
     values = with_settings(DEMO, ["rollout.sglang.tensor_parallel_size=3"])
     config = validate(RunConfig, values, where="test")
-    with pytest.raises(ConfigError, match="= 3 does not divide the 8 GPUs of a rollout node"):
+    with pytest.raises(ConfigError, match="= 3 does not divide the 8 GPUs of a node"):
         lay_out(config, SITE, shape="split")
 
 
@@ -104,3 +108,57 @@ def test_more_servers_than_the_first_node_has_gpus_are_refused_with_the_arithmet
     settings = ["rollout.sglang.num_servers=2", settings[1], "rollout.colocated=true"]
     config = validate(RunConfig, with_settings(DEMO, settings), where="test")
     assert lay_out(config, SITE).num_nodes == 1
+
+
+def test_every_node_that_trains_is_filled_with_servers() -> None:
+    two = "rollout.sglang.tensor_parallel_size=2"
+    config = _config(two, tensor_model_parallel_size=8, data_parallel_size=3)
+    layout = lay_out(config, SITE)
+    assert (layout.num_nodes, layout.rollout_nodes, layout.shares_nodes) == (3, 0, True)
+    assert (layout.server_nodes, layout.servers_per_node, layout.rollout_gpus_per_node) == (3, 4, 8)
+    assert explain(config, SITE, layout) == (
+        "TP 8 x PP 1 x CP 1 x DP 3 = 24 trainer ranks on 3 x 8 GPUs, in turn with 12 rollout "
+        "servers x TP 2 = 3 nodes"
+    )
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_on_one_node_rank_0_starts_the_servers(num_nodes: int) -> None:
+    site = SiteConfig(gpus_per_node=0, ranks_per_node=2)
+    config = _config("rollout.sglang.num_servers=3", data_parallel_size=2 * num_nodes)
+    layout = lay_out(config, site)
+    expected = {1: (0, 0, False), 2: (2, 3, True)}  # on CPUs the config has the number
+    found = (layout.server_nodes, layout.servers_per_node, layout.shares_nodes)
+    assert found == expected[num_nodes]
+
+
+def test_servers_that_run_elsewhere_take_no_task() -> None:
+    config = _config('rollout.sglang.urls=["http://a:1"]', data_parallel_size=16)
+    assert lay_out(config, SITE).server_nodes == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param(
+            ["rollout.colocated=false"],
+            r"8 trainer ranks \+ 1 servers x TP 1 = 9 GPUs, .* has 8; set rollout.colocated = true",
+            id="awake",
+        ),
+        pytest.param(
+            ["rollout.sglang.tensor_parallel_size=3"],
+            "does not divide the 8 GPUs of a node",
+            id="left over",
+        ),
+        pytest.param(
+            ["rollout.sglang.num_servers=2"],
+            r"num_servers = 2: .* 8 GPUs / TP 1 = 8; leave num_servers out",
+            id="another number",
+        ),
+    ],
+)
+def test_servers_beside_ranks_of_several_nodes_that_do_not_fit_are_refused(
+    settings: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lay_out(_config(*settings, data_parallel_size=16), SITE)

@@ -1,5 +1,6 @@
 """What a task makes of Slurm's variables, and what is made of Slurm's words."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
 from prefixrl_mcore.launch.slurm.rank_environment import (
     master_port,
@@ -15,7 +18,7 @@ from prefixrl_mcore.launch.slurm.rank_environment import (
     server_port,
     tasks_per_node,
 )
-from prefixrl_mcore.launch.slurm.rollout_task import RestartAllowance, own_gpus
+from prefixrl_mcore.launch.slurm.rollout_task import RestartAllowance, own_gpus, server_launch
 from prefixrl_mcore.launch.slurm.states import SlurmError, parse_sacct, parse_scontrol
 from prefixrl_mcore.launch.slurm.task import server_flags, train_arguments
 
@@ -161,9 +164,10 @@ def test_the_trainer_is_told_all_servers_of_this_start(tmp_path: Path) -> None:
         file = job.server_file(start, index)
         file.parent.mkdir(exist_ok=True)
         file.write_text(f'{{"url": "http://n{index}:{start}", "max_restarts": 3}}')
-    flags = server_flags(job, _task_with_servers(2), start=1)
+    flags = server_flags(job, _task_with_servers(2), start=1, timeout_seconds=1)
     urls = ["--rollout.sglang.urls", "http://n0:1", "http://n1:1"]
-    assert flags == [*urls, "--rollout.sglang.max-restarts", "4"]  # once more than their tasks
+    assert flags[:5] == [*urls, "--rollout.sglang.num-servers", "1"]  # what it was is of each node
+    assert flags[5:] == ["--rollout.sglang.max-restarts", "4"]  # once more than their tasks
 
 
 def test_a_server_that_does_not_come_up_ends_the_wait_and_is_named(tmp_path: Path) -> None:
@@ -171,7 +175,18 @@ def test_a_server_that_does_not_come_up_ends_the_wait_and_is_named(tmp_path: Pat
     end = TaskEnd(task="rollout-1", node="node-b", exit_code=1, unix_seconds=0.0)
     job.write_end(0, end)
     with pytest.raises(SlurmError, match=r"rollout-1 on node-b ended with exit code 1 before"):
-        server_flags(job, _task_with_servers(2), start=0)
+        server_flags(job, _task_with_servers(2), start=0, timeout_seconds=1)
+
+
+def test_a_rollout_task_that_was_killed_before_it_said_anything_ends_the_wait(
+    tmp_path: Path,
+) -> None:
+    job = JobFolder.make(tmp_path, "job")
+    file = job.server_file(0, 0)
+    file.parent.mkdir()
+    file.write_text('{"url": "http://n0:1"}')
+    with pytest.raises(SlurmError, match=r"^rollout-1: no address after 0 s; was it killed\?"):
+        server_flags(job, _task_with_servers(2), start=0, timeout_seconds=0.05, poll_seconds=0.01)
 
 
 def test_each_server_of_a_node_has_gpus_of_its_own() -> None:
@@ -212,3 +227,25 @@ def test_a_task_ends_when_a_later_start_of_its_job_exists(tmp_path: Path) -> Non
         (job.logs / "start-2").mkdir()
         assert task.wait(30) == 78
         assert b"start-2 exists: Slurm has lost this start" in task.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("shares_nodes", "gpus", "first_gpu"),
+    [
+        pytest.param(False, ("6", "7"), 0, id="on a node of its own"),
+        # It numbers GPUs as rank 0 does, which sends it handles of memory.
+        pytest.param(True, ("4", "5", "6", "7"), 2, id="beside ranks"),
+    ],
+)
+def test_a_server_on_the_trainers_gpus_sees_all_of_them(
+    shares_nodes: bool, gpus: tuple[str, ...], first_gpu: int
+) -> None:
+    file = Path(__file__).parents[3] / "configs" / "demo" / "run.toml"
+    config = load_config(RunConfig, file, [])
+    task = dataclasses.replace(_task_with_servers(2), shares_nodes=shares_nodes)
+    environment = {**SLURM, "CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    launch = server_launch(config, task, environment)
+    assert (launch.gpus, launch.first_gpu, launch.device) == (gpus, first_gpu, "cuda")
+    del environment["CUDA_VISIBLE_DEVICES"]
+    launch = server_launch(config, task, environment)
+    assert launch.gpus == (("0", "1", "2", "3") if shares_nodes else ("2", "3"))

@@ -25,7 +25,10 @@ def expectations(site: SiteConfig, layout: JobLayout, needed: Mapping[str, str])
         "needed": dict(needed),
         "is_in_container": site.container is not None,
         "roles": {
-            TRAINER: {"gpus": site.gpus_per_node, "num_server_ports": 0},
+            TRAINER: {
+                "gpus": site.gpus_per_node,
+                "num_server_ports": layout.servers_per_node if layout.shares_nodes else 0,
+            },
             ROLLOUT: {
                 "gpus": layout.rollout_gpus_per_node,
                 "num_server_ports": layout.servers_per_node,

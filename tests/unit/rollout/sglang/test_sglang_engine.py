@@ -337,6 +337,25 @@ def test_engine_that_samples_is_not_changed_by_another_thread(
     assert engine.is_healthy()
 
 
+def test_server_that_would_keep_its_memory_is_not_put_to_sleep_beside_a_trainer(
+    fake: FakeSGLang, model_folder: Path, tmp_path: Path
+) -> None:
+    fake.precision["device"] = "cuda"  # as /server_info says
+    with (
+        serve(fake) as url,
+        pytest.raises(EngineError, match="start it with --enable-memory-saver"),
+    ):
+        SGLangEngine(
+            model_folder,
+            SGLangConfig(urls=(url,), start_timeout_seconds=5, dtype="float32"),
+            logits_dtype="float32",
+            max_total_tokens=100,
+            logs_folder=tmp_path,
+            device="cuda",
+            colocated=True,
+        )
+
+
 def test_closed_engine_stays_closed(engine: SGLangEngine) -> None:
     engine.close()
     for change in (engine.pause, engine.resume, engine.sleep, engine.wake):

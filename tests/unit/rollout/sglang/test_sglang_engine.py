@@ -297,8 +297,8 @@ def test_payload_leaves_no_parameter_to_the_models_defaults(
 
     ((_, payload),) = [json.loads(one) for one in payloads if "/generate" in one]
     parameters = payload["sampling_params"]
-    assert payload["input_ids"] == [5, 6, 7]
-    assert (parameters["n"], parameters["max_new_tokens"], parameters["temperature"]) == (3, 6, 0.5)
+    assert payload["input_ids"] == [[5, 6, 7]] * 3
+    assert (parameters["n"], parameters["max_new_tokens"], parameters["temperature"]) == (1, 6, 0.5)
     assert (parameters["top_p"], parameters["top_k"], parameters["min_p"]) == (1.0, -1, 0.0)
     assert (parameters["stop_token_ids"], parameters["ignore_eos"]) == ([EOS_ID], False)
 

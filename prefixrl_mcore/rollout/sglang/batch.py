@@ -149,7 +149,7 @@ class Batch:
         if not self._is_ending and self.is_interrupted():
             self.was_interrupted = True
             self._end(_INTERRUPTION_LIMIT_SECONDS)
-        self.pool.tend()
+        self.pool.tend(may_update=not self._is_ending)  # nobody is left to sample for
         self._take_back_of_the_dead()
         if self._is_ending:
             self._hurry()
@@ -333,6 +333,9 @@ class Batch:
         """Tell the servers to drop what is in flight, and give up what does not come back."""
         now = time.monotonic()
         if now >= self._end_by:
+            for answered in self.pool.take_answers():  # came in time: we looked too late
+                if answered.ticket in self._in_flight.tickets:
+                    self._take(answered)
             for ticket in list(self._in_flight.tickets):
                 self._in_flight.end(ticket)
                 self._finish_unanswered(ticket.index, "it was aborted and never came back")
@@ -362,31 +365,33 @@ class Batch:
                 if self._is_ending:
                     self._finish_unanswered(ticket.index, cause)
                 else:
-                    self._lose(ticket, cause, logging.DEBUG)
+                    self._lose(ticket, cause, is_death=True)
                     self._waiting.appendleft(ticket.index)  # at once: the others are well
 
-    def _lose(self, ticket: Ticket, cause: str, level: int = logging.WARNING) -> None:
+    def _lose(self, ticket: Ticket, cause: str, *, is_death: bool = False) -> None:
         """Count a lost request, as long as it may be tried again.
 
         Args:
             ticket: the call that was lost.
             cause: why.
-            level: of the line in the log.
+            is_death: its server died, of which there is a line in the log.
 
         Raises:
             RolloutError: if it was tried often enough.
         """
         request_id = self.requests[ticket.index].request_id
-        self._retries.note_loss(ticket.index, ticket.server)
+        self._retries.note_loss(ticket.index, ticket.server, is_death=is_death)
         num_lost = self._retries.num_lost(ticket.index)
         if not self._retries.may_retry(ticket.index):
             raise RolloutError(
-                f"{self.name}: request {request_id!r} was lost after {num_lost} attempts: {cause}"
+                f"{self.name}: request {request_id!r} was lost after {num_lost} attempts "
+                f"({self._retries.num_deaths(ticket.index)} by a server's death, of which, and of "
+                f"others, rollout.sglang.max_retries = {self.max_retries} are allowed): {cause}"
             )
         logger.log(
-            level,
-            "%s: request %r was lost, attempt %d of %d follows: %s",
-            *(self.name, request_id, num_lost + 1, self.max_retries + 1, cause),
+            logging.DEBUG if is_death else logging.WARNING,
+            "%s: request %r was lost, attempt %d follows: %s",
+            *(self.name, request_id, num_lost + 1, cause),
         )
         self.pool.counters.num_reissued += 1
 

@@ -55,7 +55,7 @@ def generate_payload(
         sampling_params = [parameters | {"sampling_seed": seed} for seed in seeds]
     elif is_routed:
         parameters["n"] = num_samples
-    if parameters["n"] < num_samples:
+    if seeds is not None or parameters["n"] < num_samples:  # a list of parameters, or of samples
         input_ids = [input_ids] * num_samples
     return {
         "input_ids": input_ids,

@@ -123,7 +123,9 @@ class Completion:
     that was sampled at one go."""
 
     num_cached_tokens: int = 0
-    """Context tokens that the engine took from its KV cache instead of computing them."""
+    """Context tokens that the engine took from its KV cache instead of computing them, over all
+    requests of a completion that was carried over: the context of a later one has its tokens so
+    far."""
 
     @classmethod
     def unstarted(cls, policy_version: int) -> "Completion":
@@ -158,11 +160,7 @@ class Completion:
         return self.finish_reason != "abort"
 
     def continued_by(self, later: "Completion") -> "Completion":
-        """Return this completion with the tokens that were sampled after it.
-
-        The cached tokens stay those of the first request: what later ones took from the cache is
-        no part of the context.
-        """
+        """Return this completion with the tokens that were sampled after it."""
         if not later.token_ids:
             return self
         spans = [*self.version_spans, *later.version_spans]
@@ -178,7 +176,9 @@ class Completion:
             finish_reason=later.finish_reason,
             policy_version=later.policy_version,
             earlier_spans=tuple(merged[:-1]),
-            num_cached_tokens=self.num_cached_tokens if self.token_ids else later.num_cached_tokens,
+            # A request without tokens counts nothing, neither its context nor what was cached.
+            num_cached_tokens=later.num_cached_tokens
+            + (self.num_cached_tokens if self.token_ids else 0),
         )
 
 

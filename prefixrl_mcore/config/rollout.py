@@ -157,13 +157,15 @@ class SGLangConfig(Config):
     """``--max-total-tokens``: size of the KV cache; None lets SGLang choose."""
 
     start_timeout_seconds: float = Field(default=600.0, gt=0.0)
-    """How long a server may take until it is healthy."""
+    """How long a server may take until it is healthy, and then until its first tokens, for which it
+    may compile kernels."""
 
     request_timeout_seconds: float = Field(default=3600.0, gt=0.0)
     """How long one request may take before it counts as lost."""
 
     max_retries: int = Field(default=2, ge=0)
-    """Times that a lost request is issued again, to another server where there is one."""
+    """Times that a lost request is issued again, to another server where there is one. What was
+    lost by the death of its server counts apart, up to the same bound."""
 
     sync: SyncConfig = Field(default_factory=SyncConfig)
     """How weights get to the servers."""

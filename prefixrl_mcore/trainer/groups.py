@@ -47,16 +47,11 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     plain = [group for group in groups if not group.prefixed_problem.prefix_token_ids]
     completions = [scored.rollout.completion for group in groups for scored in group.rollouts]
     contexts = [len(group.prefixed_problem.context_token_ids) for group in groups]
-    num_context_tokens = sum(
-        length * len(group.rollouts) for length, group in zip(contexts, groups, strict=True)
-    )
     metrics = {
         "rollout/all_positive_fraction": _mean([float(all(g.rewards)) for g in groups]),
         "rollout/completion_tokens_mean": _mean([float(len(c.token_ids)) for c in completions]),
         "rollout/stopped_fraction": _mean([float(c.finish_reason == "stop") for c in completions]),
         "rollout/context_tokens_mean": _mean([float(length) for length in contexts]),
-        "rollout/cached_context_fraction": sum(c.num_cached_tokens for c in completions)
-        / num_context_tokens,
         "rollout/num_prefix_groups": float(len(prefixed)),
         "rollout/num_no_prefix_groups": float(len(plain)),
     }

@@ -42,6 +42,7 @@ from prefixrl_mcore.trainer.step_metrics import (
     batch_metrics,
     rank_metrics,
     rollout_metrics,
+    sync_share,
     throughput_metrics,
     update_metrics,
 )
@@ -291,9 +292,7 @@ class Session:
         times = self.phases.take()
         if self.metrics is not None:
             figures = {**over_ranks, **self._evaluator.engine.take_metrics(), **times}
-            if "sync/seconds" in figures:
-                share = figures["sync/seconds"] / times["time/step_seconds"]
-                figures["sync/step_fraction"] = share
+            figures |= sync_share(figures)
             self._write_step(step, rollouts, batch, update, figures=figures)
         self.gap_alarm.ring(step, update.metrics)
 

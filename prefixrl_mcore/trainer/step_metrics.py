@@ -46,12 +46,33 @@ def read_hardware(topology: Topology, *, dtype: str, configured_peak: float | No
 
 
 def rollout_metrics(rollouts: Generated) -> dict[str, float]:
-    """Return what was sampled for a step: over all verified groups, dropped ones included."""
+    """Return what was sampled for a step: over all verified groups, dropped ones included.
+
+    What was cached is over all that was sampled, as in the tokens that are charged: the context of
+    what goes on has its tokens so far.
+    """
+    num_context_tokens = rollouts.num_sampled_tokens - rollouts.num_new_tokens
+    cached = {}
+    if num_context_tokens:  # none where all groups were finished when they were carried here
+        cached["rollout/cached_context_fraction"] = rollouts.num_cached_tokens / num_context_tokens
     return {
         **group_metrics([*rollouts.groups, *rollouts.dropped]),
+        **cached,
         "rollout/tokens_per_second": rollouts.num_new_tokens / rollouts.sample_seconds,
         **rollouts.figures,
     }
+
+
+def sync_share(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the share of a step in which weights were brought to the engine.
+
+    Args:
+        figures: of the engine and of the phases of the step; empty is returned where no weights
+            were sent.
+    """
+    if "sync/seconds" not in figures:
+        return {}
+    return {"sync/step_fraction": figures["time/sync_seconds"] / figures["time/step_seconds"]}
 
 
 def update_metrics(update: UpdateResult, *, policy_version: int) -> dict[str, float]:

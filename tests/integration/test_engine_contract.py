@@ -419,7 +419,8 @@ def test_samples_of_a_request_differ_and_share_the_context(engine: RolloutEngine
     (group,) = engine.sample([request_of(40, 50, 8)], params_of())
 
     assert len({one.token_ids for one in group}) == 8
-    assert sum(one.num_cached_tokens for one in group) >= 7 * 49
+    # Computed once, and by SGLang its last token again for every sample.
+    assert 7 * 49 - 1 <= sum(one.num_cached_tokens for one in group) <= 7 * 50
 
 
 def test_equal_seeds_give_equal_completions_where_the_engine_says_so(

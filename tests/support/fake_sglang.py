@@ -60,6 +60,7 @@ class FakeSGLang:
 
     def __init__(self, *, has_sessions: bool = False) -> None:
         self.has_sessions = has_sessions
+        self.has_prefix_cache = False
         self.weight_version = "first"
         self.precision: dict[str, Any] = {"dtype": "float32", "enable_fp32_lm_head": False}
         self.model: dict[str, Any] = {}
@@ -75,6 +76,7 @@ class FakeSGLang:
         self.raw_answer: bytes | None = None
         self.hold: threading.Event | None = None
         self.sampled: list[str] = []
+        self._contexts: set[str] = set()
         self._aborted = threading.Event()
         self.refuse_generate = ""
         self.spoil: Callable[[Answer], None] | None = None
@@ -95,7 +97,8 @@ class FakeSGLang:
         if path == "/model_info":
             return 200, {"weight_version": self.weight_version} | self.model
         if path == "/server_info":
-            return 200, {"version": self.version} | self.precision
+            settings = {"disable_radix_cache": not self.has_prefix_cache}
+            return 200, {"version": self.version} | settings | self.precision
         if path == "/generate":
             return self._generate(payload)
         if path == "/abort_request":
@@ -142,8 +145,10 @@ class FakeSGLang:
         if self.raw_answer is not None:
             return 200, self.raw_answer
         parameters = payload["sampling_params"]
+        is_batch = isinstance(payload["input_ids"][0], list)
+        num_samples = len(payload["input_ids"]) if is_batch else parameters.get("n", 1)
         if self.hold is not None and not self._wait_for_release(self.hold):
-            return 200, self._aborted_answers(parameters["n"])
+            return 200, self._aborted_answers(num_samples)
         self.sampled.append(payload["rid"])
         self.holds_finished_batch = True  # until the scheduler's next round, if it is not paused
         answers = [
@@ -152,18 +157,25 @@ class FakeSGLang:
                 "meta_info": {
                     "finish_reason": {"type": "length"},
                     "weight_version": self.weight_version,
-                    "cached_tokens": 0,
+                    "cached_tokens": self._cached_tokens(payload["input_ids"]),
                     "output_token_logprobs": [
                         [SAMPLED_LOGPROB, SAMPLED_TOKEN, None]
                         for _ in range(parameters["max_new_tokens"])
                     ],
                 },
             }
-            for _ in range(parameters["n"])
+            for _ in range(num_samples)
         ]
         if self.spoil is not None:
             self.spoil(answers[-1])
+        self._contexts.add(str(payload["input_ids"]))
         return 200, answers if len(answers) > 1 else answers[0]
+
+    def _cached_tokens(self, input_ids: list[Any]) -> int:
+        """Return all but the last token of a context that an earlier request had."""
+        context = input_ids[0] if isinstance(input_ids[0], list) else input_ids
+        is_known = self.has_prefix_cache and str(context) in self._contexts
+        return len(context) - 1 if is_known else 0
 
     def _wait_for_release(self, hold: threading.Event) -> bool:
         """Sample slowly: until ``hold`` is set, or an abort comes; return False for an abort."""

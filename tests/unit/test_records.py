@@ -28,7 +28,7 @@ def test_a_continued_completion_has_the_spans_of_its_parts() -> None:
     )
     assert whole.token_ids == (1, 2, 3, 4, 5, 6)
     assert whole.logprobs == (-1.0, -2.0, -3.0, -4.0, -5.0, -6.0)
-    assert (whole.finish_reason, whole.policy_version, whole.num_cached_tokens) == ("stop", 6, 7)
+    assert (whole.finish_reason, whole.policy_version, whole.num_cached_tokens) == ("stop", 6, 16)
     assert spans_of(whole) == [(3, 2), (4, 1), (6, 3)]
     assert whole.earlier_spans == (
         VersionSpan(policy_version=3, num_tokens=2),

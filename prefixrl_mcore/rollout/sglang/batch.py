@@ -1,7 +1,7 @@
 """One call of ``sample``: which request is where, what was lost, and what comes back.
 
-A request is one HTTP call for all of its samples. What was asked of a server that died is asked of
-another one at once; only when none is left does it wait for a restart.
+A request is one HTTP call for all of its samples, after one for their context. What was asked of a
+server that died is asked of another one at once; only when none is left does it wait for a restart.
 """
 
 import logging
@@ -24,8 +24,13 @@ from prefixrl_mcore.rollout.engine import (
 from prefixrl_mcore.rollout.interruption import IsInterrupted
 from prefixrl_mcore.rollout.sglang.answer import AnswerReader
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.context_pass import (
+    context_pass_payload,
+    read_context_pass,
+    with_context_pass,
+)
 from prefixrl_mcore.rollout.sglang.determinism import sample_seeds
-from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerFault, ServerRefusal
+from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerFault, ServerLost, ServerRefusal
 from prefixrl_mcore.rollout.sglang.in_flight import ROUTED, InFlight, Ticket, expected_tokens
 from prefixrl_mcore.rollout.sglang.member import Member
 from prefixrl_mcore.rollout.sglang.payloads import generate_payload
@@ -79,6 +84,9 @@ class Batch:
     is_seeded: bool
     """The servers honour seeds."""
 
+    has_prefix_cache: bool
+    """The servers keep a context for the samples that share it."""
+
     max_retries: int
     """Times that a request that was lost is issued again."""
 
@@ -121,10 +129,7 @@ class Batch:
             EngineError: if too few servers are left.
         """
         self._costs = [
-            Cost(
-                context_tokens=len(request.context_token_ids),
-                completion_tokens=request.num_samples * self.lengths.expected_tokens(limit),
-            )
+            Cost.of(request, self.lengths.expected_tokens(limit), is_cached=self.has_prefix_cache)
             for request, limit in zip(self.requests, self.limits, strict=True)
         ]
         self._waiting.extend(longest_first(self._costs))
@@ -133,6 +138,7 @@ class Batch:
                 self._advance()
         finally:
             if self._in_flight.tickets:  # nothing may go on sampling behind the caller's back
+                self._in_flight.end_all()
                 self.pool.abort_all()
         return [self._done[index] for index in range(len(self.requests))]
 
@@ -143,7 +149,7 @@ class Batch:
         if not self._is_ending and self.is_interrupted():
             self.was_interrupted = True
             self._end(_INTERRUPTION_LIMIT_SECONDS)
-        self.pool.tend()
+        self.pool.tend(may_update=not self._is_ending)  # nobody is left to sample for
         self._take_back_of_the_dead()
         if self._is_ending:
             self._hurry()
@@ -193,6 +199,9 @@ class Batch:
         )
         client = self.pool.router if member is None else member.client
         assert client is not None, "no member means a router"
+        is_routed = member is None and self.has_prefix_cache
+        if is_routed and not self.is_seeded and request.num_samples > 1:
+            ticket.num_pass_tokens = len(request.context_token_ids)  # at most: nobody reports it
         payload = generate_payload(
             context_token_ids=request.context_token_ids,
             num_samples=request.num_samples,
@@ -201,15 +210,24 @@ class Batch:
             stop_token_ids=self.params.stop_token_ids,
             request_id=ticket.server_id,
             seeds=sample_seeds(request.seed, request.num_samples) if self.is_seeded else None,
+            is_routed=is_routed,
         )
         # Not a thread pool's: those are waited for when the interpreter ends, and a server that
         # hangs elsewhere may keep this one for an hour.
         threading.Thread(target=self._ask, args=(ticket, client, payload), daemon=True).start()
 
     def _ask(self, ticket: Ticket, client: SGLangClient, payload: Mapping[str, Any]) -> None:
-        """In a thread: one HTTP call."""
+        """In a thread: the HTTP calls of one request, the first of them for the context."""
         outcome: list[dict[str, Any]] | BaseException
+        context = self.requests[ticket.index].context_token_ids
         try:
+            if self.has_prefix_cache and ticket.num_samples > 1 and ticket.member is not None:
+                answers = client.generate(
+                    context_pass_payload(context, f"{ticket.server_id}context")
+                )
+                ticket.num_pass_tokens = read_context_pass(answers, len(context))
+            if self._is_ending or not ticket.is_wanted:
+                raise ServerLost("its samples were not asked for: no more is wanted")
             outcome = client.generate(payload)
         except BaseException as error:  # raised in the caller's thread, or taken as a fault there
             outcome = error
@@ -268,7 +286,8 @@ class Batch:
             policy_version=self.pool.weights.policy_version,
             may_be_aborted=self._is_ending,
         )
-        return [reader.read(answer) for answer in answers]
+        completions = [reader.read(answer) for answer in answers]
+        return with_context_pass(completions, ticket.num_pass_tokens)
 
     def _finish(self, ticket: Ticket, completions: list[Completion]) -> None:
         """Note a request's completions and tell whoever wants to know."""
@@ -314,6 +333,9 @@ class Batch:
         """Tell the servers to drop what is in flight, and give up what does not come back."""
         now = time.monotonic()
         if now >= self._end_by:
+            for answered in self.pool.take_answers():  # came in time: we looked too late
+                if answered.ticket in self._in_flight.tickets:
+                    self._take(answered)
             for ticket in list(self._in_flight.tickets):
                 self._in_flight.end(ticket)
                 self._finish_unanswered(ticket.index, "it was aborted and never came back")
@@ -343,31 +365,33 @@ class Batch:
                 if self._is_ending:
                     self._finish_unanswered(ticket.index, cause)
                 else:
-                    self._lose(ticket, cause, logging.DEBUG)
+                    self._lose(ticket, cause, is_death=True)
                     self._waiting.appendleft(ticket.index)  # at once: the others are well
 
-    def _lose(self, ticket: Ticket, cause: str, level: int = logging.WARNING) -> None:
+    def _lose(self, ticket: Ticket, cause: str, *, is_death: bool = False) -> None:
         """Count a lost request, as long as it may be tried again.
 
         Args:
             ticket: the call that was lost.
             cause: why.
-            level: of the line in the log.
+            is_death: its server died, of which there is a line in the log.
 
         Raises:
             RolloutError: if it was tried often enough.
         """
         request_id = self.requests[ticket.index].request_id
-        self._retries.note_loss(ticket.index, ticket.server)
+        self._retries.note_loss(ticket.index, ticket.server, is_death=is_death)
         num_lost = self._retries.num_lost(ticket.index)
         if not self._retries.may_retry(ticket.index):
             raise RolloutError(
-                f"{self.name}: request {request_id!r} was lost after {num_lost} attempts: {cause}"
+                f"{self.name}: request {request_id!r} was lost after {num_lost} attempts "
+                f"({self._retries.num_deaths(ticket.index)} by a server's death, of which, and of "
+                f"others, rollout.sglang.max_retries = {self.max_retries} are allowed): {cause}"
             )
         logger.log(
-            level,
-            "%s: request %r was lost, attempt %d of %d follows: %s",
-            *(self.name, request_id, num_lost + 1, self.max_retries + 1, cause),
+            logging.DEBUG if is_death else logging.WARNING,
+            "%s: request %r was lost, attempt %d follows: %s",
+            *(self.name, request_id, num_lost + 1, cause),
         )
         self.pool.counters.num_reissued += 1
 

@@ -21,6 +21,8 @@ _SHORT_SECONDS = 60.0
 _IDLE_SECONDS = 30.0
 """How long a server may take, after its last answer, until it counts itself as idle."""
 
+_WARM_UP_TOKENS = 8
+
 _UPDATED_NOT_FLUSHED = "but the cache was not flushed"
 """Part of a refusal that says that the weights were loaded."""
 
@@ -104,6 +106,16 @@ class SGLangClient:
             ServerFault: if there is none in time.
         """
         self._connection.call("GET", "/health_generate", None, timeout_seconds)
+
+    def warm_up(self, timeout_seconds: float) -> None:
+        """Return when a prefill and some decoding steps are through.
+
+        Raises:
+            ServerFault: if they are not in time.
+        """
+        parameters = {"max_new_tokens": _WARM_UP_TOKENS, "temperature": 0.0, "ignore_eos": True}
+        payload = {"input_ids": [0], "sampling_params": parameters, "rid": "warm-up"}
+        self._connection.call("POST", "/generate", payload, timeout_seconds)
 
     def weight_version(self) -> str:
         """Return the name of the weights that the server has.

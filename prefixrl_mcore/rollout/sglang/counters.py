@@ -33,7 +33,7 @@ class PoolCounters:
     """Times that a dead server was started again, or waited for."""
 
     context_tokens: int = 0
-    """Of all samples: each is conditioned on its request's context."""
+    """Of all samples that were begun: each is conditioned on its request's context."""
 
     cached_tokens: int = 0
     """Of these, taken from a KV cache."""
@@ -53,8 +53,9 @@ class PoolCounters:
         self, server: int | None, num_context_tokens: int, completions: Sequence[Completion]
     ) -> None:
         """Count one answered request; ``server`` is None where a router chose it."""
-        cached = sum(one.num_cached_tokens for one in completions)
-        contexts = num_context_tokens * len(completions)
+        begun = [one for one in completions if one.token_ids]
+        cached = sum(one.num_cached_tokens for one in begun)
+        contexts = num_context_tokens * len(begun)
         self.num_requests += 1
         self.num_aborted += sum(one.finish_reason == "abort" for one in completions)
         self.context_tokens += contexts

@@ -226,6 +226,7 @@ class SGLangEngine:
                 params=params,
                 lengths=self._lengths,
                 is_seeded=self.is_seeded,
+                has_prefix_cache=self._inspector.all_have_prefix_cache,
                 max_retries=self._config.max_retries,
                 max_samples=self._config.max_samples_per_server,
                 is_enough=is_enough,

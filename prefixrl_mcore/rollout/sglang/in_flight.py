@@ -40,6 +40,12 @@ class Ticket:
     sent: float
     """When, on the monotonic clock."""
 
+    num_pass_tokens: int = 0
+    """Context tokens that were computed before the samples, by a pass of their own."""
+
+    is_wanted: bool = True
+    """Somebody waits for it."""
+
 
 class InFlight:
     """The calls of one batch that are under way, and the load of each server in each life.
@@ -91,10 +97,16 @@ class InFlight:
 
     def end(self, ticket: Ticket) -> None:
         """Take a call off the load of its server."""
+        ticket.is_wanted = False
         self.tickets.remove(ticket)
         load = self._loads[ticket.server, ticket.life]
         load.outstanding_tokens -= ticket.tokens
         load.outstanding_samples -= ticket.num_samples
+
+    def end_all(self) -> None:
+        """End all calls: nobody waits for them any more."""
+        for ticket in list(self.tickets):
+            self.end(ticket)
 
     def end_of_the_dead(self) -> dict[Member, list[Ticket]]:
         """End what dead servers owe, and return it: such calls may hang as long as they like."""

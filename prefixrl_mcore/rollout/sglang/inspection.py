@@ -15,6 +15,7 @@ from prefixrl_mcore.rollout.sglang.identity import (
 )
 from prefixrl_mcore.rollout.sglang.member import Member, State
 from prefixrl_mcore.rollout.sglang.precision import check_logits
+from prefixrl_mcore.rollout.sglang.protocol import ServerProtocol
 
 
 class Inspector:
@@ -42,14 +43,19 @@ class Inspector:
         self._colocated = colocated
         self._lock = threading.Lock()  # servers come up in threads
         self._versions: dict[Member, tuple[int, str]] = {}  # its life and version
-        self._is_deterministic: dict[Member, bool] = {}
+        self._protocols: dict[Member, ServerProtocol] = {}
         self.version = "of unknown version"
         """SGLang's version on the servers."""
 
     @property
     def all_deterministic(self) -> bool:
         """Whether the seeds of requests decide what all servers answer."""
-        return all(self._is_deterministic.values())
+        return all(protocol.is_deterministic for protocol in self._protocols.values())
+
+    @property
+    def all_have_prefix_cache(self) -> bool:
+        """Whether all servers keep contexts for later requests."""
+        return all(protocol.has_prefix_cache for protocol in self._protocols.values())
 
     def inspect(self, member: Member) -> None:
         """Note what a server that came up is.
@@ -70,7 +76,7 @@ class Inspector:
             check_memory_release(client.protocol, info, url=client.url)
         if self._colocated and member.is_here and member.gpus is None:
             member.gpus = reported_gpus(info, url=client.url)
-        self._is_deterministic[member] = client.protocol.is_deterministic
+        self._protocols[member] = client.protocol
 
     def _note_version(self, member: Member, version: str) -> None:
         """Compare a server's version with those of the others in their present lives."""

@@ -79,7 +79,7 @@ class CameUp:
     life: int
     """Which of its lives; an older one is of no interest any more."""
 
-    outcome: str | Exception
+    outcome: str | BaseException
     """Name of the weights that it has, or why it did not come up."""
 
 
@@ -191,10 +191,10 @@ class Member:
         self.move_to(State.STARTING, f"start {life}" if self._launch else "waiting for it")
 
         def come_up() -> None:
-            outcome: str | Exception
+            outcome: str | BaseException
             try:
                 outcome = self._come_up(life, cancelled)
-            except Exception as error:  # of any kind: somebody waits for this thread
+            except BaseException as error:  # of any kind: somebody waits for this thread
                 outcome = error
             on_up(CameUp(member=self, life=life, outcome=outcome))
 
@@ -287,6 +287,7 @@ class Member:
             if cancelled.is_set():
                 server.stop()
                 raise EngineError(f"SGLang: {self.name} is no longer wanted")
+            self._warm_up(server)
         else:
             self._wait_for_url(cancelled, is_back=life > 1)
         try:
@@ -294,6 +295,25 @@ class Member:
             return self.client.weight_version()
         except ServerFault as fault:
             raise EngineError(f"SGLang: {self.name}: {fault}") from fault
+
+    def _warm_up(self, server: SGLangServer) -> None:
+        """Have a server that was started sample some tokens: it may compile kernels for that.
+
+        Only then do the limits of health checks say something. Its processes are this member's
+        already, so that a death or a cancellation ends the call.
+
+        Raises:
+            EngineError: if it samples none in the time for a start.
+        """
+        try:
+            server.client.warm_up(self._config.start_timeout_seconds)
+        except ServerFault as fault:
+            raise EngineError(
+                f"SGLang: {self.name} came up and did not sample its first tokens within "
+                f"{self._config.start_timeout_seconds:g} s; raise "
+                f"rollout.sglang.start_timeout_seconds if it compiles: {fault}; "
+                f"{server.log_tail()}"
+            ) from fault
 
     def _wait_for_url(self, cancelled: threading.Event, *, is_back: bool) -> None:
         """Wait for a server that runs elsewhere; one that was given up must show that it works."""

@@ -14,12 +14,13 @@ def generate_payload(
     stop_token_ids: Sequence[int],
     request_id: str,
     seeds: Sequence[int] | None = None,
+    is_routed: bool = False,
 ) -> dict[str, Any]:
     """Return the body of ``/generate`` for one context.
 
     Every parameter that shapes the distribution is given: a model's generation config must not
-    bring its own top-p or top-k. With ``num_samples`` above 1 the server computes the context
-    first and takes it from its cache for every sample.
+    bring its own top-p or top-k. Several samples are as many requests with the same context, sent
+    at once, unless ``is_routed``.
 
     Args:
         context_token_ids: [num_context_tokens].
@@ -28,11 +29,13 @@ def generate_payload(
         temperature: 0 is greedy.
         stop_token_ids: tokens that end a completion.
         request_id: names the request to the server; a beginning of it aborts it.
-        seeds: [num_samples] for a deterministic server: each sample is then a request of its own,
-            since those of one request share its seed.
+        seeds: [num_samples] for a deterministic server.
+        is_routed: one request of n samples, which the server makes a pass over the context for: a
+            router would not send a pass of ours and the samples to the same server. With seeds
+            they are requests of their own all the same, since those of one share its seed.
     """
     parameters: dict[str, Any] = {
-        "n": num_samples,
+        "n": 1,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": 1.0,
@@ -49,8 +52,11 @@ def generate_payload(
     input_ids: list[Any] = list(context_token_ids)
     sampling_params: Any = parameters
     if seeds is not None:
+        sampling_params = [parameters | {"sampling_seed": seed} for seed in seeds]
+    elif is_routed:
+        parameters["n"] = num_samples
+    if seeds is not None or parameters["n"] < num_samples:  # a list of parameters, or of samples
         input_ids = [input_ids] * num_samples
-        sampling_params = [parameters | {"n": 1, "sampling_seed": seed} for seed in seeds]
     return {
         "input_ids": input_ids,
         "sampling_params": sampling_params,

@@ -100,11 +100,16 @@ class ServerPool:
         """
         for member in self.members:
             member.revive(self.events.put)
+        self.begin_to_wait()
         names: dict[str, str] = {}
         while len(names) < len(self.members):
-            event = self.events.get()
+            self._beat("servers that start")
+            try:
+                event = self.events.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                continue
             assert isinstance(event, CameUp), "nothing else is under way"
-            if isinstance(event.outcome, Exception):
+            if isinstance(event.outcome, BaseException):
                 raise event.outcome
             names[event.member.name] = event.member.served_weights = event.outcome
         if not are_usable(names.values(), own=base_weights):
@@ -126,7 +131,7 @@ class ServerPool:
         before, self.weights = self.weights, weights
         self._await_load.clear()
         try:
-            self._handle_waiting_events()
+            self.take_answers()  # of a batch that was given up
             self._bury_the_lost()
             tries, up = self._config.max_failures, [m for m in self.members if m.is_up]
             for member in find_silent(up, max_probes=tries):  # it would be waited for for minutes
@@ -169,8 +174,11 @@ class ServerPool:
         values = counted.metrics(num_ready=len(self.ready))
         return values | self._syncer.take_metrics()
 
-    def tend(self) -> None:
+    def tend(self, *, may_update: bool = True) -> None:
         """Bury whose process ended, revive the dead, give weights to those that came up.
+
+        Args:
+            may_update: there is time for an update; those that came up wait for weights otherwise.
 
         Raises:
             EngineError: if too few servers are left.
@@ -191,7 +199,8 @@ class ServerPool:
             if member.served_weights == self.weights.name:
                 member.move_to(State.READY, f"has weights {self.weights.name!r}")
         if outdated and self.weights.make_buckets is not None:
-            self._catch_up(outdated)
+            if may_update:
+                self._catch_up(outdated)
         elif outdated:
             for member in outdated:
                 self.bury(member, f"was restarted with other weights: {member.served_weights!r}")
@@ -212,6 +221,17 @@ class ServerPool:
             return event
         self._handle(event)
         return None
+
+    def take_answers(self) -> list[Answered]:
+        """Handle all events that wait; return the answers to requests among them."""
+        answers: list[Answered] = []
+        while not self.events.empty():
+            event = self.events.get()
+            if isinstance(event, Answered):
+                answers.append(event)
+            else:
+                self._handle(event)
+        return answers
 
     def check_health(self, busy: Sequence[Member]) -> None:
         """Begin a health check of each server that owes answers, if one is due."""
@@ -364,12 +384,6 @@ class ServerPool:
             + "; ".join(str(member) for member in lost)
         )
 
-    def _handle_waiting_events(self) -> None:
-        while not self.events.empty():
-            event = self.events.get()
-            if not isinstance(event, Answered):  # of a batch that was given up
-                self._handle(event)
-
     def _handle(self, event: CameUp | Checked) -> None:
         member = event.member
         if event.life != member.life or member.state is State.DEAD:
@@ -377,7 +391,7 @@ class ServerPool:
         if isinstance(event, CameUp):
             if isinstance(event.outcome, EngineError):
                 self.bury(member, str(event.outcome))
-            elif isinstance(event.outcome, Exception):
+            elif isinstance(event.outcome, BaseException):
                 raise event.outcome
             else:
                 member.served_weights = event.outcome

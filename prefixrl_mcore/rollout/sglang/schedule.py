@@ -1,12 +1,16 @@
 """Which request goes to which server, and in which order: pure functions of expected tokens.
 
 A request is a context and n completions after it. It goes to one server whole, so that the context
-is computed once. The longest are placed first and each where it will be done earliest, which is at
-most a third worse than the best placement of all (Graham 1969, https://doi.org/10.1137/0117039).
+is computed once, where the server has a cache for it. The longest are placed first and each where
+it will be done earliest, which is at most a third worse than the best placement of all (Graham
+1969, https://doi.org/10.1137/0117039).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
+
+from prefixrl_mcore.rollout.engine import SampleRequest
 
 _MEMORY = 1024
 """Completions that the running mean remembers: about two steps, as the policy's lengths drift."""
@@ -40,7 +44,23 @@ class Cost:
     """Computed once, and not at all where the context is in the server's cache."""
 
     completion_tokens: float
-    """Of all samples together."""
+    """Of all samples together; with their contexts where servers have no cache."""
+
+    @classmethod
+    def of(cls, request: SampleRequest, mean_tokens: float, *, is_cached: bool) -> Self:
+        """Return what a request is expected to take.
+
+        Args:
+            request: what is asked for.
+            mean_tokens: expected of a completion.
+            is_cached: the servers have a cache for its context.
+        """
+        context_tokens = len(request.context_token_ids)
+        of_sample = mean_tokens if is_cached else context_tokens + mean_tokens
+        return cls(
+            context_tokens=context_tokens if is_cached else 0,
+            completion_tokens=request.num_samples * of_sample,
+        )
 
     @property
     def tokens(self) -> float:

@@ -30,6 +30,7 @@ from prefixrl_mcore.trainer.generated_state import (
     started_state,
 )
 from prefixrl_mcore.trainer.generation import Generated, Generator, staleness_metrics
+from prefixrl_mcore.trainer.step_metrics import rollout_metrics
 from tests.support.scripted_engine import (
     GROUP_SIZE,
     ScriptedEngine,
@@ -228,6 +229,29 @@ def test_carried_groups_finish_with_spans_of_every_version() -> None:
         "rollout/staleness_mean": pytest.approx(8 / 13),
         "rollout/staleness_max": 1.0,
     }
+
+
+def test_cached_tokens_of_the_steps_are_those_of_the_completions_they_sampled() -> None:
+    order = order_of(4)
+    lengths = {order[0]: (4, 9), order[1]: (4, 4), order[2]: (4, 4), order[3]: (20, 20)}
+    source, engine = scripted_source(4), ScriptedEngine(lengths)
+    generator = scripted_generator(scripted_config(2, **partial(3)), source, engine)
+    steps = [generate(generator, 0)]
+    engine.policy_version = 1
+    steps.append(generate(generator, 1))
+
+    finished = [s.rollout.completion for g in steps for group in g.groups for s in group.rollouts]
+    carried = [one for group in generator.carried for one in group.completions]
+    by_step = [generated.num_cached_tokens for generated in steps]
+    assert sum(by_step) == sum(one.num_cached_tokens for one in finished + carried)
+    assert max(one.num_cached_tokens for one in finished) == 2  # of a request in either step
+    for generated in steps:
+        num_context_tokens = generated.num_sampled_tokens - generated.num_new_tokens
+        fraction = rollout_metrics(generated)["rollout/cached_context_fraction"]
+        assert fraction == generated.num_cached_tokens / num_context_tokens
+    # Of 6 requests for a context of 1 token 1 was cached each; later one has 4 more tokens.
+    assert rollout_metrics(steps[0])["rollout/cached_context_fraction"] == 1.0
+    assert rollout_metrics(steps[1])["rollout/cached_context_fraction"] < 1.0
 
 
 DYNAMIC = {"dynamic_sampling": True, "max_rounds": 3}

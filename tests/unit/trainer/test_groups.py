@@ -36,7 +36,6 @@ def _group(
                     logprobs=(-0.5,) * (index + 1),
                     finish_reason=finish_reason,
                     policy_version=0,
-                    num_cached_tokens=len(start.context_token_ids) if index else 0,
                 ),
             ),
             verdict=Verdict(reward=reward, reason="correct" if reward else "wrong"),
@@ -73,7 +72,6 @@ def test_metrics_tell_prefixed_from_plain_groups() -> None:
     assert metrics["rollout/all_negative_prefix_fraction"] == 0.0
     assert metrics["rollout/all_positive_fraction"] == pytest.approx(1 / 3)
     assert metrics["rollout/completion_tokens_mean"] == pytest.approx(1.5)
-    assert metrics["rollout/cached_context_fraction"] == pytest.approx(0.5)
     assert metrics["verdict/correct_fraction"] == pytest.approx(0.5)
     assert (metrics["rollout/num_prefix_groups"], metrics["rollout/num_no_prefix_groups"]) == (2, 1)
 

@@ -22,20 +22,24 @@ def test_seeds_of_the_samples_are_fixed_and_all_different() -> None:
     assert sample_seeds(7, 3)[:2] == sample_seeds(7, 2)
 
 
-def test_each_sample_is_a_request_with_a_seed_of_its_own() -> None:
+@pytest.mark.parametrize("seeds", [[11, 12, 13], [11]])
+@pytest.mark.parametrize("is_routed", [True, False])
+def test_each_sample_is_a_request_with_a_seed_of_its_own(seeds: list[int], is_routed: bool) -> None:
     payload = generate_payload(
         context_token_ids=[5, 6],
-        num_samples=3,
+        num_samples=len(seeds),
         max_new_tokens=4,
         temperature=1.0,
         stop_token_ids=[2],
         request_id="r",
-        seeds=[11, 12, 13],
+        seeds=seeds,
+        is_routed=is_routed,
     )
 
-    assert payload["input_ids"] == [[5, 6], [5, 6], [5, 6]]
+    # Lists, also for one sample: SGLang takes no list of parameters for a single context.
+    assert payload["input_ids"] == [[5, 6]] * len(seeds)
     parameters = payload["sampling_params"]
-    assert [one["sampling_seed"] for one in parameters] == [11, 12, 13]
+    assert [one["sampling_seed"] for one in parameters] == seeds
     assert {one["n"] for one in parameters} == {1}
     assert {one["max_new_tokens"] for one in parameters} == {4}
 

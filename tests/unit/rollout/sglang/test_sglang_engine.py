@@ -75,7 +75,7 @@ def test_lost_answers_are_asked_for_again(
         groups = engine.sample([request_of("a"), request_of("b")], params_of())
 
     assert [len(group) for group in groups] == [2, 2]
-    assert "request 'a' was lost, attempt 2 of 3 follows" in caplog.text
+    assert "request 'a' was lost, attempt 2 follows" in caplog.text
     assert engine.take_metrics()["engine/num_reissued_requests"] == 2
 
 
@@ -297,8 +297,8 @@ def test_payload_leaves_no_parameter_to_the_models_defaults(
 
     ((_, payload),) = [json.loads(one) for one in payloads if "/generate" in one]
     parameters = payload["sampling_params"]
-    assert payload["input_ids"] == [5, 6, 7]
-    assert (parameters["n"], parameters["max_new_tokens"], parameters["temperature"]) == (3, 6, 0.5)
+    assert payload["input_ids"] == [[5, 6, 7]] * 3
+    assert (parameters["n"], parameters["max_new_tokens"], parameters["temperature"]) == (1, 6, 0.5)
     assert (parameters["top_p"], parameters["top_k"], parameters["min_p"]) == (1.0, -1, 0.0)
     assert (parameters["stop_token_ids"], parameters["ignore_eos"]) == ([EOS_ID], False)
 

@@ -16,11 +16,12 @@ import torch
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
-from prefixrl_mcore.rollout.sglang import health
+from prefixrl_mcore.rollout.sglang import batch, health
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from prefixrl_mcore.rollout.sglang.in_flight import InFlight
+from prefixrl_mcore.rollout.sglang.member import State
 from prefixrl_mcore.rollout.sglang.schedule import Cost
 from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
 from tests.support.fake_sglang import SAMPLED_TOKEN, Answer, FakeSGLang, serve
@@ -449,6 +450,52 @@ def test_what_is_not_needed_any_more_is_aborted(pool: Pool) -> None:
     assert engine.take_metrics()["engine/num_aborted_completions"] == 8
 
 
+def test_what_came_in_time_is_not_given_up_by_a_batch_that_looks_too_late(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "_ABORT_LIMIT_SECONDS", 0.0)
+    engine = pool.engine()
+
+    def is_enough(index: int, completions: list[Any]) -> bool:
+        time.sleep(1.0)  # until the others have answered
+        return True
+
+    groups = engine.sample_until(requests_of(3), PARAMS, is_enough)
+
+    assert tokens_of(groups) == [[6, 6]] * 3
+
+
+def test_batch_that_ends_does_not_begin_an_update(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = pool.engine()
+    engine.load_weights(weights, 1)
+    servers, seen = engine._pool, list[bool]()
+    tend = servers.tend
+
+    def note(*, may_update: bool = True) -> None:
+        seen.append(may_update)
+        tend(may_update=may_update)
+
+    monkeypatch.setattr(servers, "tend", note)
+    for fake in pool.fakes[1:]:
+        fake.hold = threading.Event()
+    engine.sample_until(requests_of(3), PARAMS, lambda _index, _completions: True)
+
+    assert seen[0]
+    assert not seen[-1]
+    late = servers.members[0]
+    pool.fakes[0].weight_version = "of its folder"
+    servers.bury(late, "by the test")
+    while not late.is_up:
+        tend(may_update=False)
+        servers.next_answer(waiting_for="it to come back")
+    tend(may_update=False)
+    assert late.state is State.STARTING
+    tend()
+    assert late.state is State.READY
+
+
 def test_abort_that_nobody_asked_for_is_tried_again(pool: Pool) -> None:
     engine = pool.engine(urls=pool.urls[:1])
 
@@ -646,7 +693,8 @@ def test_what_is_waited_for_is_logged(
     with caplog.at_level(logging.INFO):
         engine.sample(requests_of(2), PARAMS)
 
-    assert "waiting for 2 requests in flight (about 30 tokens, the oldest for 0 s)" in caplog.text
+    # Without a cache each of 2 x 2 samples computes its 3 context tokens.
+    assert "waiting for 2 requests in flight (about 36 tokens, the oldest for 0 s)" in caplog.text
     assert "server 0 ready for" in caplog.text
 
 

@@ -169,7 +169,7 @@ def test_a_model_of_links_whose_files_are_not_mounted_is_named_before_training(
     assert said.startswith(f"model.path {snapshot} has a link to {blobs}/")
     remedy = f'which is not there; container.mounts of the site lacks "{blobs}:{blobs}"'
     assert said.endswith(remedy)
-    assert "precheck on n1 failed first, exit code 78" in caplog.text
+    assert "precheck on n1 was the first to report, exit code 78" in caplog.text
     job = find_job(jobs, "linked")
     assert job_state(job.job_id or "").num_restarts == 0  # no other node would do better
     assert not run.exists()

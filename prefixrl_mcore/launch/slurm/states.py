@@ -11,6 +11,9 @@ _ENDED = {
 }
 _UNKNOWN = "UNKNOWN"
 
+UNKNOWN_EXIT_CODE = 69
+"""Of a command that asked for a job of which Slurm says nothing; no task ends with it."""
+
 OUT_OF_SERVICE = ("down", "drain", "drng", "fail", "inval")
 """Beginnings of the states of nodes that start no job, as ``sinfo --format=%t`` writes them."""
 
@@ -60,6 +63,8 @@ class JobState:
     @property
     def result(self) -> int:
         """Exit code of a command that waited for the job: 0 only if it completed."""
+        if not self.is_known:
+            return UNKNOWN_EXIT_CODE
         return 0 if self.state == "COMPLETED" else self.exit_code or 1
 
     def __str__(self) -> str:
@@ -97,15 +102,16 @@ def parse_scontrol(said: str) -> JobState:
 
 
 def parse_sacct(said: str) -> JobState:
-    """Return what ``sacct`` says of the last start of a job."""
-    lines = [line for line in said.splitlines() if line.count("|") == 2]
-    if not lines:
+    """Return what ``sacct`` says of a job's last start, and of its first component."""
+    lines = [line.split("|") for line in said.splitlines() if line.count("|") == 3]
+    starts = [fields for number, *fields in lines if number.partition("+")[2] in ("", "0")]
+    if not starts:
         return JobState(state=_UNKNOWN)
-    state, code, nodes = lines[-1].split("|")
+    state, code, nodes = starts[-1]
     return JobState(
         state=state.split()[0],
         exit_code=_exit_code(code),
-        num_restarts=len(lines) - 1,
+        num_restarts=len(starts) - 1,
         nodes=_unless_empty(nodes),
     )
 
@@ -137,7 +143,7 @@ def _sacct(job_id: str) -> list[str]:
     """Return the command that asks accounting; with --duplicates for the starts before the last."""
     return [
         *("sacct", "--allocations", "--noheader", "--parsable2", "--duplicates"),
-        *("--jobs", job_id.split("+")[0], "--format=State,ExitCode,NodeList"),
+        *("--jobs", job_id.split("+")[0], "--format=JobID,State,ExitCode,NodeList"),
     ]
 
 

@@ -22,6 +22,7 @@ from prefixrl_mcore.launch.slurm.rank_environment import server_port
 from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.states import job_state
 from prefixrl_mcore.launch.slurm.submission import submit
+from prefixrl_mcore.observability.heartbeat import stall_reports
 from tests.slurm.conftest import LAUNCH_PYTHON, run_cluster
 from tests.support.launched_jobs import colocated, end_of, prepare_program, submit_program
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of, without_clock
@@ -249,22 +250,42 @@ def test_a_cancelled_job_makes_follow_fail(jobs: Path) -> None:
     assert job_state(job_id).state == "CANCELLED"
 
 
-def test_no_secret_is_written_anywhere(
-    jobs: Path, tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_hangs_ends_and_shows_where_its_ranks_were(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    secret = "s3cr3t-0f-th3-us3r"
-    monkeypatch.setenv("WANDB_API_KEY", secret)
-    layout = colocated(1, 1)
-    reached = tmp_path / "reached"
-    command = ["bash", "-c", f"echo ${{#WANDB_API_KEY}} >{reached}; ps -ef >{reached}.ps"]
-    job, job_id = submit_program(layout, command)
-    assert follow(job, job_id, out=io.StringIO()) == 0
-    assert reached.read_text().strip() == str(len(secret))  # the job has it
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) > 10
-    assert [str(file) for file in files if secret.encode() in file.read_bytes()] == []
-    assert os.environ["WANDB_API_KEY"] == secret
-    assert job.script.exists()
+    run = tmp_path / "hanging"
+    steps = [f"{key}=200" for key in ("trainer.num_steps", "evaluation.every_steps")]
+    stall = ["limit_seconds=10", "phases.rollout=10", "answer_seconds=4", "action=stop"]
+    settings = [*_settings(tiny_task, run), *steps, *(f"trainer.stall.{text}" for text in stall)]
+    assert _launch("--detach", *settings) == 0
+    job = find_job(jobs, "hanging")
+    assert job.job_id is not None
+    _wait_for_steps(run, 1)
+    late = _pid_of_task(job.job_id, 1)
+    os.kill(late, signal.SIGSTOP)
+    try:
+        _wait_for(lambda: stall_reports(run / "heartbeats") != [])
+        _wait_for(lambda: job.read_end(0, "trainer-0") is not None)
+    finally:
+        os.kill(late, signal.SIGCONT)  # else srun ends it, two minutes later
+    assert end_of(job)[0] == 76
+    assert job_state(job.job_id).num_restarts == 0
+    (report,) = stall_reports(run / "heartbeats")
+    assert "rank 1" in report.read_text()
+    assert "trainer-0 on n1 was the first to report, exit code 76" in caplog.text
+    assert f"ranks hung; their stacks, and who was late: {report}" in caplog.text
+
+
+def _pid_of_task(job_id: str, rank: int) -> int:
+    """Return the process of a trainer's rank."""
+    own = (f"\0SLURM_JOB_ID={job_id}\0", f"\0SLURM_PROCID={rank}\0")
+    (pid,) = [
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if "\0prefixrl_mcore.launch.slurm.task\0" in _read(process / "cmdline")
+        and all(text in _read(process / "environ") for text in own)
+    ]
+    return pid
 
 
 def _kill_server(url: str) -> None:
@@ -357,6 +378,28 @@ def test_every_node_of_a_colocated_run_generates_and_sleeps_in_turn(
         assert calls.count("/release_memory_occupation") == 2
         assert calls.count("/resume_memory_occupation") == 2 * 2
     assert [line["step"] for line in metrics_of(run, "train")] == [0, 1]
+
+
+def test_a_signal_while_the_servers_start_sends_the_job_back_into_the_queue(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run = tmp_path / "early"
+    how = ["--shape", "split", "--nodes", "2", "--rollout-nodes", "1", "--detach"]
+    assert _launch(*how, *_server_settings(tiny_task, run)) == 0
+    job = find_job(jobs, "early")
+    number = job.job_id
+    assert number is not None
+    logs = job.start_folder(0)
+    _wait_for(lambda: (logs / "begin.json").exists() and (logs / "sglang-0-0.log").exists())
+    assert not job.server_file(0, 0).exists()
+    subprocess.run(["scancel", "--signal=USR1", number], check=True)
+    _wait_for(lambda: job_state(number).num_restarts == 1)
+    assert main(["jobs", "cancel", "--jobs", str(jobs), "early"]) == 0
+    said = job.batch_log.read_text()
+    assert f"start 0 of job {number} ended with exit code 138" in said
+    assert "back into the queue, to go on from the last checkpoint" in said
+    assert not run.exists()
+    assert end_of(job)[0] != 0
 
 
 def _wait_for_late_weights(log: Path) -> int:

@@ -12,7 +12,7 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.slurm.end_report import report_end
 from prefixrl_mcore.launch.slurm.follow import BATCH, follow
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, find_job, find_jobs
-from prefixrl_mcore.launch.slurm.states import JobState, cancel_job, job_state
+from prefixrl_mcore.launch.slurm.states import JobState, cancel_job, job_state, job_states
 from prefixrl_mcore.launch.slurm.waiting import in_words
 
 _REQUEUE_SECONDS = 3.0
@@ -33,8 +33,10 @@ def list_jobs(jobs: Path) -> None:
     table = Table(title=f"jobs of {jobs}")
     for column in ("job", "folder", "state", "restarts", "nodes"):
         table.add_column(column)
-    for job in find_jobs(jobs):
-        state = _state_of(job)
+    found = find_jobs(jobs)
+    states = job_states([_id_of(job) for job in found])
+    for job in found:
+        state = _or_final(job, states[_id_of(job)])
         told = state.state + (f" ({state.reason})" if state.reason else "")
         table.add_row(_id_of(job), job.path.name, told, str(state.num_restarts), state.nodes)
     Console().print(table, highlight=False)
@@ -106,8 +108,12 @@ def _log_file(job: JobFolder, task: str, start: int | None) -> Path:
 
 
 def _state_of(job: JobFolder) -> JobState:
-    """Return the state of a job; of one that Slurm has forgotten how it ended, if somebody saw."""
-    state = job_state(_id_of(job))
+    """Return the state of a job."""
+    return _or_final(job, job_state(_id_of(job)))
+
+
+def _or_final(job: JobFolder, state: JobState) -> JobState:
+    """Return how a job ended that Slurm has forgotten, if somebody saw it; else its state."""
     return state if state.is_known else job.final_state or state
 
 

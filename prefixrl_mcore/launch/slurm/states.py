@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FIELD = re.compile(r"(\w+)=(\S*)")
@@ -85,6 +86,20 @@ def job_state(job_id: str) -> JobState:
     return parse_scontrol(said) if said else parse_sacct(_ask(_sacct(job_id)))
 
 
+def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
+    """Return the states of several jobs, from one question to slurmctld and one to accounting."""
+    lines = _ask(["scontrol", "--oneliner", "show", "job"]).splitlines()
+    by_id = {dict(_FIELD.findall(line)).get("JobId"): line for line in lines}
+    forgotten = [job_id for job_id in job_ids if job_id not in by_id]
+    told = _ask(_sacct(",".join(forgotten))).splitlines() if forgotten else []
+    states = {}
+    for job_id in job_ids:
+        own = [line for line in told if re.match(rf"{job_id}[+|]", line)]
+        known = by_id.get(job_id)
+        states[job_id] = parse_sacct("\n".join(own)) if known is None else parse_scontrol(known)
+    return states
+
+
 def parse_scontrol(said: str) -> JobState:
     """Return what ``scontrol --oneliner show job`` says in its first line."""
     lines = said.splitlines()
@@ -139,11 +154,11 @@ def cancel_job(job_id: str) -> None:
         raise SlurmError(f"scancel {job_id}: {done.stderr.strip()}")
 
 
-def _sacct(job_id: str) -> list[str]:
+def _sacct(job_ids: str) -> list[str]:
     """Return the command that asks accounting; with --duplicates for the starts before the last."""
     return [
         *("sacct", "--allocations", "--noheader", "--parsable2", "--duplicates"),
-        *("--jobs", job_id.split("+")[0], "--format=JobID,State,ExitCode,NodeList"),
+        *("--jobs", job_ids, "--format=JobID,State,ExitCode,NodeList"),
     ]
 
 

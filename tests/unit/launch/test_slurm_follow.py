@@ -309,7 +309,7 @@ def test_the_status_of_a_job_that_slurm_has_forgotten_is_how_somebody_saw_it_end
     assert status(unknown) == 69
     assert status(FAILED, FAILED) == 3
     assert status(unknown) == 3
-    monkeypatch.setattr(jobs_module, "job_state", lambda _: unknown)
+    monkeypatch.setattr(jobs_module, "job_states", lambda ids: dict.fromkeys(ids, unknown))
     list_jobs(tmp_path)
     assert "FAILED" in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ from prefixrl_mcore.launch.slurm.rank_environment import (
     tasks_per_node,
 )
 from prefixrl_mcore.launch.slurm.rollout_task import RestartAllowance, own_gpus, server_launch
-from prefixrl_mcore.launch.slurm.states import SlurmError, parse_sacct, parse_scontrol
+from prefixrl_mcore.launch.slurm.states import SlurmError, job_states, parse_sacct, parse_scontrol
 from prefixrl_mcore.launch.slurm.task import main as task_main
 from prefixrl_mcore.launch.slurm.task import server_flags, train_arguments
 
@@ -139,6 +139,27 @@ def test_accounting_tells_of_the_first_component_of_a_heterogeneous_job() -> Non
     assert (state.state, state.exit_code, state.nodes, state.num_restarts) == ("FAILED", 3, "n1", 1)
     once = parse_sacct("7+0|COMPLETED|0:0|n1\n7+1|COMPLETED|0:0|n2")
     assert (once.result, once.num_restarts) == (0, 0)
+
+
+def test_several_jobs_are_asked_for_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {
+        "scontrol": "JobId=7 HetJobId=7 JobState=RUNNING\nJobId=8 HetJobId=7 JobState=PENDING",
+        "sacct": "5|FAILED|3:0|n1\n51|COMPLETED|0:0|n1\n52+0|COMPLETED|0:0|n1",
+    }
+    for name, text in lines.items():
+        program = tmp_path / name
+        program.write_text(f'#!/bin/bash\necho "{name} $@" >>{tmp_path}/asked\necho "{text}"\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    states = job_states(["7", "5", "52", "9"])
+    assert {job: state.state for job, state in states.items()} == {
+        "7": "RUNNING", "5": "FAILED", "52": "COMPLETED", "9": "UNKNOWN",
+    }  # fmt: skip
+    first, second = (tmp_path / "asked").read_text().splitlines()
+    assert first == "scontrol --oneliner show job"
+    assert "--jobs 5,52,9 " in second
 
 
 def test_a_job_that_slurm_does_not_know_is_unknown() -> None:

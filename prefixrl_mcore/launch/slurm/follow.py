@@ -20,9 +20,6 @@ from prefixrl_mcore.launch.slurm.waiting import JobWatch, WaitingLine
 _POLL_SECONDS = 1.0
 _POLLS_PER_QUESTION = 3
 
-BATCH = "batch"
-"""What the batch script's log is called among those of the tasks."""
-
 
 class LogReader:
     """Reads what was added to the logs of a job since the last time."""
@@ -55,8 +52,6 @@ class LogReader:
 
     def _task_logs(self) -> list[Path]:
         """Return where the task's logs are."""
-        if self._task == BATCH:
-            return []
         starts = self._folder.starts()
         if self._start is not None:
             starts = [self._folder.start_folder(self._start)]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.slurm.end_report import report_end
-from prefixrl_mcore.launch.slurm.follow import BATCH, follow
+from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, find_job, find_jobs
 from prefixrl_mcore.launch.slurm.states import JobState, cancel_job, job_state, job_states
 from prefixrl_mcore.launch.slurm.waiting import in_words
@@ -99,7 +99,7 @@ def cancel(jobs: Path, which: str) -> None:
 
 def _log_file(job: JobFolder, task: str, start: int | None) -> Path:
     """Return the log of the batch script, or of a task's last or given start."""
-    if task == BATCH:
+    if task == "batch":
         return job.batch_log
     starts = job.starts()
     if start is None and starts:

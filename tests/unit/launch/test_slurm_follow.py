@@ -207,11 +207,13 @@ def test_what_a_shared_file_system_shows_late_is_waited_for(
         if len(waits) == 5:
             _end(job, 1, 3)
 
+    report_end(job, "7", JobState(state="CANCELLED"), sleep=sleep)
+    assert waits == []  # Slurm kills those that do not end
+    assert "trainer-1 was killed, or its node is lost\n" in caplog.text  # no cause: without lines
+    caplog.clear()
     report_end(job, "7", FAILED, sleep=sleep)
     assert sum(waits) == 10
     assert "was killed" not in caplog.text
-    report_end(job, "7", JobState(state="CANCELLED"), sleep=sleep)
-    assert len(waits) == 5  # Slurm kills those that do not end
 
 
 def test_a_task_that_says_nothing_is_waited_for_a_minute_unless_srun_says_that_it_was_killed(
@@ -220,7 +222,7 @@ def test_a_task_that_says_nothing_is_waited_for_a_minute_unless_srun_says_that_i
     job, waits = _job(tmp_path), list[float]()
     _begin(job, 4)
     _end(job, 0, 1)
-    job.batch_log.write_text("srun: error: n1: task 1: Exited with exit code 9\n")
+    job.batch_log.write_text("srun: error: n1: tasks 1-3: Exited with exit code 9\n")
     report_end(job, "7", FAILED, sleep=waits.append)
     assert sum(waits) == 60
     waits.clear()

@@ -92,12 +92,22 @@ def _report_tasks(
 
 
 def _await_ends(folder: JobFolder, sleep: Callable[[float], None]) -> None:
-    """Wait until each trainer task has said how it ended, or srun that it was killed."""
-    for _ in range(int(_LATE_SECONDS / _POLL_SECONDS)):
+    """Wait until each trainer task has said how it ended, or srun that it was killed.
+
+    Not of a job that has ended long ago.
+    """
+    for count in range(int(_LATE_SECONDS / _POLL_SECONDS)):
         silent = {task.rpartition("-")[2] for task in last_signs(folder).silent}
-        if silent <= set(_numbers_of_killed(_batch(folder))):
+        if silent <= set(_numbers_of_killed(_batch(folder))) or _is_old(folder.batch_log):
             return
+        if not count:
+            logger.info("waiting a minute at most for %d tasks to say how they ended", len(silent))
         sleep(_POLL_SECONDS)
+
+
+def _is_old(log: Path) -> bool:
+    """Return whether every node has seen by now what was written beside a log's last line."""
+    return log.exists() and time.time() - log.stat().st_mtime > _LATE_SECONDS
 
 
 def _killed_first(batch: list[str], signs: LastSigns, state: JobState) -> list[str]:

@@ -226,6 +226,10 @@ def test_a_task_that_says_nothing_is_waited_for_a_minute_unless_srun_says_that_i
     report_end(job, "7", FAILED, sleep=waits.append)
     assert sum(waits) == 60
     waits.clear()
+    long_ago = time.time() - 90
+    os.utime(job.batch_log, (long_ago, long_ago))
+    report_end(job, "7", FAILED, sleep=waits.append)
+    assert waits == []
     job.batch_log.write_text(
         "srun: error: n1: tasks 1,3: Killed\nsrun: error: n2: task 2: Killed\n"
     )

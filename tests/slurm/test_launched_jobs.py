@@ -265,14 +265,14 @@ def test_a_run_that_hangs_ends_and_shows_where_its_ranks_were(
     os.kill(late, signal.SIGSTOP)
     try:
         _wait_for(lambda: stall_reports(run / "heartbeats") != [])
-        _wait_for(lambda: job.read_end(0, "trainer-0") is not None)
+        _wait_for(lambda: "task 0: Exited with exit code 76" in job.batch_log.read_text())
     finally:
         os.kill(late, signal.SIGCONT)  # else srun ends it, two minutes later
     assert end_of(job)[0] == 76
     assert job_state(job.job_id).num_restarts == 0
     (report,) = stall_reports(run / "heartbeats")
     assert "rank 1" in report.read_text()
-    assert "trainer-0 on n1 was the first to report, exit code 76" in caplog.text
+    assert "trainer-0 on n1 ended because ranks hung, last seen in phase " in caplog.text
     assert f"ranks hung; their stacks, and who was late: {report}" in caplog.text
 
 

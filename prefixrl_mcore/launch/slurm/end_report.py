@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from prefixrl_mcore.config.operations import STALL_EXIT_CODE
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
 from prefixrl_mcore.launch.slurm.last_signs import LastSigns, last_signs
 from prefixrl_mcore.launch.slurm.states import JobState
@@ -29,7 +30,11 @@ _START = "prefixrl: job "
 _ENDED_FROM_OUTSIDE = ("CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED", "NODE_FAIL")
 """States in which Slurm has killed the tasks that did not end when they were told to."""
 
-_DEATH = re.compile(r"srun: error: \S+: tasks? ([\d,-]+): (?!Exited with exit code)(.*)")
+_ENDED = re.compile(r"srun: error: \S+: tasks? ([\d,-]+): (.*)")
+_EXITED = "Exited with exit code "
+_STALLED = f"{_EXITED}{STALL_EXIT_CODE}"
+"""Of a task that ends so, its watchdog does: it cannot say how it ended, either."""
+
 _TIDYING = re.compile("srun: (First task exited|Job step aborted|Terminating StepId)")
 """srun kills what is left of a step, after ``--wait`` or because it was told to."""
 
@@ -65,7 +70,7 @@ def report_end(
         # Of tasks that cannot say so themselves: killed, out of memory, a lost node.
         told = [line for line in batch if line.startswith(_SLURM_ERRORS)]
         logger.error("Slurm's own errors:\n%s", "\n".join(told[-_TAIL_LINES:]) or "(none)")
-        _report_tasks(folder, signs, killed, failure)
+        _report_tasks(folder, signs, killed, failure, _ends_by_task(batch))
     elif not why:
         what = "no task says why: killed, or never started; the batch script said"
         logger.error("%s:\n%s", what, _tail(batch))
@@ -74,7 +79,11 @@ def report_end(
 
 
 def _report_tasks(
-    folder: JobFolder, signs: LastSigns, killed: list[str], failure: TaskEnd | None
+    folder: JobFolder,
+    signs: LastSigns,
+    killed: list[str],
+    failure: TaskEnd | None,
+    ends: dict[str, str],
 ) -> None:
     """Show the last lines of the tasks that may be the cause, the killed ones first.
 
@@ -82,7 +91,9 @@ def _report_tasks(
     """
     last = folder.starts()[-1]
     for task in killed[:_SHOWN_TAILS]:
-        logger.error("%s:\n%s", signs.word_of(task), _tail(_lines(last / f"{task}.log")))
+        has_stalled = ends.get(task.rpartition("-")[2]) == _STALLED
+        word = signs.word_of(task, *(["ended because ranks hung"] if has_stalled else []))
+        logger.error("%s:\n%s", word, _tail(_lines(last / f"{task}.log")))
     if failure is not None:
         logger.error(
             "%s on %s was the first to report, exit code %d%s:\n%s",
@@ -98,7 +109,9 @@ def _await_ends(folder: JobFolder, sleep: Callable[[float], None]) -> None:
     """
     for count in range(int(_LATE_SECONDS / _POLL_SECONDS)):
         silent = {task.rpartition("-")[2] for task in last_signs(folder).silent}
-        if silent <= set(_numbers_of_killed(_batch(folder))) or _is_old(folder.batch_log):
+        ends = _ends_by_task(_batch(folder))
+        told = {n for n, how in ends.items() if how == _STALLED or not how.startswith(_EXITED)}
+        if silent <= told or _is_old(folder.batch_log):
             return
         if not count:
             logger.info("waiting a minute at most for %d tasks to say how they ended", len(silent))
@@ -117,22 +130,23 @@ def _killed_first(batch: list[str], signs: LastSigns, state: JobState) -> list[s
     tidying = [index for index, line in enumerate(batch) if _TIDYING.match(line)]
     if not tidying:
         return signs.silent
-    before = _numbers_of_killed(batch[: tidying[0]])
+    before = _ends_by_task(batch[: tidying[0]])
     return [task for task in signs.silent if task.rpartition("-")[2] in before]
 
 
-def _numbers_of_killed(batch: list[str]) -> list[str]:
-    """Return the tasks that srun says were killed, from lines such as ``n1: tasks 0,2-3: Killed``.
+def _ends_by_task(batch: list[str]) -> dict[str, str]:
+    """Return how tasks ended, by number, from lines such as ``...: n1: tasks 0,2-3: Killed``.
 
-    Tasks of another step that are killed, such as the rollout servers', have numbers, too.
+    Tasks of another step, such as the rollout servers', have numbers, too.
     """
-    numbers = []
+    ends: dict[str, str] = {}
     for line in batch:
-        if found := _DEATH.match(line):
+        if found := _ENDED.match(line):
             for part in found[1].split(","):
                 first, _, last = part.partition("-")
-                numbers += map(str, range(int(first), int(last or first) + 1))
-    return numbers
+                for number in range(int(first), int(last or first) + 1):
+                    ends.setdefault(str(number), found[2])
+    return ends
 
 
 def _batch(folder: JobFolder) -> list[str]:

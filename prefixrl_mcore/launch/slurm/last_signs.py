@@ -34,11 +34,11 @@ class LastSigns:
             return ""
         return f", last seen in phase {beat.phase}" + (f" of {beat.step}" if beat.step else "")
 
-    def word_of(self, task: str) -> str:
+    def word_of(self, task: str, fate: str = "was killed, or its node is lost") -> str:
         """Return what is said of a task without a word."""
         beat = self.beats.get(int(task.rpartition("-")[2]))
         node = "" if beat is None else f" on {beat.host}"
-        return f"{task}{node} was killed, or its node is lost{self.place_of(task)}"
+        return f"{task}{node} {fate}{self.place_of(task)}"
 
     def lines(self, tasks: Sequence[str]) -> list[str]:
         """Return what is said of tasks without a word, and of hangs."""

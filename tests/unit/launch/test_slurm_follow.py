@@ -255,6 +255,21 @@ def test_a_task_that_srun_ended_behind_the_others_is_not_the_cause(
     assert "trainer-2 was killed, or its node is lost:\nof 2\n" in caplog.text
 
 
+def test_a_rank_that_its_watchdog_ended_was_not_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, waits = _job(tmp_path), list[float]()
+    _begin(job, 2)
+    job.batch_log.write_text(
+        "srun: error: n1: task 0: Exited with exit code 76\nsrun: First task exited 120s ago\n"
+        "srun: error: n1: task 1: Killed\n"
+    )
+    report_end(job, "7", JobState(state="FAILED", exit_code=76), sleep=waits.append)
+    assert waits == []
+    assert "trainer-0 ended because ranks hung:\nof 0\n" in caplog.text
+    assert "trainer-1 was killed, or its node is lost\n" in caplog.text
+
+
 def test_a_letter_that_is_written_in_parts_is_shown_whole(tmp_path: Path) -> None:
     job, out = _job(tmp_path), io.StringIO()
     reader = LogReader(job, "trainer-0")

@@ -74,9 +74,11 @@ def add_jobs_commands(jobs: argparse.ArgumentParser) -> None:
             action.add_argument("job", help="Slurm's number, or the beginning of its folder's name")
         if name == "logs":
             action.add_argument(
-                "--task", default="trainer-0", help="trainer-0 (default), ... batch"
+                "--task", help="trainer-3, rollout-0, ... batch (default: the job's first task)"
             )
-            action.add_argument("--start", type=int, help="which start (default: the last)")
+            action.add_argument(
+                "--start", type=int, help="which start (default: the last; with --follow all)"
+            )
             action.add_argument("--follow", action="store_true", help="until the job ends")
 
 

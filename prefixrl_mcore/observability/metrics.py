@@ -72,7 +72,9 @@ class MetricsWriter:
         return ids[0] if ids else None
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close everything, once."""
+        if self._file.closed:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -96,9 +96,23 @@ def run_training(
             dry_run.take_dry_run_step(session)
         with saved_if_interrupted(session, stop):
             _train(session, stop, is_new=checkpoint is None)
-        if topology.is_first:
-            folder.add_stage_seconds("train", time.perf_counter() - start)
+        end_together(session, seconds=time.perf_counter() - start)
         return stop.exit_code
+
+
+def end_together(session: Session, *, seconds: float) -> None:
+    """Close the outputs on rank 0 while the others wait; all ranks call this.
+
+    Metrics may be uploaded for minutes; who starts the ranks, such as srun, ends those that are
+    left some time after the first.
+    """
+
+    def close() -> None:
+        session.folder.add_stage_seconds("train", seconds)
+        if session.metrics is not None:
+            session.metrics.close()
+
+    run_on_first(close)
 
 
 def _train(session: Session, stop: StopSignal, *, is_new: bool) -> None:

@@ -14,6 +14,7 @@ from prefixrl_mcore.cli import main
 from prefixrl_mcore.launch.slurm.job_folder import find_job
 from prefixrl_mcore.launch.slurm.states import job_state
 from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.support.secrets import ProcessWatch
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of
 
 pytestmark = pytest.mark.slurm
@@ -130,11 +131,32 @@ def _launch(tiny: TinyTask, run: Path, *settings: str) -> int:
 
 @needs_launcher
 @pytest.mark.slow
-def test_a_run_trains_and_saves_in_containers(
-    slurm: Path, jobs: Path, site: Path, tiny_task: TinyTask, tmp_path: Path
+def test_a_run_trains_and_saves_in_containers_and_tells_no_secret(
+    slurm: Path,
+    jobs: Path,
+    site: Path,
+    tiny_task: TinyTask,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    inherited, sourced = "1" * 20 + "f-th3-us3r-1nh3r1t3d", "f-th3-us3r-s0urc3d"
+    monkeypatch.setenv("WANDB_API_KEY", inherited)
+    own = tmp_path_factory.mktemp("home") / "secrets"
+    own.write_text(f"export HF_TOKEN={sourced}\n")
+    own.chmod(0o600)
+    text = site.read_text().replace("setup_lines = [", f'setup_lines = [\n    "source {own}",')
+    site.write_text(text + 'environment = ["WANDB_API_KEY", "HF_TOKEN"]\n')
     run = tmp_path / "runs" / "contained"
-    assert _launch(tiny_task, run) == 0
+    with ProcessWatch([inherited, sourced], holder="launch.slurm.task") as watch:
+        assert _launch(tiny_task, run, "metrics.wandb.mode=offline") == 0
+    assert watch.has_reached
+    assert watch.num_looks > 10
+    assert watch.leaks == set()
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) > 30
+    told = [f for f in files for s in (inherited, sourced) if s.encode() in f.read_bytes()]
+    assert told == []
     job = find_job(jobs, "contained")
     assert [line["step"] for line in metrics_of(run, "train")] == [0, 1]
     assert list((run / "checkpoints").iterdir())
@@ -169,7 +191,7 @@ def test_a_model_of_links_whose_files_are_not_mounted_is_named_before_training(
     assert said.startswith(f"model.path {snapshot} has a link to {blobs}/")
     remedy = f'which is not there; container.mounts of the site lacks "{blobs}:{blobs}"'
     assert said.endswith(remedy)
-    assert "precheck on n1 failed first, exit code 78" in caplog.text
+    assert "precheck on n1 was the first to report, exit code 78" in caplog.text
     job = find_job(jobs, "linked")
     assert job_state(job.job_id or "").num_restarts == 0  # no other node would do better
     assert not run.exists()

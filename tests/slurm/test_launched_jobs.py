@@ -22,8 +22,9 @@ from prefixrl_mcore.launch.slurm.rank_environment import server_port
 from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.states import job_state
 from prefixrl_mcore.launch.slurm.submission import submit
+from prefixrl_mcore.observability.heartbeat import stall_reports
 from tests.slurm.conftest import LAUNCH_PYTHON, run_cluster
-from tests.support.launched_jobs import colocated, prepare_program, submit_program
+from tests.support.launched_jobs import colocated, end_of, prepare_program, submit_program
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of, without_clock
 from tests.support.wandb_records import offline_runs
 
@@ -96,29 +97,48 @@ def _wait_for(happens: Callable[[], bool], *, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def test_a_preempted_run_goes_back_into_the_queue_and_ends_as_an_undisturbed_one(
-    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+def test_a_preempted_and_a_cancelled_run_end_as_an_undisturbed_one(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    undisturbed, preempted = tmp_path / "undisturbed", tmp_path / "preempted"
-    for run, more in ((undisturbed, []), (preempted, ["metrics.wandb.mode=offline"])):
-        assert _launch("--detach", *_settings(tiny_task, run), *more) == 0
+    undisturbed, preempted, cancelled = runs = [
+        tmp_path / name for name in ("undisturbed", "preempted", "cancelled")
+    ]
+    more = {preempted: "metrics.wandb.mode=offline", cancelled: "checkpoint.every_steps=1"}
+    for run in runs:
+        own = [more[run]] if run in more else []
+        assert _launch("--detach", *_settings(tiny_task, run), *own) == 0
     job = find_job(jobs, "preempted")
     assert job.job_id is not None
     _wait_for_steps(preempted, 1)
     subprocess.run(["scancel", "--signal=USR1", job.job_id], check=True)
+    _cancel_in_the_middle(jobs, cancelled, caplog)
+    again = [*_settings(tiny_task, cancelled), more[cancelled]]
+    assert _launch("--resume", "--detach", "--name", "resumed", *again) == 0
     for other in find_jobs(jobs):
-        assert other.job_id is not None
-        said = io.StringIO()
-        assert follow(other, other.job_id, out=said) == 0, said.getvalue()
+        if not other.path.name.startswith("cancelled"):
+            result, said = end_of(other)
+            assert result == 0, said
     assert job_state(job.job_id).num_restarts == 1
     assert [start.name for start in job.starts()] == ["start-0", "start-1"]
-    log = (job.starts()[1] / "trainer-0.log").read_text()
-    assert "resumed from" in log
-    for kind in ("train", "eval"):
-        ours = without_clock(metrics_of(preempted, kind))
-        assert ours == without_clock(metrics_of(undisturbed, kind))
-    assert [line["step"] for line in metrics_of(preempted, "train")] == list(range(8))
+    for last in (job.starts()[1], find_job(jobs, "resumed").starts()[0]):
+        assert "resumed from" in (last / "trainer-0.log").read_text()
+    for run in (preempted, cancelled):
+        for kind in ("train", "eval"):
+            ours = without_clock(metrics_of(run, kind))
+            assert ours == without_clock(metrics_of(undisturbed, kind))
+        assert [line["step"] for line in metrics_of(run, "train")] == list(range(8))
     _check_one_wandb_run(preempted, num_starts=2)
+
+
+def _cancel_in_the_middle(jobs: Path, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Cancel a run that saves after every step, when it has just taken its third."""
+    job = find_job(jobs, run.name)
+    assert job.job_id is not None
+    _wait_for_steps(run, 3)
+    assert main(["jobs", "cancel", "--jobs", str(jobs), run.name]) == 0
+    assert end_of(job)[0] != 0
+    assert f"job {job.job_id}: CANCELLED" in caplog.text
+    assert 3 <= len(metrics_of(run, "train")) < 8
 
 
 def _check_one_wandb_run(run: Path, *, num_starts: int) -> None:
@@ -200,7 +220,7 @@ def test_a_failing_run_makes_launch_fail_and_the_cause_is_shown(
     with caplog.at_level(logging.INFO, logger="prefixrl_mcore"):
         assert _launch(*settings) == 2  # bad input, as without Slurm
     assert "FAILED" in caplog.text
-    assert re.search("trainer-[01] on n1 failed first, exit code 2", caplog.text)
+    assert re.search("trainer-[01] on n1 was the first to report, exit code 2", caplog.text)
     assert "broken.jsonl" in caplog.text
     assert "broken.jsonl" in capsys.readouterr().out  # followed
     job = find_job(jobs, "failing")
@@ -230,22 +250,42 @@ def test_a_cancelled_job_makes_follow_fail(jobs: Path) -> None:
     assert job_state(job_id).state == "CANCELLED"
 
 
-def test_no_secret_is_written_anywhere(
-    jobs: Path, tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_hangs_ends_and_shows_where_its_ranks_were(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    secret = "s3cr3t-0f-th3-us3r"
-    monkeypatch.setenv("WANDB_API_KEY", secret)
-    layout = colocated(1, 1)
-    reached = tmp_path / "reached"
-    command = ["bash", "-c", f"echo ${{#WANDB_API_KEY}} >{reached}; ps -ef >{reached}.ps"]
-    job, job_id = submit_program(layout, command)
-    assert follow(job, job_id, out=io.StringIO()) == 0
-    assert reached.read_text().strip() == str(len(secret))  # the job has it
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) > 10
-    assert [str(file) for file in files if secret.encode() in file.read_bytes()] == []
-    assert os.environ["WANDB_API_KEY"] == secret
-    assert job.script.exists()
+    run = tmp_path / "hanging"
+    steps = [f"{key}=200" for key in ("trainer.num_steps", "evaluation.every_steps")]
+    stall = ["limit_seconds=10", "phases.rollout=10", "answer_seconds=4", "action=stop"]
+    settings = [*_settings(tiny_task, run), *steps, *(f"trainer.stall.{text}" for text in stall)]
+    assert _launch("--detach", *settings) == 0
+    job = find_job(jobs, "hanging")
+    assert job.job_id is not None
+    _wait_for_steps(run, 1)
+    late = _pid_of_task(job.job_id, 1)
+    os.kill(late, signal.SIGSTOP)
+    try:
+        _wait_for(lambda: stall_reports(run / "heartbeats") != [])
+        _wait_for(lambda: "task 0: Exited with exit code 76" in job.batch_log.read_text())
+    finally:
+        os.kill(late, signal.SIGCONT)  # else srun ends it, two minutes later
+    assert end_of(job)[0] == 76
+    assert job_state(job.job_id).num_restarts == 0
+    (report,) = stall_reports(run / "heartbeats")
+    assert "rank 1" in report.read_text()
+    assert "trainer-0 on n1 ended because ranks hung, last seen in phase " in caplog.text
+    assert f"ranks hung; their stacks, and who was late: {report}" in caplog.text
+
+
+def _pid_of_task(job_id: str, rank: int) -> int:
+    """Return the process of a trainer's rank."""
+    own = (f"\0SLURM_JOB_ID={job_id}\0", f"\0SLURM_PROCID={rank}\0")
+    (pid,) = [
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if "\0prefixrl_mcore.launch.slurm.task\0" in _read(process / "cmdline")
+        and all(text in _read(process / "environ") for text in own)
+    ]
+    return pid
 
 
 def _kill_server(url: str) -> None:
@@ -340,6 +380,28 @@ def test_every_node_of_a_colocated_run_generates_and_sleeps_in_turn(
     assert [line["step"] for line in metrics_of(run, "train")] == [0, 1]
 
 
+def test_a_signal_while_the_servers_start_sends_the_job_back_into_the_queue(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run = tmp_path / "early"
+    how = ["--shape", "split", "--nodes", "2", "--rollout-nodes", "1", "--detach"]
+    assert _launch(*how, *_server_settings(tiny_task, run)) == 0
+    job = find_job(jobs, "early")
+    number = job.job_id
+    assert number is not None
+    logs = job.start_folder(0)
+    _wait_for(lambda: (logs / "begin.json").exists() and (logs / "sglang-0-0.log").exists())
+    assert not job.server_file(0, 0).exists()
+    subprocess.run(["scancel", "--signal=USR1", number], check=True)
+    _wait_for(lambda: job_state(number).num_restarts == 1)
+    assert main(["jobs", "cancel", "--jobs", str(jobs), "early"]) == 0
+    said = job.batch_log.read_text()
+    assert f"start 0 of job {number} ended with exit code 138" in said
+    assert "back into the queue, to go on from the last checkpoint" in said
+    assert not run.exists()
+    assert end_of(job)[0] != 0
+
+
 def _wait_for_late_weights(log: Path) -> int:
     """Wait until a server that came up late is sent weights; return their policy version."""
     late = re.compile(r"server 0: starting -> updating: to\s+'[0-9a-f]+:(\d+)'")
@@ -384,6 +446,14 @@ def test_a_trainer_samples_from_servers_on_other_nodes_and_goes_on_with_those_le
         "trainer-1": ("n1", 0),
         "rollout-0": ("n2", 75),
     }
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    found = re.search('<script type="application/json" id="data">(.*?)</script>', page)
+    assert found is not None
+    (shown,) = json.loads(found[1])["runs"]
+    assert shown["train"]["step"] == list(range(8))
+    assert shown["evals"]["step"] == [0, 8]
+    assert all(0 <= value <= 1 for value in shown["evals"]["eval/held-out/accuracy"])
     written = [*jobs.rglob("*"), *run.rglob("*")]
     assert [str(f) for f in written if f.is_file() and key.encode() in f.read_bytes()] == []
 

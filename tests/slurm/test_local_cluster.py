@@ -139,3 +139,5 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         assert "not installed: munged, slurmctld" in done.stderr
         assert "run slurm/testing/install.sh" in done.stderr
+    else:
+        assert "the local cluster must be started as root" in done.stderr

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from prefixrl_mcore.config.site import SiteConfig
+from prefixrl_mcore.launch.slurm.layout import JobLayout
 from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.states import host_names, job_state, nodes_in_service
 from tests.slurm.conftest import LAUNCH_PYTHON
@@ -58,6 +60,35 @@ def test_a_node_whose_folder_is_not_shared_is_left_out_and_the_job_ends_on_other
     asked = ["scontrol", "--oneliner", "show", "job", job_id]
     told = subprocess.run(asked, capture_output=True, text=True, check=True, env={**os.environ})
     assert "ExcNodeList=n2" in told.stdout
+
+
+def test_a_bad_rollout_node_is_left_out_of_a_heterogeneous_job(
+    slurm: Path, jobs: Path, tmp_path: Path
+) -> None:
+    layout = JobLayout(
+        shape="heterogeneous",
+        trainer_nodes=1,
+        ranks_per_node=1,
+        rollout_nodes=1,
+        servers_per_node=1,
+        rollout_gpus_per_node=0,
+    )
+    own = load_site("ci-local").model_dump() | {"rollout_nodes": {"partition": "preemptible"}}
+    site = SiteConfig.model_validate(own)
+    ran = tmp_path / "ran"
+    step = ["bash", "-c", f"trap 'exit 0' TERM; echo $SLURMD_NODENAME >>{ran}; sleep $0 & wait"]
+    with _another_folder(slurm, "n2", jobs, tmp_path / "other"):
+        job, job_id = submit_program(layout, [*step, "2"], [*step, "600"], site=site)
+        result, said = end_of(job)
+    assert result == 0, said
+    assert "bad node n2: job_folder is not shared" in said
+    assert job_state(job_id).num_restarts == 1
+    nodes = ran.read_text().split()
+    assert len(set(nodes)) == 2
+    assert set(nodes) <= {"n1", "n3", "n4"}
+    verdicts = [json.loads((s / "precheck.json").read_text()) for s in job.starts()]
+    assert [verdict["outcome"] for verdict in verdicts] == ["exclude", "go"]
+    assert sorted(verdicts[1]["findings"]) == sorted(nodes)
 
 
 def test_a_node_that_is_half_a_minute_slower_than_the_others_is_waited_for(

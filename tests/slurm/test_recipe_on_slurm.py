@@ -71,7 +71,7 @@ def test_a_stage_that_fails_leaves_none_waiting(
     broken = f"data.problems={tmp_path / 'broken.jsonl'}"
     with caplog.at_level(logging.INFO, logger="prefixrl_mcore"):
         assert _launch("--recipe", *settings, broken) == 2
-    assert "collect-0 on n1 failed first, exit code 2" in caplog.text
+    assert "collect-0 on n1 was the first to report, exit code 2" in caplog.text
     assert "broken.jsonl" in caplog.text
     states = [job_state(job.job_id or "").state for job in find_jobs(jobs)]
     assert sorted(states) == ["CANCELLED"] * 4 + ["FAILED"]

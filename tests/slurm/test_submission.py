@@ -25,6 +25,9 @@ if grep -q -- --job-name=refused "${@: -1}"; then
 fi
 env >"$SAID/inherited"
 echo >>"$SAID/submitted"
+if grep -q -- --job-name=vanishing "${@: -1}"; then
+    rm -r "$(dirname "${@: -1}")"
+fi
 echo $((100 + $(wc -l <"$SAID/submitted")))
 """
 COUNTED = """#!/bin/bash
@@ -90,6 +93,21 @@ def test_a_refused_job_takes_those_before_it_out_of_the_queue(pretended: Path) -
     assert (pretended / "cancelled").read_text().split() == ["101", "102"]
     left = [job.path.name for job in find_jobs(pretended / "jobs")]
     assert [name.partition("-")[0] for name in left] == ["first", "second"]
+
+
+@pytest.mark.slow
+def test_a_job_that_is_lost_behind_its_submission_is_taken_out_of_the_queue(
+    pretended: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _program(
+        pretended / "programs" / "scancel",
+        '#!/bin/bash\necho "$@" >>"$SAID/cancelled"\n'
+        '[[ $1 != 101 ]] || { echo "too late" >&2; exit 1; }\n',
+    )
+    with pytest.raises(SlurmError, match="submission of vanishing"):
+        _submit(pretended, "first", "vanishing", "third")
+    assert (pretended / "cancelled").read_text().split() == ["101", "102"]
+    assert "is still submitted: scancel 101: too late" in caplog.text
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.json_files import read_json_object
+from prefixrl_mcore.launch.slurm.states import JobState
 from prefixrl_mcore.observability.atomic import write_json_atomic
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -72,6 +73,7 @@ class JobFolder:
         self.logs = path / "logs"
         self.home = path / "nemo"
         self._submitted = path / "submitted.json"
+        self._final = path / "final.json"
 
     @classmethod
     def make(cls, jobs: Path, name: str) -> "JobFolder":
@@ -135,21 +137,46 @@ class JobFolder:
         except (OSError, ValueError, KeyError):
             return None
 
+    def write_final(self, state: JobState) -> None:
+        """Keep how the job ended: Slurm forgets it, in minutes where there is no accounting."""
+        write_json_atomic(self._final, asdict(state))
+
+    @property
+    def final_state(self) -> JobState | None:
+        """How the job ended, if somebody saw it."""
+        if not self._final.exists():
+            return None
+        return JobState(**read_json_object(self._final, remedy="delete it"))
+
+    @property
+    def first_task(self) -> str:
+        """The first task of the job's first step, a trainer's or a stage's, as its log is named.
+
+        Raises:
+            ConfigError: if the job's file cannot be used.
+        """
+        tasks = read_json_object(self.file, remedy=_REMEDY)["submission"]["tasks"]
+        return f"{tasks[0]['role']}-0"
+
     @property
     def batch_log(self) -> Path:
         """What the batch script says."""
         return self.logs / "batch.log"
+
+    def start_folder(self, start: int) -> Path:
+        """Return where the tasks' logs of a start are."""
+        return self.logs / f"start-{start}"
 
     def server_file(self, start: int, index: int) -> Path:
         """Return where rollout task ``index`` of a start says the address of its server.
 
         And how often it was started again, and how often it may be.
         """
-        return self.logs / f"start-{start}" / f"rollout-{index}.server.json"
+        return self.start_folder(start) / f"rollout-{index}.server.json"
 
     def write_begin(self, start: int) -> None:
         """Keep when the first task of a start began."""
-        file = self.logs / f"start-{start}" / "begin.json"
+        file = self.start_folder(start) / "begin.json"
         write_json_atomic(file, {"unix_seconds": time.time()})
 
     def begin_of(self, start: Path) -> float | None:
@@ -167,10 +194,10 @@ class JobFolder:
         return TaskEnd(**json.loads(file.read_text())) if file.exists() else None
 
     def _end_file(self, start: int, task: str) -> Path:
-        return self.logs / f"start-{start}" / f"{task}.end.json"
+        return self.start_folder(start) / f"{task}.end.json"
 
     def first_failure(self) -> TaskEnd | None:
-        """Return which task of the last start failed first, as far as tasks could tell."""
+        """Return which task of the last start was the first to report that it failed."""
         starts = self.starts()
         if not starts:
             return None

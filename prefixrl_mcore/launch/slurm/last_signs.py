@@ -1,5 +1,6 @@
 """Where the ranks of a job were when it failed: their heartbeats, and reports of hangs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,15 +34,17 @@ class LastSigns:
             return ""
         return f", last seen in phase {beat.phase}" + (f" of {beat.step}" if beat.step else "")
 
-    def lines(self) -> list[str]:
+    def word_of(self, task: str, fate: str = "was killed, or its node is lost") -> str:
+        """Return what is said of a task without a word."""
+        beat = self.beats.get(int(task.rpartition("-")[2]))
+        node = "" if beat is None else f" on {beat.host}"
+        return f"{task}{node} {fate}{self.place_of(task)}"
+
+    def lines(self, tasks: Sequence[str]) -> list[str]:
         """Return what is said of tasks without a word, and of hangs."""
-        lines = []
-        for task in self.silent[:_SHOWN_TASKS]:
-            beat = self.beats.get(int(task.rpartition("-")[2]))
-            node = "" if beat is None else f" on {beat.host}"
-            lines.append(f"{task}{node} was killed, or its node is lost{self.place_of(task)}")
-        if len(self.silent) > _SHOWN_TASKS:
-            lines.append(f"... and {len(self.silent) - _SHOWN_TASKS} more tasks, likewise")
+        lines = [self.word_of(task) for task in tasks[:_SHOWN_TASKS]]
+        if len(tasks) > _SHOWN_TASKS:
+            lines.append(f"... and {len(tasks) - _SHOWN_TASKS} more tasks, likewise")
         lines += [f"ranks hung; their stacks, and who was late: {file}" for file in self.reports]
         return lines
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.launch.slurm.follow import report_end
+from prefixrl_mcore.launch.slurm.end_report import report_end
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.launch import LaunchOptions, prepare_run, read_run
 from prefixrl_mcore.launch.slurm.layout import TRAINER
@@ -141,7 +141,8 @@ def follow_all(
             if state is not None:
                 ended[label] = state
                 if state.is_known:
-                    report_end(folder, str(folder.job_id), state)
+                    folder.write_final(state)
+                    report_end(folder, str(folder.job_id), state, sleep=sleep)
         sleep(_POLL_SECONDS)
     _print_summary(jobs, ended)
     results = [ended[label] for label, _ in jobs]

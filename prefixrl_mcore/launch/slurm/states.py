@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FIELD = re.compile(r"(\w+)=(\S*)")
@@ -10,6 +11,9 @@ _ENDED = {
     *("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"),
 }
 _UNKNOWN = "UNKNOWN"
+
+UNKNOWN_EXIT_CODE = 69
+"""Of a command that asked for a job of which Slurm says nothing; no task ends with it."""
 
 OUT_OF_SERVICE = ("down", "drain", "drng", "fail", "inval")
 """Beginnings of the states of nodes that start no job, as ``sinfo --format=%t`` writes them."""
@@ -60,6 +64,8 @@ class JobState:
     @property
     def result(self) -> int:
         """Exit code of a command that waited for the job: 0 only if it completed."""
+        if not self.is_known:
+            return UNKNOWN_EXIT_CODE
         return 0 if self.state == "COMPLETED" else self.exit_code or 1
 
     def __str__(self) -> str:
@@ -80,6 +86,20 @@ def job_state(job_id: str) -> JobState:
     return parse_scontrol(said) if said else parse_sacct(_ask(_sacct(job_id)))
 
 
+def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
+    """Return the states of several jobs, from one question to slurmctld and one to accounting."""
+    lines = _ask(["scontrol", "--oneliner", "show", "job"]).splitlines()
+    by_id = {dict(_FIELD.findall(line)).get("JobId"): line for line in lines}
+    forgotten = [job_id for job_id in job_ids if job_id not in by_id]
+    told = _ask(_sacct(",".join(forgotten))).splitlines() if forgotten else []
+    states = {}
+    for job_id in job_ids:
+        own = [line for line in told if re.match(rf"{job_id}[+|]", line)]
+        known = by_id.get(job_id)
+        states[job_id] = parse_sacct("\n".join(own)) if known is None else parse_scontrol(known)
+    return states
+
+
 def parse_scontrol(said: str) -> JobState:
     """Return what ``scontrol --oneliner show job`` says in its first line."""
     lines = said.splitlines()
@@ -97,15 +117,16 @@ def parse_scontrol(said: str) -> JobState:
 
 
 def parse_sacct(said: str) -> JobState:
-    """Return what ``sacct`` says of the last start of a job."""
-    lines = [line for line in said.splitlines() if line.count("|") == 2]
-    if not lines:
+    """Return what ``sacct`` says of a job's last start, and of its first component."""
+    lines = [line.split("|") for line in said.splitlines() if line.count("|") == 3]
+    starts = [fields for number, *fields in lines if number.partition("+")[2] in ("", "0")]
+    if not starts:
         return JobState(state=_UNKNOWN)
-    state, code, nodes = lines[-1].split("|")
+    state, code, nodes = starts[-1]
     return JobState(
         state=state.split()[0],
         exit_code=_exit_code(code),
-        num_restarts=len(lines) - 1,
+        num_restarts=len(starts) - 1,
         nodes=_unless_empty(nodes),
     )
 
@@ -133,11 +154,11 @@ def cancel_job(job_id: str) -> None:
         raise SlurmError(f"scancel {job_id}: {done.stderr.strip()}")
 
 
-def _sacct(job_id: str) -> list[str]:
+def _sacct(job_ids: str) -> list[str]:
     """Return the command that asks accounting; with --duplicates for the starts before the last."""
     return [
         *("sacct", "--allocations", "--noheader", "--parsable2", "--duplicates"),
-        *("--jobs", job_id.split("+")[0], "--format=State,ExitCode,NodeList"),
+        *("--jobs", job_ids, "--format=JobID,State,ExitCode,NodeList"),
     ]
 
 

@@ -116,11 +116,21 @@ def submit(site: SiteConfig, jobs: Sequence[JobFolder]) -> None:
     try:
         _run_nemo(python, jobs)
     except BaseException:
-        for job in jobs:
-            if job.job_id is not None:
-                logger.error("job %s (%s) is cancelled again", job.job_id, job.path.name)
-                cancel_job(job.job_id)
+        _take_back(jobs)
         raise
+
+
+def _take_back(jobs: Sequence[JobFolder]) -> None:
+    """Cancel what was submitted; of one that Slurm does not cancel say so, and go on."""
+    for job in jobs:
+        if job.job_id is None:
+            continue
+        try:
+            cancel_job(job.job_id)
+        except SlurmError as error:
+            logger.error("job %s (%s) is still submitted: %s", job.job_id, job.path.name, error)
+        else:
+            logger.error("job %s (%s) is cancelled again", job.job_id, job.path.name)
 
 
 def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
@@ -148,9 +158,10 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
                 continue
             answer = json.loads(line.removeprefix(_ANSWER))
             job = by_file.pop(answer["file"])
-            shutil.copyfile(answer["script"], job.script)
             if answer["job_id"] is not None:
                 job.write_submitted(answer["job_id"])
+            shutil.copyfile(answer["script"], job.script)
+            if job.job_id is not None:
                 logger.info("job %s is submitted; its folder is %s", job.job_id, job.path)
             (job.path / "nemo.log").write_text("".join(said))
             said.clear()
@@ -158,10 +169,25 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
         failed = next(iter(by_file.values()))
         log = failed.path / "nemo.log"
         log.write_text("".join(said))
+        number = _unanswered(jobs)
+        if number is not None:
+            failed.write_submitted(number)
         raise SlurmError(
             f"the submission of {failed.path.name} failed: {_cause(''.join(said))}\n"
             f"All that NeMo-Run said is in {log}"
         )
+
+
+def _unanswered(jobs: Sequence[JobFolder]) -> str | None:
+    """Return the job that NeMo-Run has submitted, before it failed; None if there is none.
+
+    It keeps numbers in the home that it was imported with, one line each: ``7 = ...``.
+    """
+    kept = jobs[0].home / ".slurm_jobs"
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    numbers = [line.partition(" =")[0].partition(";")[0] for line in lines]
+    known = {job.job_id for job in jobs}
+    return next((number for number in numbers if number.isdigit() and number not in known), None)
 
 
 def job_environment(environment: Mapping[str, str]) -> dict[str, str]:

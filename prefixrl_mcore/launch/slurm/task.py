@@ -29,13 +29,9 @@ def main() -> int:
     folder, role = JobFolder(Path(sys.argv[1])), sys.argv[2]
     if role not in _ROLES:
         raise ConfigError(f"role {role}: expected one of {', '.join(_ROLES)}")
-    task, exit_code = folder.read_task(), 1
-    end_with_a_later_start(folder, start_number(os.environ))
-    if (role, os.environ["SLURM_PROCID"]) == (TRAINER, "0"):
-        folder.write_begin(start_number(os.environ))
-    os.chdir(task.working_directory)
+    exit_code = 1
     try:
-        exit_code = _ROLES[role](folder, task)
+        exit_code = _run(folder, role)
     except SystemExit as end:
         exit_code = end.code if isinstance(end.code, int) else 1
         raise
@@ -48,6 +44,26 @@ def main() -> int:
         )
         folder.write_end(start_number(os.environ), end)
     return exit_code
+
+
+def _run(folder: JobFolder, role: str) -> int:
+    """Run one task where the run was launched.
+
+    Raises:
+        ConfigError: if this node does not see the job's folder, or the launcher's.
+    """
+    task = folder.read_task()
+    end_with_a_later_start(folder, start_number(os.environ))
+    if (role, os.environ["SLURM_PROCID"]) == (TRAINER, "0"):
+        folder.write_begin(start_number(os.environ))
+    try:
+        os.chdir(task.working_directory)
+    except OSError as error:
+        raise ConfigError(
+            f"{task.working_directory}: {socket.gethostname()} cannot enter it ({error.strerror}); "
+            "launch from a folder that all nodes see under the same path, or mount it"
+        ) from None
+    return _ROLES[role](folder, task)
 
 
 def _train(folder: JobFolder, task: TaskFile) -> int:

@@ -6,11 +6,14 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.launch.slurm import jobs as jobs_module
+from prefixrl_mcore.launch.slurm.end_report import report_end
 from prefixrl_mcore.launch.slurm.follow import LogReader, follow
 from prefixrl_mcore.launch.slurm.job_folder import (
     JobFolder,
@@ -19,6 +22,7 @@ from prefixrl_mcore.launch.slurm.job_folder import (
     find_job,
     find_jobs,
 )
+from prefixrl_mcore.launch.slurm.jobs import list_jobs, show_logs, show_status
 from prefixrl_mcore.launch.slurm.states import JobState
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.observability.stall_report import Beat
@@ -26,8 +30,22 @@ from prefixrl_mcore.observability.stall_report import Beat
 
 def _job(tmp_path: Path) -> JobFolder:
     job = JobFolder.make(tmp_path, "job")
+    _write(job, "trainer", tmp_path / "work")
     job.write_submitted("7")
     return job
+
+
+def _write(job: JobFolder, role: str, work: Path) -> None:
+    """Write a job's file: of a first step of ``role``, launched from ``work``."""
+    task = TaskFile(
+        config="c",
+        run_folder="run",
+        working_directory=str(work),
+        is_resumed=False,
+        num_servers=0,
+        gpus_per_server=0,
+    )
+    job.write(task, {"tasks": [{"role": role}]})
 
 
 def _follow(job: JobFolder, *states: JobState) -> tuple[int, str]:
@@ -58,7 +76,7 @@ def test_a_job_that_passes_through_an_ended_state_into_the_queue_is_followed_on(
 def test_slurm_may_be_silent_for_a_while(tmp_path: Path) -> None:
     silent = JobState(state="UNKNOWN")
     assert _follow(_job(tmp_path), RUNNING, *[silent] * 200, FAILED, FAILED)[0] == 3
-    assert _follow(_job(tmp_path), RUNNING, *[silent] * 201)[0] == 1
+    assert _follow(_job(tmp_path), RUNNING, *[silent] * 201)[0] == 69
 
 
 def test_the_task_that_failed_first_is_shown_with_its_last_lines(
@@ -77,7 +95,7 @@ def test_the_task_that_failed_first_is_shown_with_its_last_lines(
     (job.starts()[1] / "trainer-2.log").write_text(lines)
     job.batch_log.write_text("hello\nsrun: error: node-9: task 9: Out Of Memory\n")
     assert _follow(job, FAILED, FAILED)[0] == 3
-    assert "trainer-2 on node-2 failed first, exit code 3:\nline 11\n" in caplog.text
+    assert "trainer-2 on node-2 was the first to report, exit code 3:\nline 11\n" in caplog.text
     assert "line 30" in caplog.text
     assert "line 10\n" not in caplog.text
     assert "errors:\nsrun: error: node-9: task 9: Out Of Memory\n" in caplog.text
@@ -96,15 +114,6 @@ def test_a_failure_names_the_phase_the_ranks_without_a_word_and_the_watchdogs_re
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job, beats = _job(tmp_path), tmp_path / "work" / "run" / "heartbeats"
-    task = TaskFile(
-        config="c",
-        run_folder="run",
-        working_directory=str(tmp_path / "work"),
-        is_resumed=False,
-        num_servers=0,
-        gpus_per_server=0,
-    )
-    job.write(task, {})
     beats.mkdir(parents=True)
     (beats / "stall-00001.txt").write_text("of an earlier start")
     os.utime(beats / "stall-00001.txt", (1.0, 1.0))
@@ -119,9 +128,12 @@ def test_a_failure_names_the_phase_the_ranks_without_a_word_and_the_watchdogs_re
     assert _follow(job, FAILED, FAILED)[0] == 3
     said = caplog.text
     seen = "last seen in phase phase-{} of step 3"
-    assert f"trainer-0 on node-0 failed first, exit code 1, {seen.format(0)}:\n" in said
-    assert f"trainer-1 on node-1 was killed, or its node is lost, {seen.format(1)}\n" in said
-    assert "trainer-2 was killed, or its node is lost\n" in said  # its heartbeat is an hour old
+    assert f"trainer-0 on node-0 was the first to report, exit code 1, {seen.format(0)}:\n" in said
+    first = f"trainer-1 on node-1 was killed, or its node is lost, {seen.format(1)}:\nof 1\n"
+    assert said.index(first) < said.index("trainer-0 on node-0")  # it cannot say so itself
+    assert (
+        "trainer-2 was killed, or its node is lost:\nof 2\n" in said
+    )  # its heartbeat is an hour old
     assert f"their stacks, and who was late: {beats / 'stall-00002.txt'}" in said
     assert "stall-00001" not in said
 
@@ -161,7 +173,7 @@ def test_what_is_added_to_the_logs_is_written_once_and_in_order_of_the_starts(
     for start in (2, 10):
         (job.logs / f"start-{start}").mkdir()
         (job.logs / f"start-{start}" / "trainer-0.log").write_text(f"start {start}\n")
-    reader, out = LogReader(job), io.StringIO()
+    reader, out = LogReader(job, "trainer-0"), io.StringIO()
     reader.write_new(out)
     job.batch_log.write_text("batch\n")
     with (job.logs / "start-10" / "trainer-0.log").open("a") as log:
@@ -169,6 +181,164 @@ def test_what_is_added_to_the_logs_is_written_once_and_in_order_of_the_starts(
     reader.write_new(out)
     reader.write_new(out)
     assert out.getvalue() == "start 2\nstart 10\nbatch\nmore\n"
+
+
+def _begin(job: JobFolder, num_tasks: int) -> None:
+    """Let the tasks of a start begin, with a line of each in its log."""
+    job.write_begin(0)
+    for rank in range(num_tasks):
+        (job.starts()[0] / f"trainer-{rank}.log").write_text(f"of {rank}")
+
+
+def _end(job: JobFolder, rank: int, exit_code: int) -> None:
+    end = TaskEnd(task=f"trainer-{rank}", node="n", exit_code=exit_code, unix_seconds=1.0)
+    job.write_end(0, end)
+
+
+def test_what_a_shared_file_system_shows_late_is_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, waits = _job(tmp_path), list[float]()
+    _begin(job, 2)
+    _end(job, 0, 1)
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 5:
+            _end(job, 1, 3)
+
+    report_end(job, "7", JobState(state="CANCELLED"), sleep=sleep)
+    assert waits == []  # Slurm kills those that do not end
+    assert "trainer-1 was killed, or its node is lost\n" in caplog.text  # no cause: without lines
+    caplog.clear()
+    report_end(job, "7", FAILED, sleep=sleep)
+    assert sum(waits) == 10
+    assert "was killed" not in caplog.text
+
+
+def test_a_task_that_says_nothing_is_waited_for_a_minute_unless_srun_says_that_it_was_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, waits = _job(tmp_path), list[float]()
+    _begin(job, 4)
+    _end(job, 0, 1)
+    job.batch_log.write_text("srun: error: n1: tasks 1-3: Exited with exit code 9\n")
+    report_end(job, "7", FAILED, sleep=waits.append)
+    assert sum(waits) == 60
+    waits.clear()
+    long_ago = time.time() - 90
+    os.utime(job.batch_log, (long_ago, long_ago))
+    report_end(job, "7", FAILED, sleep=waits.append)
+    assert waits == []
+    job.batch_log.write_text(
+        "srun: error: n1: tasks 1,3: Killed\nsrun: error: n2: task 2: Killed\n"
+    )
+    report_end(job, "7", FAILED, sleep=waits.append)
+    assert waits == []
+
+
+def test_a_task_that_srun_ended_behind_the_others_is_not_the_cause(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = _job(tmp_path)
+    _begin(job, 3)
+    _end(job, 0, 1)
+    job.batch_log.write_text(
+        "srun: error: n2: task 2: Out Of Memory\nsrun: First task exited 120s ago\n"
+        "srun: error: n1: task 1: Killed\n"
+    )
+    report_end(job, "7", FAILED, sleep=lambda _: None)
+    order = ["trainer-2 was killed", "trainer-0 on n was the first to report", "trainer-1 was kil"]
+    places = [caplog.text.index(words) for words in order]
+    assert places == sorted(places)
+    assert "trainer-1 was killed, or its node is lost:" not in caplog.text  # without its lines
+    assert "trainer-2 was killed, or its node is lost:\nof 2\n" in caplog.text
+
+
+def test_a_rank_that_its_watchdog_ended_was_not_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, waits = _job(tmp_path), list[float]()
+    _begin(job, 2)
+    job.batch_log.write_text(
+        "srun: error: n1: task 0: Exited with exit code 76\nsrun: First task exited 120s ago\n"
+        "srun: error: n1: task 1: Killed\n"
+    )
+    report_end(job, "7", JobState(state="FAILED", exit_code=76), sleep=waits.append)
+    assert waits == []
+    assert "trainer-0 ended because ranks hung:\nof 0\n" in caplog.text
+    assert "trainer-1 was killed, or its node is lost\n" in caplog.text
+
+
+def test_a_letter_that_is_written_in_parts_is_shown_whole(tmp_path: Path) -> None:
+    job, out = _job(tmp_path), io.StringIO()
+    reader = LogReader(job, "trainer-0")
+    for part in ("\N{SNOWMAN}".encode()[:2], "\N{SNOWMAN}!".encode()[2:]):
+        with job.batch_log.open("ab") as log:
+            log.write(part)
+        reader.write_new(out)
+    assert out.getvalue() == "\N{SNOWMAN}!"
+
+
+@pytest.mark.parametrize(
+    ("task", "start", "shown"),
+    [
+        pytest.param(None, None, "batch eval-0.0 eval-0.1 ", id="first-task"),
+        pytest.param("eval-1", None, "batch eval-1.0 eval-1.1 ", id="task"),
+        pytest.param("eval-1", 1, "batch eval-1.1 ", id="start"),
+        pytest.param("batch", None, "batch ", id="batch"),
+    ],
+)
+def test_the_log_that_is_asked_for_is_followed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: str | None,
+    start: int | None,
+    shown: str,
+) -> None:
+    job = _job(tmp_path)
+    _write(job, "eval", tmp_path)
+    job.batch_log.write_text("batch ")
+    for number in (0, 1):
+        job.start_folder(number).mkdir()
+        for name in ("eval-0", "eval-1"):
+            (job.start_folder(number) / f"{name}.log").write_text(f"{name}.{number} ")
+    follow_done = partial(follow, ask=lambda _: JobState(state="COMPLETED"), sleep=lambda _: None)
+    monkeypatch.setattr(jobs_module, "follow", follow_done)
+    assert show_logs(tmp_path, "7", task=task, start=start, is_followed=True) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_the_status_of_a_job_that_slurm_has_forgotten_is_how_somebody_saw_it_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _job(tmp_path)
+    unknown = JobState(state="UNKNOWN")
+
+    def status(*states: JobState) -> int:
+        told = iter(states)
+        monkeypatch.setattr(jobs_module, "job_state", lambda _: next(told))
+        return show_status(tmp_path, "7", sleep=lambda _: None)
+
+    assert status(unknown) == 69
+    assert "UNKNOWN: Slurm does not answer, or has forgotten the job" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert status(RUNNING) == 0
+    assert status(FAILED, JobState(state="PENDING")) == 0  # on its way back into the queue
+    assert status(unknown) == 69
+    assert status(FAILED, FAILED) == 3
+    assert status(unknown) == 3
+    monkeypatch.setattr(jobs_module, "job_states", lambda ids: dict.fromkeys(ids, unknown))
+    list_jobs(tmp_path)
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_who_follows_a_job_keeps_how_it_ended(tmp_path: Path) -> None:
+    job = _job(tmp_path)
+    assert _follow(job, RUNNING, FAILED, FAILED)[0] == 3
+    assert job.final_state == FAILED
 
 
 def test_jobs_are_found_by_number_name_and_beginning(tmp_path: Path) -> None:

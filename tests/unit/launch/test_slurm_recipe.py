@@ -70,6 +70,8 @@ def test_a_job_that_slurm_forgets_does_not_keep_the_others_from_their_summary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     states = {"1": [JobState(state="UNKNOWN")], "2": [JobState(state="COMPLETED")]}
-    assert _follow(tmp_path, states) == 1
+    assert _follow(tmp_path, states) == 69
+    assert JobFolder(tmp_path / "1").final_state is None
+    assert JobFolder(tmp_path / "2").final_state == JobState(state="COMPLETED")
     summary = capsys.readouterr().out
     assert [summary.count(state) for state in ("UNKNOWN", "COMPLETED")] == [1, 1]

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from prefixrl_mcore.launch.slurm.rank_environment import (
     tasks_per_node,
 )
 from prefixrl_mcore.launch.slurm.rollout_task import RestartAllowance, own_gpus, server_launch
-from prefixrl_mcore.launch.slurm.states import SlurmError, parse_sacct, parse_scontrol
+from prefixrl_mcore.launch.slurm.states import SlurmError, job_states, parse_sacct, parse_scontrol
+from prefixrl_mcore.launch.slurm.task import main as task_main
 from prefixrl_mcore.launch.slurm.task import server_flags, train_arguments
 
 SLURM = {
@@ -121,14 +123,43 @@ def test_only_a_completed_job_gives_0(state: str, code: str, result: int) -> Non
     told = parse_scontrol(f"JobId=7 JobState={state} Reason=None ExitCode={code} NodeList=n1")
     assert told.has_ended
     assert told.result == result
-    assert parse_sacct(f"{state}|{code}|n1") == told
+    assert parse_sacct(f"7|{state}|{code}|n1") == told
 
 
 def test_accounting_tells_of_every_start() -> None:
-    state = parse_sacct("REQUEUED|0:0|n1\nCANCELLED by 0|0:15|n2")
+    state = parse_sacct("7|REQUEUED|0:0|n1\n7|CANCELLED by 0|0:15|n2")
     assert (state.state, state.num_restarts, state.nodes, state.result) == (
         "CANCELLED", 1, "n2", 143,
     )  # fmt: skip
+
+
+def test_accounting_tells_of_the_first_component_of_a_heterogeneous_job() -> None:
+    said = "7+0|REQUEUED|0:0|n1\n7+1|REQUEUED|0:0|n2\n7+0|FAILED|3:0|n1\n7+1|CANCELLED|0:0|n2"
+    state = parse_sacct(said)
+    assert (state.state, state.exit_code, state.nodes, state.num_restarts) == ("FAILED", 3, "n1", 1)
+    once = parse_sacct("7+0|COMPLETED|0:0|n1\n7+1|COMPLETED|0:0|n2")
+    assert (once.result, once.num_restarts) == (0, 0)
+
+
+def test_several_jobs_are_asked_for_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {
+        "scontrol": "JobId=7 HetJobId=7 JobState=RUNNING\nJobId=8 HetJobId=7 JobState=PENDING",
+        "sacct": "5|FAILED|3:0|n1\n51|COMPLETED|0:0|n1\n52+0|COMPLETED|0:0|n1",
+    }
+    for name, text in lines.items():
+        program = tmp_path / name
+        program.write_text(f'#!/bin/bash\necho "{name} $@" >>{tmp_path}/asked\necho "{text}"\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    states = job_states(["7", "5", "52", "9"])
+    assert {job: state.state for job, state in states.items()} == {
+        "7": "RUNNING", "5": "FAILED", "52": "COMPLETED", "9": "UNKNOWN",
+    }  # fmt: skip
+    first, second = (tmp_path / "asked").read_text().splitlines()
+    assert first == "scontrol --oneliner show job"
+    assert "--jobs 5,52,9 " in second
 
 
 def test_a_job_that_slurm_does_not_know_is_unknown() -> None:
@@ -145,6 +176,34 @@ def test_a_job_folder_that_nemo_run_would_break_is_refused(tmp_path: Path, name:
     with pytest.raises(ConfigError, match="--name 'nemo_run-1'"):
         JobFolder.make(tmp_path, "nemo_run-1")
     assert not (tmp_path / name).exists()
+
+
+def test_a_task_that_cannot_enter_the_launchers_folder_says_so_and_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = JobFolder.make(tmp_path, "job")
+    gone = tmp_path / "gone"
+    job.write(replace(_task_with_servers(0), working_directory=str(gone)), {})
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["task", str(job.path), "report"])
+    with pytest.raises(ConfigError, match=f"{gone}: .* cannot enter it .No such file"):
+        task_main()
+    end = job.read_end(0, "report-9")
+    assert end is not None
+    assert end.exit_code == 1
+
+
+def test_a_task_without_its_file_says_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = JobFolder.make(tmp_path, "job")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["task", str(job.path), "trainer"])
+    with pytest.raises(ConfigError, match=f"{job.file}: does not exist"):
+        task_main()
+    assert job.read_end(0, "trainer-9") is not None
 
 
 def _task_with_servers(number: int) -> TaskFile:

@@ -72,6 +72,10 @@ def test_a_job_that_waits_says_for_what() -> None:
     )
     limit = JobState(state="PENDING", reason="QOSMaxNodePerUserLimit")
     assert in_words(limit) == "PENDING (QOSMaxNodePerUserLimit): a limit of its QOS is reached"
+    held = ("JobHeldAdmin", "JobHeldUser", "launch_failed_requeued_held")
+    assert ["scontrol release" in in_words(JobState(state="PENDING", reason=r)) for r in held] == [
+        True
+    ] * 3
     assert in_words(JobState(state="PENDING", reason="Prolog")) == "PENDING (Prolog)"
     running = JobState(state="RUNNING", nodes="n1", excluded="n2")
     assert in_words(running) == "RUNNING on n1"

@@ -232,7 +232,8 @@ def run_demo(folder: Path, *, folder_of_configs: Path, fresh: bool, engine: str 
     for line in fallback_lines(runs):
         console.print(line, style="yellow", markup=False, highlight=False)
     console.print(f"\ndone in {clock(time.time() - start)}", highlight=False)
-    Console().print(f"summary: {summary.resolve()}\nreport:  {report.resolve()}", highlight=False)
+    paths = f"summary: {summary.resolve()}\nreport:  {report.resolve()}"
+    Console().print(paths, highlight=False, soft_wrap=True)  # a path is to be copied
     return 0
 
 

@@ -27,7 +27,7 @@ def train(session: Session, stop: StopSignal) -> None:
         return
     stop.begin_steps()
     session.begin_steps()
-    for step in range(session.first_step, session.config.trainer.num_steps):
+    for step in range(session.num_steps_done, session.config.trainer.num_steps):
         with session.step(step):
             with session.saves.if_engine_is_lost(step):
                 session.sync_weights()
@@ -44,18 +44,18 @@ def has_steps_to_take(session: Session) -> bool:
 
     All ranks call this.
     """
-    first_step = session.first_step
+    done = session.num_steps_done
     if session.owes_evaluation:
-        is_last = session.is_last(first_step)
-        session.evaluate(first_step)
+        is_last = session.is_last(done)
+        session.evaluate(done)
         if is_last or session.config.checkpoint.keep_best is not None:
             # Saved without its metrics, it was never the best, and would be evaluated once more.
-            session.saves.checkpoint(first_step, is_last=is_last, is_due=True)
+            session.saves.checkpoint(done, is_last=is_last, is_due=True)
     if not session.is_over_budget():
         return True
     if not session.saves.has_any():
-        session.saves.checkpoint(first_step, is_last=True)
-    logger.info("no step to take: %d done, trainer.max_flops is spent", first_step)
+        session.saves.checkpoint(done, is_last=True)
+    logger.info("no step to take: %d done, trainer.max_flops is spent", done)
     return False
 
 
@@ -90,7 +90,7 @@ def saved_if_interrupted(session: Session, stop: StopSignal) -> Iterator[None]:
     try:
         yield
     except SamplingInterrupted as interruption:
-        done = session.policy.policy_version
+        done = session.num_steps_done
         is_stopping = stop.is_set(session.saves.saver.seconds_to_stop)
         assert is_stopping, "only a stop interrupts"
         logger.warning("%s; saving the state after %d steps", interruption, done)

@@ -44,12 +44,13 @@ def build_engine(
 
     Raises:
         ValueError: if the folder is not a model's; if trainer and servers need more GPUs than
-            there are, which no other engine would mend.
+            there are; if there are fewer servers than ``min_servers``.
         EngineError: if SGLang was asked for by name and cannot be had.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     fallback_reason: str | None = None
     if config.engine != "transformers":
+        config.sglang.check_min_servers(config.sglang.num_members)
         try:
             engine: RolloutEngine = SGLangEngine(
                 model_folder,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig, TransformersConfig
 from prefixrl_mcore.rollout.build import build_engine
@@ -52,6 +53,13 @@ def test_server_that_does_not_start_is_replaced_too(
 
     assert isinstance(engine, TransformersEngine)
     assert "broken environment" in caplog.text
+
+
+def test_fewer_servers_than_are_needed_are_refused_before_one_is_started(tmp_path: Path) -> None:
+    config = RolloutConfig(sglang=SGLangConfig(python=MISSING.python, num_servers=2, min_servers=3))
+    with pytest.raises(ConfigError, match="got 3 > 2"):
+        build_engine(config, tmp_path, logits_dtype="float32", logs_folder=tmp_path, device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_sglang_asked_for_by_name_is_not_replaced(tmp_path: Path) -> None:

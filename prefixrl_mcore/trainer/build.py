@@ -25,6 +25,7 @@ from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.policy.topology import Topology, num_local_ranks, run_on_first
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
+from prefixrl_mcore.rollout.sglang.environment import has_interpreter
 from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.generation import Generator
 from prefixrl_mcore.trainer.memory import give_back_cached_memory
@@ -164,21 +165,23 @@ def _retention(config: CheckpointConfig) -> Retention:
 def _check_servers(rollout: RolloutConfig, topology: Topology) -> None:
     """Refuse servers that are too few, or that rank 0's machine has no GPUs for.
 
-    All ranks call this.
+    All ranks call this. Where another engine takes the place of SGLang, no server needs a GPU.
 
     Raises:
         ConfigError: on every rank.
     """
     if rollout.engine != "transformers":
         rollout.sglang.check_min_servers(rollout.sglang.num_members)
-    if topology.device.type == "cuda":
-        run_on_first(
-            lambda: check_server_gpus(
-                rollout,
-                num_trainer_ranks=num_local_ranks(),
-                num_gpus=torch.cuda.device_count(),
-            )
+
+    def check() -> None:
+        if rollout.engine is None and not has_interpreter(rollout.sglang.python):
+            return
+        check_server_gpus(
+            rollout, num_trainer_ranks=num_local_ranks(), num_gpus=torch.cuda.device_count()
         )
+
+    if topology.device.type == "cuda":
+        run_on_first(check)
 
 
 def _digest_inputs(config: RunConfig, renderer: PromptRenderer) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """What a start refuses before it loads anything."""
 
+import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,3 +53,14 @@ def test_too_few_servers_are_refused_before_anything_is_loaded(
 ) -> None:
     with refusal:
         built_on("cpu", RolloutConfig(engine=engine, sglang=SGLangConfig(min_servers=2)))
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_one_gpu_for_trainer_and_server_is_refused_only_where_a_server_would_start() -> None:
+    both = r"= 2 GPUs.*has 1; set rollout.colocated = true .* or rollout.engine = \"transformers\""
+    there, missing = SGLangConfig(python=Path(sys.executable)), SGLangConfig(python=Path("nowhere"))
+    for rollout in (RolloutConfig(sglang=there), RolloutConfig(engine="sglang", sglang=missing)):
+        with pytest.raises(ConfigError, match=both):
+            built_on("cuda", rollout)
+    built_on("cuda", RolloutConfig(sglang=missing))
+    built_on("cuda", RolloutConfig(sglang=there, colocated=True))

@@ -82,7 +82,8 @@ def saved_if_interrupted(session: Session, stop: StopSignal) -> Iterator[None]:
     """Save the last whole step, and go on, if a stop interrupts the sampling inside.
 
     All ranks call this. Source and carried rollouts are as they were, so that the resumed run
-    samples again what was interrupted, with the same seeds.
+    samples again what was interrupted, with the same seeds, and from the weights that are saved:
+    beside an update older ones had been sampling.
 
     Raises:
         SaveError: if the storage refuses.

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from prefixrl_mcore.config.base import Config
+from prefixrl_mcore.config.base import Config, ConfigError
 
 _NO_KEY_THERE = "set PREFIXRL_SGLANG_API_KEY or rollout.sglang.api_key_file: arguments are public"
 _NO_GUARD_THERE = "its port would not ask for the API key"
@@ -111,7 +111,8 @@ class SGLangConfig(Config):
 
     min_servers: int = Field(default=1, ge=1)
     """The run stops when so few servers are left that it is below this: those that are dead and
-    have used up ``max_restarts`` do not count. 1 goes on, slower, as long as there is one."""
+    have used up ``max_restarts`` do not count. 1 goes on, slower, as long as there is one. Of all
+    servers of a run, those that a Slurm job starts on other nodes too."""
 
     max_restarts: int = Field(default=3, ge=0)
     """Times that one dead server is started again (or waited for, if it runs elsewhere) within
@@ -201,17 +202,27 @@ class SGLangConfig(Config):
                 "rollout.sglang.router_url needs rollout.sglang.urls, the servers behind the "
                 "router: weights and aborts are sent to each of them; got none"
             )
-        if self.min_servers > self.num_members:
-            raise ValueError(
-                "rollout.sglang.min_servers must not exceed the number of servers, got "
-                f"{self.min_servers} > {self.num_members}"
-            )
+        if self.urls:  # of the others a job may start more than one machine does
+            self.check_min_servers(len(self.urls))
         return self
 
     @property
     def num_members(self) -> int:
         """Servers in all, whoever started them."""
         return len(self.urls) or self.num_servers
+
+    def check_min_servers(self, num_servers: int) -> None:
+        """Refuse a ``min_servers`` that so many servers never reach.
+
+        Raises:
+            ConfigError: with both numbers.
+        """
+        if self.min_servers > num_servers:
+            raise ConfigError(
+                "rollout.sglang.min_servers must not exceed the number of servers, got "
+                f"{self.min_servers} > {num_servers}; lower it, or have more servers (num_servers, "
+                "or nodes with servers of their own)"
+            )
 
     @model_validator(mode="after")
     def _what_has_a_setting_is_not_an_extra_argument(self) -> "SGLangConfig":

@@ -1,7 +1,8 @@
 """Which GPUs of a machine the servers get that are started there, beside the trainer's ranks.
 
 Starting, ``prefixrl check`` and ``prefixrl launch`` all call what is here, so that they refuse the
-same configs; nothing here imports torch.
+same configs; nothing here imports torch. Only a start can see whether SGLang is there: with
+``rollout.engine`` left out the others take it to be.
 """
 
 from prefixrl_mcore.config.base import ConfigError
@@ -52,7 +53,10 @@ def server_gpus(
         needs, remedy = f"{number} servers x TP {size}", ""
         if first:
             needs = f"{first} trainer ranks + {needs}"
-            remedy = "set rollout.colocated = true (both take turns on the same GPUs), "
+            remedy = (
+                "set rollout.colocated = true (both take turns on the same GPUs) or "
+                'rollout.engine = "transformers" (which samples on rank 0\'s, slowly), '
+            )
         raise ConfigError(
             f"rollout.sglang: {needs} = {wanted} GPUs, but the node of rank 0, which starts the "
             f"servers, has {num_gpus}; {remedy}lower num_servers or tensor_parallel_size, or put "

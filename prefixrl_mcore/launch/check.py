@@ -75,6 +75,7 @@ def print_check(
     config = with_servers_of_all_nodes(config, machine)
     machine = with_sampling(config, shape, work, machine)
     if num_gpus == layout_ranks:
+        _check_min_servers(config, machine)
         _print_config(config, shape, console)
         _print_plan(config, shape, work, machine, console)
     else:
@@ -166,6 +167,21 @@ def _check_server_gpus(config: RunConfig, machine: Machine) -> None:
     if machine.rollout_gpus is None:
         num_ranks = min(config.policy.parallel.world_size, per_node)
         check_server_gpus(config.rollout, num_trainer_ranks=num_ranks, num_gpus=per_node)
+
+
+def _check_min_servers(config: RunConfig, machine: Machine) -> None:
+    """Refuse fewer servers, of all nodes, than ``min_servers``.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    servers = config.rollout.sglang
+    if config.rollout.engine == "transformers":
+        return
+    gpus = machine.own_gpus(config.rollout)
+    servers.check_min_servers(
+        servers.num_members if gpus is None else gpus // servers.tensor_parallel_size
+    )
 
 
 def predict_rank_bytes(config: RunConfig) -> float:

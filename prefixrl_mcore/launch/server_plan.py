@@ -190,7 +190,7 @@ def _phase_table(shared: SharedGpu, stage: StageMemory) -> Table:
 def _stages(config: RunConfig) -> range:
     """Return the pipeline stages whose GPUs have a server."""
     servers = config.rollout.sglang
-    return shared_stages(config.policy, servers.num_servers * servers.tensor_parallel_size)
+    return shared_stages(config.policy, servers.num_members * servers.tensor_parallel_size)
 
 
 def _server(config: RunConfig, shape: ModelShape, machine: Machine, taken: float) -> ServerMemory:

@@ -1,7 +1,7 @@
 """Metrics: one JSON line per step and kind always, W&B and TensorBoard where configured.
 
-``step`` counts optimizer steps. A ``train`` line of step ``s`` describes the update that made
-policy version ``s + 1``; an ``eval`` or ``outside`` line of step ``s`` policy version ``s``. A
+``step`` counts the steps of the run, those without signal too. A ``train`` line of step ``s``
+describes step ``s``; an ``eval`` or ``outside`` line of step ``s`` the policy after ``s`` steps. A
 resumed run drops the lines that lie beyond its checkpoint, so that each step stands once.
 """
 

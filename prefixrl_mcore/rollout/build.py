@@ -12,6 +12,7 @@ from prefixrl_mcore.observability.run_folder import ENGINE_FILE
 from prefixrl_mcore.rollout.engine import EngineError, RolloutEngine
 from prefixrl_mcore.rollout.interruption import IsInterrupted, never_interrupted
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from prefixrl_mcore.rollout.sglang.environment import find_interpreter
 from prefixrl_mcore.rollout.transformers_engine import TransformersEngine
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,9 @@ def build_engine(
     """Return the engine that ``config.engine`` names, serving a Hugging Face folder.
 
     With ``engine = None`` SGLang is tried first; where its environment is missing or its server
-    does not start, the transformers engine takes its place, and one warning says why.
+    does not start, the transformers engine takes its place, and one warning says why. Too few GPUs
+    are refused all the same where SGLang is there: whether servers then take turns with the trainer
+    (``rollout.colocated``) or the transformers engine samples is to be chosen.
 
     Args:
         config: the run's rollout section.
@@ -44,13 +47,16 @@ def build_engine(
 
     Raises:
         ValueError: if the folder is not a model's; if trainer and servers need more GPUs than
-            there are, which no other engine would mend.
+            there are, with SGLang there; if there are fewer servers than ``min_servers``.
         EngineError: if SGLang was asked for by name and cannot be had.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     fallback_reason: str | None = None
     if config.engine != "transformers":
+        config.sglang.check_min_servers(config.sglang.num_members)
         try:
+            if not config.sglang.urls:  # before GPUs are counted, which no fallback needs
+                find_interpreter(config.sglang.python)
             engine: RolloutEngine = SGLangEngine(
                 model_folder,
                 config.sglang,

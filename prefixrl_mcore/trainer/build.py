@@ -11,6 +11,7 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
 from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.rollout import RolloutConfig
 from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
 from prefixrl_mcore.config.server_gpus import check_server_gpus
 from prefixrl_mcore.data.prefixes import read_prefixes
@@ -24,6 +25,7 @@ from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy.serving import CollectiveServices
 from prefixrl_mcore.policy.topology import Topology, num_local_ranks, run_on_first
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
+from prefixrl_mcore.rollout.sglang.environment import has_interpreter
 from prefixrl_mcore.trainer.agreement import GapAlarm
 from prefixrl_mcore.trainer.generation import Generator
 from prefixrl_mcore.trainer.memory import give_back_cached_memory
@@ -53,16 +55,9 @@ def build_session(
 
     Raises:
         ConfigError: on every rank and before anything is loaded, if trainer and servers need more
-            GPUs than rank 0's machine has.
+            GPUs than rank 0's machine has, or there are fewer servers than ``min_servers``.
     """
-    if topology.device.type == "cuda":
-        run_on_first(
-            lambda: check_server_gpus(
-                config.rollout,
-                num_trainer_ranks=num_local_ranks(),
-                num_gpus=torch.cuda.device_count(),
-            )
-        )
+    _check_servers(config.rollout, topology)
     renderer = PromptRenderer(config.model.path, config.data.prompt)
     sets = read_evaluation_sets(config)
     originals = original_problems(renderer.render(problem) for problem in sets["train"])
@@ -165,6 +160,28 @@ def _retention(config: CheckpointConfig) -> Retention:
         keep_every_steps=config.keep_every_steps,
         keep_best=None if best is None else KeepBest(**best.model_dump()),
     )
+
+
+def _check_servers(rollout: RolloutConfig, topology: Topology) -> None:
+    """Refuse servers that are too few, or that rank 0's machine has no GPUs for.
+
+    All ranks call this. Where another engine takes the place of SGLang, no server needs a GPU.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    if rollout.engine != "transformers":
+        rollout.sglang.check_min_servers(rollout.sglang.num_members)
+
+    def check() -> None:
+        if rollout.engine is None and not has_interpreter(rollout.sglang.python):
+            return
+        check_server_gpus(
+            rollout, num_trainer_ranks=num_local_ranks(), num_gpus=torch.cuda.device_count()
+        )
+
+    if topology.device.type == "cuda":
+        run_on_first(check)
 
 
 def _digest_inputs(config: RunConfig, renderer: PromptRenderer) -> dict[str, str]:

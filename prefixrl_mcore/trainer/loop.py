@@ -27,7 +27,7 @@ def train(session: Session, stop: StopSignal) -> None:
         return
     stop.begin_steps()
     session.begin_steps()
-    for step in range(session.first_step, session.config.trainer.num_steps):
+    for step in range(session.num_steps_done, session.config.trainer.num_steps):
         with session.step(step):
             with session.saves.if_engine_is_lost(step):
                 session.sync_weights()
@@ -44,18 +44,18 @@ def has_steps_to_take(session: Session) -> bool:
 
     All ranks call this.
     """
-    first_step = session.first_step
+    done = session.num_steps_done
     if session.owes_evaluation:
-        is_last = session.is_last(first_step)
-        session.evaluate(first_step)
+        is_last = session.is_last(done)
+        session.evaluate(done)
         if is_last or session.config.checkpoint.keep_best is not None:
             # Saved without its metrics, it was never the best, and would be evaluated once more.
-            session.saves.checkpoint(first_step, is_last=is_last, is_due=True)
+            session.saves.checkpoint(done, is_last=is_last, is_due=True)
     if not session.is_over_budget():
         return True
     if not session.saves.has_any():
-        session.saves.checkpoint(first_step, is_last=True)
-    logger.info("no step to take: %d done, trainer.max_flops is spent", first_step)
+        session.saves.checkpoint(done, is_last=True)
+    logger.info("no step to take: %d done, trainer.max_flops is spent", done)
     return False
 
 
@@ -82,7 +82,8 @@ def saved_if_interrupted(session: Session, stop: StopSignal) -> Iterator[None]:
     """Save the last whole step, and go on, if a stop interrupts the sampling inside.
 
     All ranks call this. Source and carried rollouts are as they were, so that the resumed run
-    samples again what was interrupted, with the same seeds.
+    samples again what was interrupted, with the same seeds, and from the weights that are saved:
+    beside an update older ones had been sampling.
 
     Raises:
         SaveError: if the storage refuses.
@@ -90,7 +91,7 @@ def saved_if_interrupted(session: Session, stop: StopSignal) -> Iterator[None]:
     try:
         yield
     except SamplingInterrupted as interruption:
-        done = session.policy.policy_version
+        done = session.num_steps_done
         is_stopping = stop.is_set(session.saves.saver.seconds_to_stop)
         assert is_stopping, "only a stop interrupts"
         logger.warning("%s; saving the state after %d steps", interruption, done)

@@ -22,7 +22,7 @@ def train_overlapped(session: Session, stop: StopSignal) -> None:
     num_steps = session.config.trainer.num_steps
     stop.begin_steps()
     session.begin_steps()
-    for step in range(session.first_step, num_steps):
+    for step in range(session.num_steps_done, num_steps):
         with session.step(step):
             with session.saves.if_engine_is_lost(step):
                 if not session.supply.is_begun:

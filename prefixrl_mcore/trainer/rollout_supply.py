@@ -115,13 +115,17 @@ class RolloutSupply:
     def drain(self) -> None:
         """Wait for what is under way, if anything is; all ranks call this.
 
+        After an error nothing is begun, and source and carried groups are as before ``begin``. The
+        engine's weights need not be those of the policy any more, so that a resumed run samples the
+        same problems with the same seeds from newer weights.
+
         Raises:
             Exception: of the engine or the verifier, on every rank.
         """
         if self._pending_step is None:
             return
         self.on_wait("rollouts begun during the update")
-        self._pending_step = None  # also if it fails: the generator is then as it was before
+        self._pending_step = None  # also if it fails: the generator puts the problems back
         try:
             with self._phases.phase("rollout"), self._interruption_charged():
                 # Nothing can be asked for: the weights that it samples from are no more.

@@ -124,7 +124,7 @@ def _train(session: Session, stop: StopSignal, *, is_new: bool) -> None:
         if not stop.is_stopping():
             session.evaluate(0)
     if stop.is_stopping():
-        session.log_outside(session.first_step)
+        session.log_outside(session.num_steps_done)
         return
     loop = train_overlapped if config.rollout.schedule.overlap else train
     loop(session, stop)
@@ -208,7 +208,7 @@ def restore(session: Session, checkpoint: Path) -> None:
     if "rollouts" in state:  # a checkpoint of an earlier version has none
         session.supply.load_state(state["rollouts"])
     session.meter.load_state(state["flops"])
-    session.first_step = step
+    session.num_steps_done = step
     session.saves.saver.resume_from(step)
     session.saves.saver.longest_seconds = state.get(
         "save_seconds", 0.0
@@ -238,11 +238,11 @@ def _open_outputs(session: Session, *, is_continued: bool) -> None:
     """Open metrics and progress on rank 0, without what lies beyond the checkpoint."""
     if not session.topology.is_first:
         return
-    _drop_rollouts_beyond(session.folder, session.first_step)
+    _drop_rollouts_beyond(session.folder, session.num_steps_done)
     session.metrics = MetricsWriter(
         session.folder,
         session.config.metrics,
-        num_steps_done=session.first_step if is_continued else None,
+        num_steps_done=session.num_steps_done if is_continued else None,
     )
     session.stack.callback(session.metrics.close)
     session.progress = session.stack.enter_context(
@@ -252,7 +252,7 @@ def _open_outputs(session: Session, *, is_continued: bool) -> None:
             file=session.folder.progress_file,
         )
     )
-    session.progress.update(session.first_step)
+    session.progress.update(session.num_steps_done)
     session.supply.on_wait = lambda what: session.progress.update(waiting_for=what)
     session.saves.on_wait = session.supply.on_wait
     session.saves.wandb_id = session.metrics.wandb_id

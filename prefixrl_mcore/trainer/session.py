@@ -127,19 +127,20 @@ class Session:
     staleness: dict[str, float] = field(default_factory=dict)
     """Metrics of the staleness of the batch packed last."""
 
-    first_step: int = 0
-    """First RL step to run; above 0 after a resume."""
+    num_steps_done: int = 0
+    """Whole RL steps of the run, those of earlier starts and those without signal too. Not the
+    policy version, which counts supervised updates, and no step without signal."""
 
     owes_evaluation: bool = False
-    """The run that saved was told to stop before it evaluated ``first_step``."""
+    """The run that saved was told to stop before it evaluated what it resumes from."""
 
     engine_sleeps: bool = False
     """The engine has given its device memory back, and its weights with it; equal on all ranks."""
 
     def begin_steps(self) -> None:
         """Write the times so far, and count time and memory from here on."""
-        self.log_outside(self.first_step)
-        self.profiler.begin_steps(self.first_step)
+        self.log_outside(self.num_steps_done)
+        self.profiler.begin_steps(self.num_steps_done)
         self.phases.begin_steps()
         reset_peaks(self.topology.device)
 
@@ -147,7 +148,8 @@ class Session:
     def step(self, step: int) -> Iterator[None]:
         """Surround one step, from the weight sync to the metrics; all ranks call this.
 
-        A check that ends the run on every rank alike leaves no save under way.
+        Once whole, it is done. A check that ends the run on every rank alike leaves no save under
+        way.
         """
         self.phases.begin_step(step)
         with self.memory_explained(), self.profiler.step(step):
@@ -156,6 +158,7 @@ class Session:
             except (LogprobGapError, StalenessError):
                 self.saves.complete()
                 raise
+        self.num_steps_done = step + 1
 
     def sync_weights(self) -> None:
         """Bring the engine to the policy's version; all ranks call this (collective export)."""
@@ -332,13 +335,13 @@ class Session:
         )
 
     def log_outside(self, step: int) -> None:
-        """Write the times that no step's line has; ``step`` is the policy version."""
+        """Write the times that no step's line has; ``step`` is the number of steps done."""
         times = self.phases.take()
         if self.metrics is not None:
             self.metrics.write("outside", step, times)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate policy version ``step`` and write an ``eval`` line; all ranks call this."""
+        """Evaluate the policy after ``step`` steps, write an ``eval`` line; all ranks call this."""
         with self.memory_explained():
             self.supply.drain()
             self.sync_weights()
@@ -358,11 +361,11 @@ class Session:
         self.progress.update(train_accuracy=values["eval/train/accuracy"])
 
     def is_evaluation_due(self, step: int) -> bool:
-        """Return whether policy version ``step`` is one that is evaluated in training."""
+        """Return whether the policy after ``step`` steps is evaluated in training."""
         return step % self.config.evaluation.every_steps == 0
 
     def is_last(self, step: int) -> bool:
-        """Return whether policy version ``step`` is the run's last; equal on all ranks."""
+        """Return whether the run ends after ``step`` steps; equal on all ranks."""
         return step == self.config.trainer.num_steps or self.is_over_budget()
 
     def is_over_budget(self) -> bool:

@@ -83,7 +83,8 @@ def lay_out(
 
     Raises:
         ConfigError: if ranks do not fill whole nodes, the node of rank 0 has no GPUs for the
-            servers that it starts, or ``nodes`` is another number, with the arithmetic.
+            servers that it starts, there are fewer servers than ``min_servers``, or ``nodes`` is
+            another number, with the arithmetic.
     """
     if rollout_nodes is not None and rollout_nodes < 1:
         raise ConfigError(
@@ -113,6 +114,9 @@ def lay_out(
         servers_per_node=servers_per_node,
         rollout_gpus_per_node=rollout_gpus if servers_per_node else 0,
     )
+    if config.rollout.engine != "transformers":
+        servers, num_tasks = config.rollout.sglang, layout.server_nodes * layout.servers_per_node
+        servers.check_min_servers(num_tasks or servers.num_members)
     if nodes is not None and nodes != layout.num_nodes:
         raise ConfigError(
             f"--nodes {nodes} does not fit: {explain(config, site, layout)}; say --nodes "

@@ -97,7 +97,7 @@ def _stage(name: str, folder: JobFolder, task: TaskFile) -> int:
     # Here: it imports what only a stage needs.
     from prefixrl_mcore.cli import main as prefixrl
 
-    return prefixrl([name, task.run_folder if name == "report" else task.config])
+    return prefixrl(stage_arguments(name, task))
 
 
 _ROLES = {
@@ -152,6 +152,20 @@ def server_flags(
         *("--rollout.sglang.num-servers", "1"),  # the config's is of each node
         *("--rollout.sglang.max-restarts", str(waits)),
     ]
+
+
+def stage_arguments(name: str, task: TaskFile) -> list[str]:
+    """Return the command line of another stage of the recipe.
+
+    It starts the servers of one node; a ``min_servers`` above that is of the training job's.
+    """
+    if name == "report":
+        return [name, task.run_folder]
+    servers = load_config(RunConfig, Path(task.config), []).rollout.sglang
+    arguments = [name, task.config]
+    if servers.min_servers > servers.num_members:
+        arguments += ["--rollout.sglang.min-servers", str(servers.num_members)]
+    return arguments
 
 
 def train_arguments(task: TaskFile, environment: Mapping[str, str]) -> list[str]:

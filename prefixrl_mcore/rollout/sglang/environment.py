@@ -1,12 +1,36 @@
 """SGLang's own environments: what makes one, and what lies in one."""
 
+import os
 import subprocess
 from pathlib import Path
+
+from prefixrl_mcore.rollout.engine import EngineError
 
 ENVIRONMENT_FOLDER = Path(__file__).resolve().parent / "env"
 """The locks, and the script that installs one of them."""
 
 _ASK_SECONDS = 60.0
+
+
+def has_interpreter(python: Path) -> bool:
+    """Return whether an environment's interpreter is there."""
+    return os.access(python.absolute(), os.X_OK)
+
+
+def find_interpreter(python: Path) -> Path:
+    """Return an environment's interpreter as an absolute path.
+
+    Not resolved: it is a link, and finds its packages by the link.
+
+    Raises:
+        EngineError: if it is missing, with the remedy.
+    """
+    if not has_interpreter(python):
+        raise EngineError(
+            f"its interpreter {python.absolute()} does not exist; run `make setup-sglang`, or set "
+            "rollout.sglang.python to an environment that has SGLang"
+        )
+    return python.absolute()
 
 
 def installed_version(python: Path) -> str | None:

@@ -22,6 +22,7 @@ from prefixrl_mcore.rollout.sglang.api_key import (
     hand_over,
 )
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from prefixrl_mcore.rollout.sglang.environment import find_interpreter
 from prefixrl_mcore.rollout.sglang.faults import ServerFault
 from prefixrl_mcore.rollout.sglang.launch import (
     ServerLaunch,
@@ -116,13 +117,7 @@ class SGLangServer:
 
     @classmethod
     def _spawn(cls, launch: ServerLaunch, port: int, log_file: Path) -> "SGLangServer":
-        # Not resolved: an environment's interpreter is a link, and finds its packages by the link.
-        python = launch.config.python.absolute()
-        if not os.access(python, os.X_OK):
-            raise EngineError(
-                f"its interpreter {python} does not exist; run `make setup-sglang`, or set "
-                "rollout.sglang.python to an environment that has SGLang"
-            )
+        python = find_interpreter(launch.config.python)
         api_key = find_api_key(launch.config)
         command = [
             str(python),

@@ -18,6 +18,13 @@ def test_members_are_the_urls_or_the_child_processes() -> None:
     assert servers(urls=["http://a", "http://b"], min_servers=2).sglang.num_members == 2
 
 
+def test_more_servers_may_be_wanted_than_one_machine_starts() -> None:
+    config = servers(num_servers=2, min_servers=3).sglang
+    config.check_min_servers(3)
+    with pytest.raises(ConfigError, match="got 3 > 2; lower it, or have more servers"):
+        config.check_min_servers(2)
+
+
 def test_settings_that_an_earlier_version_wrote_are_read() -> None:
     assert servers(url=None) == servers()
 
@@ -31,7 +38,9 @@ def test_settings_that_an_earlier_version_wrote_are_read() -> None:
         ),
         pytest.param({"urls": ["http://a", "http://a"]}, "names a server twice", id="twice"),
         pytest.param({"router_url": "http://r"}, "the servers behind the router", id="router only"),
-        pytest.param({"num_servers": 2, "min_servers": 3}, "got 3 > 2", id="more than there are"),
+        pytest.param(
+            {"urls": ["http://a", "http://b"], "min_servers": 3}, "got 3 > 2", id="too few URLs"
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

@@ -506,3 +506,13 @@ def test_servers_of_several_nodes_are_on_all_of_them(
     printed = _printed(config.model_copy(update={"rollout": rollout}))
     assert f"{num_servers} server(s) on GPUs of the trainer" in printed
     assert f"sampling on {num_servers} GPU(s)" in printed
+
+
+def test_min_servers_counts_those_of_all_nodes_or_of_their_own(tmp_path: Path) -> None:
+    config = _config(tmp_path, {"data_parallel_size": 16})
+    sglang = config.rollout.sglang.model_copy(update={"min_servers": 17})
+    rollout = config.rollout.model_copy(update={"colocated": True, "sglang": sglang})
+    config = config.model_copy(update={"rollout": rollout})
+    with pytest.raises(ConfigError, match="got 17 > 16; lower it"):
+        _printed(config)
+    assert "17 server(s) on 17 GPUs of their own" in _printed(config, rollout_gpus=17)

@@ -9,12 +9,14 @@ from prefixrl_mcore.accounting.server_memory import ServerMemory
 from prefixrl_mcore.accounting.shared_gpu import share_gpu
 from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.policy import PolicyConfig
 from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig
 from prefixrl_mcore.launch.check import step_work
 from prefixrl_mcore.launch.machine import Machine
 from prefixrl_mcore.launch.server_plan import (
     own_server_lines,
     predict_server,
+    share_gpus,
     shared_server_lines,
     with_sampling,
 )
@@ -144,6 +146,22 @@ def test_those_gpus_sample_that_have_a_server() -> None:
     assert sampling(_machine(None), engine="transformers").rollout_gpus == 1
     assert sampling(_machine(None)).decode_seconds == 0.0  # of a GPU without known bandwidth
     assert sampling(replace(_machine(None), memory_bytes_per_second=1e12)).decode_seconds > 0
+
+
+def test_servers_that_run_already_stand_on_the_trainers_later_stages_too() -> None:
+    config = load_recipe(RECIPES[0])
+    parallel = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2}
+    policy = PolicyConfig.model_validate({"parallel": parallel})
+    stages = [STAGE, replace(STAGE, stage=1, activations=100 * GIB)]
+
+    def shared_stage(*urls: str) -> int:
+        sglang = SGLangConfig(urls=urls, tensor_parallel_size=4)
+        rollout = config.rollout.model_copy(update={"sglang": sglang, "colocated": True})
+        run = config.model_copy(update={"policy": policy, "rollout": rollout})
+        return share_gpus(run, QWEN3_4B, stages, _machine(None)).stage
+
+    assert shared_stage("http://a:1") == 0
+    assert shared_stage("http://a:1", "http://b:1") == 1
 
 
 def test_a_server_beside_the_trainer_has_what_it_leaves_at_the_start() -> None:

@@ -1,5 +1,6 @@
 """The arithmetic of nodes: what a config needs of a site, and what does not fit."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from prefixrl_mcore.config.base import ConfigError, validate
 from prefixrl_mcore.config.load import read_config_file, with_settings
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.config.site import SiteConfig
-from prefixrl_mcore.launch.slurm.layout import explain, lay_out
+from prefixrl_mcore.launch.slurm.layout import Shape, explain, lay_out
 
 DEMO = read_config_file(Path(__file__).parents[3] / "configs" / "demo" / "run.toml")
 SITE = SiteConfig(gpus_per_node=8)
@@ -130,6 +131,16 @@ def test_on_one_node_rank_0_starts_the_servers(num_nodes: int) -> None:
     expected = {1: (0, 0, False), 2: (2, 3, True)}  # on CPUs the config has the number
     found = (layout.server_nodes, layout.servers_per_node, layout.shares_nodes)
     assert found == expected[num_nodes]
+
+
+@pytest.mark.parametrize(("shape", "num_servers"), [("colocated", 16), ("split", 24)])
+def test_min_servers_counts_those_of_all_nodes(shape: Shape, num_servers: int) -> None:
+    rollout_nodes = None if shape == "colocated" else 3
+    for number in (num_servers, num_servers + 1):
+        config = _config(f"rollout.sglang.min_servers={number}", data_parallel_size=16)
+        refused = pytest.raises(ConfigError, match=f"got {number} > {num_servers}; lower it")
+        with refused if number > num_servers else nullcontext():
+            lay_out(config, SITE, shape=shape, rollout_nodes=rollout_nodes)
 
 
 def test_servers_that_run_elsewhere_take_no_task() -> None:

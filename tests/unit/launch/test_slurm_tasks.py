@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.config.load import load_config
+from prefixrl_mcore.config.base import ConfigError, validate
+from prefixrl_mcore.config.load import load_config, read_config_file, with_settings
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
@@ -22,8 +22,9 @@ from prefixrl_mcore.launch.slurm.rank_environment import (
 from prefixrl_mcore.launch.slurm.rollout_task import RestartAllowance, own_gpus, server_launch
 from prefixrl_mcore.launch.slurm.states import SlurmError, job_states, parse_sacct, parse_scontrol
 from prefixrl_mcore.launch.slurm.task import main as task_main
-from prefixrl_mcore.launch.slurm.task import server_flags, train_arguments
+from prefixrl_mcore.launch.slurm.task import server_flags, stage_arguments, train_arguments
 
+DEMO = Path(__file__).parents[3] / "configs" / "demo" / "run.toml"
 SLURM = {
     "SLURM_JOB_ID": "1234",
     "SLURM_PROCID": "9",
@@ -229,6 +230,21 @@ def test_the_trainer_is_told_all_servers_of_this_start(tmp_path: Path) -> None:
     assert flags[5:] == ["--rollout.sglang.max-restarts", "4"]  # once more than their tasks
 
 
+@pytest.mark.parametrize(("min_servers", "expected"), [(2, 2), (6, 3)])
+def test_a_stage_on_one_node_needs_no_more_servers_than_it_starts(
+    tmp_path: Path, min_servers: int, expected: int
+) -> None:
+    settings = ["rollout.sglang.num_servers=3", f"rollout.sglang.min_servers={min_servers}"]
+    values = with_settings(read_config_file(DEMO), settings)
+    config = tmp_path / "run.json"
+    config.write_text(validate(RunConfig, values, where="test").model_dump_json())
+    task = replace(_task_with_servers(6), config=str(config))
+    name, path, *flags = stage_arguments("eval", task)
+    assert (name, path) == ("eval", str(config))
+    assert load_config(RunConfig, config, flags).rollout.sglang.min_servers == expected
+    assert stage_arguments("report", task) == ["report", "r"]
+
+
 def test_a_server_that_does_not_come_up_ends_the_wait_and_is_named(tmp_path: Path) -> None:
     job = JobFolder.make(tmp_path, "job")
     end = TaskEnd(task="rollout-1", node="node-b", exit_code=1, unix_seconds=0.0)
@@ -299,8 +315,7 @@ def test_a_task_ends_when_a_later_start_of_its_job_exists(tmp_path: Path) -> Non
 def test_a_server_on_the_trainers_gpus_sees_all_of_them(
     shares_nodes: bool, gpus: tuple[str, ...], first_gpu: int
 ) -> None:
-    file = Path(__file__).parents[3] / "configs" / "demo" / "run.toml"
-    config = load_config(RunConfig, file, [])
+    config = load_config(RunConfig, DEMO, [])
     task = dataclasses.replace(_task_with_servers(2), shares_nodes=shares_nodes)
     environment = {**SLURM, "CUDA_VISIBLE_DEVICES": "4,5,6,7"}
     launch = server_launch(config, task, environment)

@@ -1,16 +1,21 @@
 import json
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.policy import LogitsDtype
 from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig, TransformersConfig
+from prefixrl_mcore.rollout import build
 from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import EngineError, SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.transformers_engine import TransformersEngine
 from tests.support.tiny_models import write_tiny_qwen3
 
+FALLBACK = SimpleNamespace(name="fallback")
 MISSING = SGLangConfig(python=Path("nowhere/bin/python"))
 
 
@@ -36,6 +41,28 @@ def test_without_sglang_the_fallback_says_why_and_what_to_do(
     assert "nowhere/bin/python does not exist" in record_file["fallback_reason"]
 
 
+def test_without_sglang_a_machine_of_one_gpu_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(build, "TransformersEngine", lambda folder, config, **_: FALLBACK)
+
+    def built(sglang: SGLangConfig) -> object:
+        return build_engine(
+            RolloutConfig(sglang=sglang),
+            tmp_path,
+            logits_dtype="float32",
+            logs_folder=tmp_path,
+            device="cuda",
+            num_trainer_ranks=1,
+        )
+
+    assert built(MISSING) is FALLBACK
+    write_tiny_qwen3(tmp_path)
+    with pytest.raises(ConfigError, match=r"1 trainer ranks \+ 1 servers x TP 1 = 2 GPUs"):
+        built(SGLangConfig(python=Path(sys.executable)))
+
+
 def test_server_that_does_not_start_is_replaced_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -52,6 +79,13 @@ def test_server_that_does_not_start_is_replaced_too(
 
     assert isinstance(engine, TransformersEngine)
     assert "broken environment" in caplog.text
+
+
+def test_fewer_servers_than_are_needed_are_refused_before_one_is_started(tmp_path: Path) -> None:
+    config = RolloutConfig(sglang=SGLangConfig(python=MISSING.python, num_servers=2, min_servers=3))
+    with pytest.raises(ConfigError, match="got 3 > 2"):
+        build_engine(config, tmp_path, logits_dtype="float32", logs_folder=tmp_path, device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_sglang_asked_for_by_name_is_not_replaced(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_an_owed_evaluation_reaches_the_checkpoint_that_the_rule_looks_at(
     calls: list[tuple[Any, ...]] = []
     session: Any = SimpleNamespace(
         config=SimpleNamespace(checkpoint=SimpleNamespace(keep_best=keep_best)),
-        first_step=3,
+        num_steps_done=3,
         owes_evaluation=True,
         evaluate=lambda step: calls.append(("evaluate", step)),
         is_over_budget=lambda: True,
@@ -47,16 +47,21 @@ def test_an_owed_evaluation_reaches_the_checkpoint_that_the_rule_looks_at(
 class _Recorded:
     """A session that notes what the loop asks of it."""
 
-    def __init__(self, *, first_step: int, is_begun: bool) -> None:
+    def __init__(self, *, num_steps_done: int, is_begun: bool) -> None:
         self.calls: list[str] = []
         self.config = SimpleNamespace(trainer=SimpleNamespace(num_steps=3))
-        self.first_step, self.owes_evaluation = first_step, False
+        self.num_steps_done, self.owes_evaluation = num_steps_done, False
+        self.policy = SimpleNamespace(policy_version=num_steps_done)
+        self.phases = SimpleNamespace(begin_step=lambda step: None)
+        self.profiler = SimpleNamespace(step=lambda step: nullcontext())
+        self.memory_explained = nullcontext
         self.is_saved_in_need = False
         self.saves = SimpleNamespace(
             saver=SimpleNamespace(seconds_to_stop=0.0),
             if_engine_is_lost=self._if_engine_is_lost,
-            checkpoint=lambda step, *, is_last: None,
+            checkpoint=self._checkpoint,
         )
+        self.checkpoints: list[tuple[int, bool]] = []
         self.supply = SimpleNamespace(
             is_begun=is_begun,
             begin=self._begin,
@@ -64,6 +69,9 @@ class _Recorded:
             take=self._take,
             sample=self._sample,
         )
+
+    def _checkpoint(self, step: int, *, is_last: bool) -> None:
+        self.checkpoints.append((step, is_last))
 
     def _begin(self, step: int) -> None:
         self.supply.is_begun = True
@@ -81,7 +89,8 @@ class _Recorded:
         return f"rollouts {step}"
 
     def step(self, step: int) -> AbstractContextManager[None]:
-        return nullcontext()
+        real: Any = Session.step
+        return real(self, step)
 
     @contextmanager
     def _if_engine_is_lost(self, step: int) -> Iterator[None]:
@@ -116,12 +125,12 @@ class _Recorded:
 
 
 @pytest.mark.parametrize(
-    ("first_step", "is_begun"), [(0, False), (1, True)], ids=["new", "resumed"]
+    ("num_steps_done", "is_begun"), [(0, False), (1, True)], ids=["new", "resumed"]
 )
 def test_with_overlap_a_generation_begins_after_the_sync_and_before_the_update(
-    first_step: int, is_begun: bool
+    num_steps_done: int, is_begun: bool
 ) -> None:
-    session: Any = _Recorded(first_step=first_step, is_begun=is_begun)
+    session: Any = _Recorded(num_steps_done=num_steps_done, is_begun=is_begun)
     stop: Any = SimpleNamespace(begin_steps=lambda: None, is_set=lambda seconds: False)
     train_overlapped(session, stop)
     first = [
@@ -136,7 +145,7 @@ def test_with_overlap_a_generation_begins_after_the_sync_and_before_the_update(
 
 
 def test_a_step_on_policy_syncs_samples_and_updates() -> None:
-    session: Any = _Recorded(first_step=2, is_begun=False)
+    session: Any = _Recorded(num_steps_done=2, is_begun=False)
     stop: Any = SimpleNamespace(begin_steps=lambda: None, is_set=lambda seconds: False)
     train(session, stop)
     assert session.calls == ["sync", "sample 2", "update 2 on batch of rollouts 2"]
@@ -170,7 +179,7 @@ def test_weights_are_not_exported_again_beside_an_update() -> None:
 def test_an_interrupted_step_is_saved_as_it_began(is_stopping: bool) -> None:
     calls: list[tuple[Any, ...]] = []
     session: Any = SimpleNamespace(
-        policy=SimpleNamespace(policy_version=7),
+        num_steps_done=7,
         saves=SimpleNamespace(
             saver=SimpleNamespace(seconds_to_stop=3.0),
             checkpoint=lambda step, *, is_last: calls.append(("checkpoint", step, is_last)),
@@ -188,3 +197,38 @@ def test_an_interrupted_step_is_saved_as_it_began(is_stopping: bool) -> None:
         raise SamplingInterrupted(30, 20, 5)
     saved = [("checkpoint", 7, True), ("log", 7)]
     assert calls == [("agree", 3.0), *(saved if is_stopping else [])]
+
+
+@pytest.mark.parametrize("loop", [train, train_overlapped])
+def test_an_interrupted_run_is_saved_under_the_steps_that_are_done(
+    loop: Callable[[Any, Any], None],
+) -> None:
+    """Not under the policy version: supervised updates count there, a step without signal not."""
+    session: Any = _Recorded(num_steps_done=0, is_begun=False)
+    session.policy.policy_version = 300
+    session.update = lambda step, batch: None  # no signal: the version stays
+
+    interrupted: list[int] = []
+
+    def interrupted_at(step: int) -> str:
+        session.supply.is_begun = False
+        if step == 2:
+            interrupted.append(step)
+            raise SamplingInterrupted(30, 20, 5)
+        return f"rollouts {step}"
+
+    session.supply.sample = session.supply.take = interrupted_at
+    stop: Any = SimpleNamespace(begin_steps=lambda: None, is_set=lambda seconds: bool(interrupted))
+    with saved_if_interrupted(session, stop):
+        loop(session, stop)
+    assert session.checkpoints == [(1, False), (2, False), (2, True)]
+
+
+def test_a_step_that_fails_is_not_done() -> None:
+    session: Any = _Recorded(num_steps_done=4, is_begun=False)
+    with pytest.raises(EngineError), session.step(4):
+        raise EngineError("no servers")
+    assert session.num_steps_done == 4
+    with session.step(4):
+        assert session.num_steps_done == 4
+    assert session.num_steps_done == 5

@@ -1,6 +1,7 @@
 """One server of the pool: what state it is in, and how it gets from one to the next."""
 
 import logging
+import queue
 import threading
 import time
 from collections import Counter, deque
@@ -20,9 +21,11 @@ from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_sync.addresses import is_here
+from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.1
 _HEALTH_POLL_SECONDS = 0.5
 _REPORT_SECONDS = 10.0
 _JOIN_SECONDS = 30.0
@@ -279,41 +282,68 @@ class Member:
             EngineError: if it does not come up in time, or is not what it should be.
         """
         if self._launch is not None:
-            log_file = self._logs_folder / f"sglang-{self.index}-{life}.log"
-            server = SGLangServer.start(self._launch, log_file, cancelled=cancelled)
-            with self._lock:
-                if not cancelled.is_set():
-                    self.server, self._client = server, server.client
-            if cancelled.is_set():
-                server.stop()
-                raise EngineError(f"SGLang: {self.name} is no longer wanted")
-            self._warm_up(server)
+            self._start(self._launch, life, cancelled)
         else:
             self._wait_for_url(cancelled, is_back=life > 1)
         try:
             self._check(self)
+            self._warm_up(cancelled)
             return self.client.weight_version()
         except ServerFault as fault:
             raise EngineError(f"SGLang: {self.name}: {fault}") from fault
 
-    def _warm_up(self, server: SGLangServer) -> None:
-        """Have a server that was started sample some tokens: it may compile kernels for that.
+    def _start(self, launch: ServerLaunch, life: int, cancelled: threading.Event) -> None:
+        """Start its process, which is this member's from then on: its death ends all calls."""
+        log_file = self._logs_folder / f"sglang-{self.index}-{life}.log"
+        server = SGLangServer.start(launch, log_file, cancelled=cancelled)
+        with self._lock:
+            if not cancelled.is_set():
+                self.server, self._client = server, server.client
+        if cancelled.is_set():
+            server.stop()
+            raise self._unwanted()
 
-        Only then do the limits of health checks say something. Its processes are this member's
-        already, so that a death or a cancellation ends the call.
+    def _warm_up(self, cancelled: threading.Event) -> None:
+        """Have it sample some tokens, whoever started it: it may compile kernels for that.
+
+        Only then do the limits of health checks say something. One that was left in the middle of
+        an update sampled before that, and has no weights to sample from now.
 
         Raises:
-            EngineError: if it samples none in the time for a start.
+            ServerFault: if it cannot be asked.
+            EngineError: if it samples none in the time for a start, or is no longer wanted.
         """
-        try:
-            server.client.warm_up(self._config.start_timeout_seconds)
-        except ServerFault as fault:
+        if is_incomplete(self.client.weight_version()):
+            return
+        self.client.resume()  # the trainer that it had may have died while it was paused
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def sample() -> None:
+            try:
+                self.client.warm_up(self._config.start_timeout_seconds)
+            except BaseException as error:  # of any kind: it is raised by who waits
+                ended.put(error)
+            else:
+                ended.put(None)
+
+        # Not waited for once it is no longer wanted: nothing ends a call to somebody's server.
+        threading.Thread(target=sample, name=f"warm-up-{self.index}", daemon=True).start()
+        while ended.empty():
+            if cancelled.wait(_POLL_SECONDS):
+                raise self._unwanted()
+        error = ended.get()
+        if isinstance(error, ServerFault):
+            tail = "" if self.server is None else f"; {self.server.log_tail()}"
             raise EngineError(
                 f"SGLang: {self.name} came up and did not sample its first tokens within "
                 f"{self._config.start_timeout_seconds:g} s; raise "
-                f"rollout.sglang.start_timeout_seconds if it compiles: {fault}; "
-                f"{server.log_tail()}"
-            ) from fault
+                f"rollout.sglang.start_timeout_seconds if it compiles: {error}{tail}"
+            ) from error
+        if error is not None:
+            raise error
+
+    def _unwanted(self) -> EngineError:
+        return EngineError(f"SGLang: {self.name} is no longer wanted")
 
     def _wait_for_url(self, cancelled: threading.Event, *, is_back: bool) -> None:
         """Wait for a server that runs elsewhere; one that was given up must show that it works."""

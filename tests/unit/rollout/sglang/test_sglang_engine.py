@@ -151,6 +151,7 @@ def test_session_that_a_killed_trainer_left_open_is_ended(
 
 def test_incomplete_weights_are_never_sampled_from(engine: SGLangEngine, fake: FakeSGLang) -> None:
     fake.has_sessions = True
+    fake.calls.clear()
     with pytest.raises(EngineError, match="did not come"):
         engine.load_weights(lambda: iter(weights()[:-1]), 3)
 

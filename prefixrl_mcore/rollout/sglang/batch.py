@@ -256,12 +256,11 @@ class Batch:
                 f"{self.name}: request {self.requests[ticket.index].request_id!r} was refused: "
                 f"{fault}"
             ) from fault
-        self._lose(ticket, str(fault))
-        self._retries.rest(ticket.index)
         if isinstance(fault, BadAnswer):
             self.pool.counters.num_bad_answers += 1
-        if ticket.member is not None:
+        if ticket.member is not None:  # first, because its death is a loss of another kind
             self.pool.suspect(ticket.member, ticket.life, "answer", fault)
+        self._lose(ticket, str(fault), is_death=ticket.is_of_the_dead)
 
     def _read(self, ticket: Ticket, answers: list[dict[str, Any]]) -> list[Completion]:
         """Return the completions of an answer, once it has been checked.
@@ -366,15 +365,15 @@ class Batch:
                     self._finish_unanswered(ticket.index, cause)
                 else:
                     self._lose(ticket, cause, is_death=True)
-                    self._waiting.appendleft(ticket.index)  # at once: the others are well
 
-    def _lose(self, ticket: Ticket, cause: str, *, is_death: bool = False) -> None:
-        """Count a lost request, as long as it may be tried again.
+    def _lose(self, ticket: Ticket, cause: str, *, is_death: bool) -> None:
+        """Count a lost request, and issue it again as long as it may be tried.
 
         Args:
             ticket: the call that was lost.
             cause: why.
-            is_death: its server died, of which there is a line in the log.
+            is_death: its server died, of which there is a line in the log. The others are well, and
+                get the request at once; otherwise it rests.
 
         Raises:
             RolloutError: if it was tried often enough.
@@ -394,6 +393,10 @@ class Batch:
             *(self.name, request_id, num_lost + 1, cause),
         )
         self.pool.counters.num_reissued += 1
+        if is_death:
+            self._waiting.appendleft(ticket.index)
+        else:
+            self._retries.rest(ticket.index)
 
     def _outstanding(self) -> str:
         """Say what is outstanding, for the heartbeat."""

@@ -226,6 +226,43 @@ def test_one_answer_of_other_weights_is_death(pool: Pool) -> None:
     assert (metrics["engine/num_bad_answers"], metrics["engine/num_server_deaths"]) == (1, 1)
 
 
+def break_off_for_good(fake: FakeSGLang) -> None:
+    """Have a server break every connection, from the first request on."""
+    answer, has_broken = fake.answer, threading.Event()
+
+    def break_off(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/generate":
+            has_broken.set()
+        return (0, None) if has_broken.is_set() else answer(path, payload)
+
+    fake.answer = break_off  # type: ignore[method-assign]
+
+
+def test_loss_that_shows_a_death_is_one_by_a_death(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=3, max_retries=0)
+    break_off_for_good(pool.fakes[0])
+
+    with pytest.raises(RolloutError, match=r"lost after 1 attempts \(1 by a server's death"):
+        engine.sample(requests_of(1), PARAMS)
+
+
+def test_request_whose_loss_shows_a_death_is_the_first_to_be_issued_again(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=0, max_samples_per_server=2)
+    break_off_for_good(pool.fakes[0])
+    other = pool.fakes[1]
+    other.hold = hold = threading.Event()
+
+    def let_go_after_the_death() -> None:
+        while engine._pool.members[0].state is not State.DEAD:
+            time.sleep(0.01)
+        hold.set()
+
+    threading.Thread(target=let_go_after_the_death, daemon=True).start()
+
+    assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+    assert [rid.split("-", 2)[2] for rid in other.sampled] == ["0-r1.", "1-r0.", "0-r2."]
+
+
 @pytest.mark.parametrize("is_reachable", [True, False])
 def test_server_that_broke_a_connection_is_dead_if_it_does_not_answer_at_all(
     pool: Pool, is_reachable: bool

@@ -16,7 +16,7 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
-from prefixrl_mcore.rollout.sglang.faults import ServerFault
+from prefixrl_mcore.rollout.sglang.faults import ServerFault, WrongWeights
 from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
@@ -33,6 +33,9 @@ _JOIN_SECONDS = 30.0
 
 WEIGHTS, KV_CACHE = _MEMORY_PARTS = ("weights", "kv_cache")
 """Parts of device memory, as SGLang calls them; its compiled graphs stay."""
+
+_ASLEEP = "asleep:incomplete"
+"""Name of weights that were given back. A server that has another was started anew in its sleep."""
 
 Failure = Literal["answer", "health"]
 """What failed: an answer to a request, or a health check."""
@@ -224,6 +227,7 @@ class Member:
         self.client.abort()  # what a batch that was given up left in flight
         self.client.resume()  # a paused server never gets idle
         self.client.flush_cache()
+        self.client.set_weight_version(_ASLEEP)
         self.client.release_memory([p for p in _MEMORY_PARTS if p not in self.released])
         self.released = _MEMORY_PARTS
 
@@ -231,9 +235,12 @@ class Member:
         """Take those of its parts of device memory again that it gave back.
 
         Raises:
+            WrongWeights: if it is not the one that gave them back: somebody started it anew since.
             ServerFault: if it cannot, or is lost.
         """
         wanted = [part for part in parts if part in self.released]
+        if WEIGHTS in wanted and (served := self.client.weight_version()) != _ASLEEP:
+            raise WrongWeights(f"was started anew in its sleep, and has weights {served!r}")
         if wanted:
             self.client.resume_memory(wanted)
         if WEIGHTS in wanted:

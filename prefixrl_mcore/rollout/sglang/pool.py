@@ -313,6 +313,7 @@ class ServerPool:
         Raises:
             EngineError: if too few servers are left.
         """
+        self._bury_the_lost()
         self.command(
             lambda member: member.resume_memory(WEIGHTS),
             [State.ASLEEP],

@@ -24,6 +24,7 @@ from prefixrl_mcore.rollout.sglang.in_flight import InFlight
 from prefixrl_mcore.rollout.sglang.member import State
 from prefixrl_mcore.rollout.sglang.schedule import Cost
 from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
+from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
 from tests.support.fake_sglang import SAMPLED_TOKEN, Answer, FakeSGLang, serve
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
 
@@ -808,6 +809,46 @@ def test_server_that_came_back_while_the_others_slept_is_not_told_to_wake(pool: 
         "/resume_memory_occupation weights",
         "/resume_memory_occupation kv_cache",
     ]
+
+
+def test_server_that_somebody_started_anew_in_its_sleep_is_not_told_to_wake(pool: Pool) -> None:
+    """Its supervisor may do so without a word; also when the folder's weights were those before."""
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=5)
+    engine.sleep()
+    restarted = pool.fakes[0]
+    assert is_incomplete(restarted.weight_version)  # for those who come upon it
+    restarted.released.clear()
+    restarted.weight_version = "first"
+
+    engine.wake()
+    engine.load_weights(weights, 1)
+    deadline = time.monotonic() + 10
+    while len(engine._pool.ready) < 2 and time.monotonic() < deadline:
+        engine.sample(requests_of(4), PARAMS)
+
+    assert len(engine._pool.ready) == 2
+    assert not any(call.startswith("/resume_memory") for call in restarted.calls)
+    assert "started anew in its sleep" in engine._pool.members[0].last_death
+    assert restarted.weight_version == pool.fakes[1].weight_version
+
+
+def test_server_whose_process_ended_in_its_sleep_is_buried_before_the_others_wake(
+    pool: Pool,
+) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=0)
+    engine.sleep()
+    lost: Any = engine._pool.members[0]
+    lost.server = SimpleNamespace(
+        is_alive=False,
+        cause_of_death=lambda: "killed",
+        log_tail=lambda: "end of its log",
+        stop=lambda: None,
+    )
+
+    engine.wake()
+
+    assert lost.last_death == "killed (its process is gone)"
+    assert engine._pool.members[1].state is State.STARTING
 
 
 def test_sleeping_servers_take_no_weights(pool: Pool) -> None:

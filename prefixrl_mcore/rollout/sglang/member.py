@@ -20,7 +20,6 @@ from prefixrl_mcore.rollout.sglang.faults import ServerFault, WrongWeights
 from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
-from prefixrl_mcore.rollout.weight_sync.addresses import is_here
 from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
 
 logger = logging.getLogger(__name__)
@@ -101,6 +100,7 @@ class Member:
         config: SGLangConfig,
         *,
         launch: ServerLaunch | None,
+        is_here: bool,
         logs_folder: Path,
         check: Callable[["Member"], None],
     ) -> None:
@@ -110,6 +110,7 @@ class Member:
             index: place in the pool, and among ``config.urls``.
             config: time-outs, and the URL of a server that runs elsewhere.
             launch: how the child process is started; None if it runs elsewhere.
+            is_here: it is on this machine.
             logs_folder: gets ``sglang-<server>-<start>.log``.
             check: raises EngineError for a server that is up and not what it should be; called in
                 another thread.
@@ -137,9 +138,12 @@ class Member:
 
         self.gpus = None if launch is None else gpu_numbers(launch.gpus)
         """The GPU of each of its ranks, as this process numbers them; None if it has none, or
-        others started it. Those of one that shares this run's are noted when it has come up."""
+        others started it. Those of one that shares this run's are noted whenever it comes up."""
 
-        self.is_here = launch is not None or is_here(config.urls[index])
+        self.is_own = launch is not None
+        """It is started as a child process."""
+
+        self.is_here = is_here
         """It is on this machine."""
 
         self._config = config

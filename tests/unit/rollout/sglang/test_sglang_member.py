@@ -18,6 +18,10 @@ from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from tests.support.fake_sglang import FakeSGLang, serve
 
 
+def _is_fine(_member: Member) -> None:
+    """Check nothing."""
+
+
 def member_in(folder: Path, **settings: Any) -> Member:
     config = SGLangConfig(**settings)
     launch = ServerLaunch(
@@ -30,12 +34,12 @@ def member_in(folder: Path, **settings: Any) -> Member:
         max_total_tokens=100,
         weight_version="first",
     )
-    return Member(0, config, launch=launch, logs_folder=folder, check=lambda _member: None)
+    return Member(0, config, launch=launch, is_here=True, logs_folder=folder, check=_is_fine)
 
 
 def member_at(fake: FakeSGLang, folder: Path, **settings: Any) -> Member:
     config = SGLangConfig(urls=(fake.url,), **settings)
-    return Member(0, config, launch=None, logs_folder=folder, check=lambda _member: None)
+    return Member(0, config, launch=None, is_here=True, logs_folder=folder, check=_is_fine)
 
 
 def outcome_of(member: Member) -> str | BaseException:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -659,6 +660,21 @@ def test_servers_left_paused_by_a_trainer_that_died_are_found_and_updated(pool: 
 
     assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
     assert [fake.is_paused for fake in pool.fakes] == [False] * 3
+
+
+def test_where_a_server_is_is_asked_once(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve, asked = socket.getaddrinfo, list[str]()
+
+    def note(host: str, port: Any, *args: Any, **kwargs: Any) -> Any:
+        if port is None:  # and not to connect to it
+            asked.append(host)
+        return resolve("127.0.0.1" if host == "node-a" else host, port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", note)
+
+    pool.engine(urls=(pool.urls[0].replace("127.0.0.1", "node-a"),))
+
+    assert asked == ["node-a"]
 
 
 def test_server_that_was_given_up_while_paused_comes_back(pool: Pool) -> None:

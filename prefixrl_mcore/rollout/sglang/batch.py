@@ -8,13 +8,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.engine import (
-    EngineError,
     IsEnough,
     OnCompleted,
     RolloutError,
@@ -31,10 +30,16 @@ from prefixrl_mcore.rollout.sglang.context_pass import (
 )
 from prefixrl_mcore.rollout.sglang.determinism import sample_seeds
 from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerFault, ServerLost, ServerRefusal
-from prefixrl_mcore.rollout.sglang.in_flight import ROUTED, InFlight, Ticket, expected_tokens
+from prefixrl_mcore.rollout.sglang.in_flight import (
+    ROUTED,
+    Answered,
+    InFlight,
+    Ticket,
+    expected_tokens,
+)
 from prefixrl_mcore.rollout.sglang.member import Member
 from prefixrl_mcore.rollout.sglang.payloads import generate_payload
-from prefixrl_mcore.rollout.sglang.pool import Answered, ServerPool
+from prefixrl_mcore.rollout.sglang.pool import ServerPool
 from prefixrl_mcore.rollout.sglang.retries import Retries
 from prefixrl_mcore.rollout.sglang.schedule import (
     CompletionLengths,
@@ -99,9 +104,6 @@ class Batch:
     on_completed: OnCompleted | None
     """Told how much has come."""
 
-    is_closed: Callable[[], bool]
-    """Whether another thread closed the engine."""
-
     is_interrupted: IsInterrupted
     """Whether somebody wants the sampling to end now."""
 
@@ -144,8 +146,6 @@ class Batch:
 
     def _advance(self) -> None:
         """Send what can be sent, wait a moment, take what came."""
-        if self.is_closed():
-            raise EngineError(f"{self.name}: it was closed while it sampled")
         if not self._is_ending and self.is_interrupted():
             self.was_interrupted = True
             self._end(_INTERRUPTION_LIMIT_SECONDS)
@@ -236,7 +236,6 @@ class Batch:
     def _take(self, answered: Answered) -> None:
         """Take the end of a call: completions, a fault, or an error that ends the batch."""
         ticket, outcome = answered.ticket, answered.outcome
-        assert isinstance(ticket, Ticket), "batches put tickets into events"
         self._in_flight.end(ticket)
         if isinstance(outcome, BaseException):
             if not isinstance(outcome, ServerFault):

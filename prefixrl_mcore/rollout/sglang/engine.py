@@ -234,7 +234,6 @@ class SGLangEngine:
                 max_samples=self._config.max_samples_per_server,
                 is_enough=is_enough,
                 on_completed=on_completed,
-                is_closed=lambda: self._guard.is_closed,
                 is_interrupted=self._is_interrupted,
             )
             sampled = batch.run()

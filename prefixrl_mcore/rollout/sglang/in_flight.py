@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from prefixrl_mcore.rollout.engine import SampleRequest
 from prefixrl_mcore.rollout.sglang.member import Member
@@ -51,6 +52,17 @@ class Ticket:
         """Whether the server that was asked is dead, or was started anew since."""
         member = self.member
         return member is not None and (member.life != self.life or not member.is_up)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """The end of one call."""
+
+    ticket: Ticket
+    """Which."""
+
+    outcome: list[dict[str, Any]] | BaseException
+    """One answer per sample, or what went wrong."""
 
 
 class InFlight:

@@ -2,12 +2,14 @@
 
 import itertools
 import logging
+import queue
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +23,9 @@ from prefixrl_mcore.rollout.sglang import batch, health
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from prefixrl_mcore.rollout.sglang.health import Checked, HealthWatch
 from prefixrl_mcore.rollout.sglang.in_flight import InFlight
-from prefixrl_mcore.rollout.sglang.member import State
+from prefixrl_mcore.rollout.sglang.member import Member, State
 from prefixrl_mcore.rollout.sglang.schedule import Cost
 from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
 from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
@@ -293,6 +296,32 @@ def test_lost_request_goes_to_another_server_although_the_first_has_its_context(
     assert len(pool.fakes[1].sampled) == 1
 
 
+@pytest.mark.parametrize("is_loading", [True, False])
+def test_engine_that_is_closed_waits_for_no_server(pool: Pool, *, is_loading: bool) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=99, start_timeout_seconds=60)
+    member, fake = engine._pool.members[0], pool.fakes[0]
+    if is_loading:
+        fake.refuse_update = "out of memory"
+    fake.is_sick = True
+    fake.hold = threading.Event()
+
+    def close_while_it_is_waited_for() -> None:
+        while member.life < 2:
+            time.sleep(0.01)
+        engine.close()
+
+    closer = threading.Thread(target=close_while_it_is_waited_for)
+    closer.start()
+    use = partial(engine.load_weights, weights, 1)
+    if not is_loading:
+        use = partial(engine.sample, requests_of(1), PARAMS)
+    with pytest.raises(EngineError, match="the engine was closed while it was in use"):
+        use()
+    closer.join()
+
+    assert member.life == 2  # it was not started again
+
+
 def test_load_that_fails_leaves_the_version_of_before(pool: Pool) -> None:
     engine = pool.engine(urls=pool.urls[:1])
     engine.load_weights(weights, 4)
@@ -331,6 +360,38 @@ def test_health_checks_that_fail_now_and_then_are_not_failures_in_a_row(pool: Po
 
     assert tokens_of(engine.sample(requests_of(2), PARAMS)) == [[6, 6]] * 2
     assert engine.take_metrics()["engine/num_server_deaths"] == 0
+
+
+def test_silence_of_a_server_counts_once_however_long_nobody_looked() -> None:
+    asked, answer = list[float](), threading.Event()
+
+    def check_progress(timeout_seconds: float) -> None:
+        asked.append(timeout_seconds)
+        answer.wait()
+
+    ended: queue.SimpleQueue[Checked] = queue.SimpleQueue()
+    config: Any = SimpleNamespace(health_timeout_seconds=0.01, health_every_seconds=0.0)
+    watch = HealthWatch(config, ended.put)
+    config_of_member = SGLangConfig(urls=("http://192.0.2.1:9",))
+    member: Any = Member(
+        0, config_of_member, launch=None, is_here=False, logs_folder=Path(), check=print
+    )
+    member.life, member._client = 1, SimpleNamespace(check_progress=check_progress)
+
+    def look() -> int:
+        time.sleep(0.05)  # longer than a check may take
+        watch.begin_due([member])
+        return len(asked)
+
+    assert [look(), look()] == [1, 1]
+    member.life = 2  # the call to the server that was is still under way
+    assert look() == 1
+    member.life = 1
+    answer.set()
+    checked = ended.get(timeout=5)
+    assert look() == 1  # its end was not looked at yet
+    watch.note(checked)
+    assert look() == 2
 
 
 def test_answers_that_fail_now_and_then_are_not_failures_in_a_row(pool: Pool) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -75,6 +76,7 @@ class FakeSGLang:
         self.is_paused = False
         self.raw_answer: bytes | None = None
         self.hold: threading.Event | None = None
+        self.hold_warm_up: threading.Event | None = None
         self.sampled: list[str] = []
         self._contexts: set[str] = set()
         self._aborted = threading.Event()
@@ -88,12 +90,12 @@ class FakeSGLang:
         self.url = ""
 
     def answer(self, path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if payload.get("rid") == "warm-up":
+            return self._warm_up()
         self.calls.append(path)
         if path in ("/health", "/health_generate"):
             # A stock server samples a token for both, which needs a scheduler that goes on.
             return (503, None) if self.is_sick or self.is_paused else (200, None)
-        if path in ("/pause_generation", "/continue_generation"):
-            self.is_paused = path == "/pause_generation"
         if path == "/model_info":
             return 200, {"weight_version": self.weight_version} | self.model
         if path == "/server_info":
@@ -110,6 +112,14 @@ class FakeSGLang:
         if path == "/weights_checker":
             return 200, {"ranks": [self._checksums()]}
         return self._control(path, payload)
+
+    def _warm_up(self) -> tuple[int, Any]:
+        """Sample first tokens, which nobody counts; a paused server never does."""
+        self.calls.append("warm-up")
+        hold = self.hold_warm_up
+        while self.is_paused or (hold is not None and not hold.is_set()):
+            time.sleep(0.01)
+        return 200, {"output_ids": [SAMPLED_TOKEN] * 8, "meta_info": {}}
 
     def _control(self, path: str, payload: dict[str, Any]) -> tuple[int, Any]:
         if path in ("/pause_generation", "/continue_generation"):

@@ -8,13 +8,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.engine import (
-    EngineError,
     IsEnough,
     OnCompleted,
     RolloutError,
@@ -31,10 +30,16 @@ from prefixrl_mcore.rollout.sglang.context_pass import (
 )
 from prefixrl_mcore.rollout.sglang.determinism import sample_seeds
 from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerFault, ServerLost, ServerRefusal
-from prefixrl_mcore.rollout.sglang.in_flight import ROUTED, InFlight, Ticket, expected_tokens
+from prefixrl_mcore.rollout.sglang.in_flight import (
+    ROUTED,
+    Answered,
+    InFlight,
+    Ticket,
+    expected_tokens,
+)
 from prefixrl_mcore.rollout.sglang.member import Member
 from prefixrl_mcore.rollout.sglang.payloads import generate_payload
-from prefixrl_mcore.rollout.sglang.pool import Answered, ServerPool
+from prefixrl_mcore.rollout.sglang.pool import ServerPool
 from prefixrl_mcore.rollout.sglang.retries import Retries
 from prefixrl_mcore.rollout.sglang.schedule import (
     CompletionLengths,
@@ -99,9 +104,6 @@ class Batch:
     on_completed: OnCompleted | None
     """Told how much has come."""
 
-    is_closed: Callable[[], bool]
-    """Whether another thread closed the engine."""
-
     is_interrupted: IsInterrupted
     """Whether somebody wants the sampling to end now."""
 
@@ -144,8 +146,6 @@ class Batch:
 
     def _advance(self) -> None:
         """Send what can be sent, wait a moment, take what came."""
-        if self.is_closed():
-            raise EngineError(f"{self.name}: it was closed while it sampled")
         if not self._is_ending and self.is_interrupted():
             self.was_interrupted = True
             self._end(_INTERRUPTION_LIMIT_SECONDS)
@@ -236,7 +236,6 @@ class Batch:
     def _take(self, answered: Answered) -> None:
         """Take the end of a call: completions, a fault, or an error that ends the batch."""
         ticket, outcome = answered.ticket, answered.outcome
-        assert isinstance(ticket, Ticket), "batches put tickets into events"
         self._in_flight.end(ticket)
         if isinstance(outcome, BaseException):
             if not isinstance(outcome, ServerFault):
@@ -256,12 +255,11 @@ class Batch:
                 f"{self.name}: request {self.requests[ticket.index].request_id!r} was refused: "
                 f"{fault}"
             ) from fault
-        self._lose(ticket, str(fault))
-        self._retries.rest(ticket.index)
         if isinstance(fault, BadAnswer):
             self.pool.counters.num_bad_answers += 1
-        if ticket.member is not None:
+        if ticket.member is not None:  # first, because its death is a loss of another kind
             self.pool.suspect(ticket.member, ticket.life, "answer", fault)
+        self._lose(ticket, str(fault), is_death=ticket.is_of_the_dead)
 
     def _read(self, ticket: Ticket, answers: list[dict[str, Any]]) -> list[Completion]:
         """Return the completions of an answer, once it has been checked.
@@ -366,15 +364,15 @@ class Batch:
                     self._finish_unanswered(ticket.index, cause)
                 else:
                     self._lose(ticket, cause, is_death=True)
-                    self._waiting.appendleft(ticket.index)  # at once: the others are well
 
-    def _lose(self, ticket: Ticket, cause: str, *, is_death: bool = False) -> None:
-        """Count a lost request, as long as it may be tried again.
+    def _lose(self, ticket: Ticket, cause: str, *, is_death: bool) -> None:
+        """Count a lost request, and issue it again as long as it may be tried.
 
         Args:
             ticket: the call that was lost.
             cause: why.
-            is_death: its server died, of which there is a line in the log.
+            is_death: its server died, of which there is a line in the log. The others are well, and
+                get the request at once; otherwise it rests.
 
         Raises:
             RolloutError: if it was tried often enough.
@@ -394,6 +392,10 @@ class Batch:
             *(self.name, request_id, num_lost + 1, cause),
         )
         self.pool.counters.num_reissued += 1
+        if is_death:
+            self._waiting.appendleft(ticket.index)
+        else:
+            self._retries.rest(ticket.index)
 
     def _outstanding(self) -> str:
         """Say what is outstanding, for the heartbeat."""

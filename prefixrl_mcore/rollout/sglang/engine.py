@@ -6,7 +6,7 @@ checked before it is believed: lengths, finish reasons, logprobs and the name of
 
 import logging
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from prefixrl_mcore.rollout.weight_names import (
     read_end_token_ids,
     read_weight_coverage,
 )
+from prefixrl_mcore.rollout.weight_sync.addresses import is_here
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
 from prefixrl_mcore.rollout.weight_sync.checksums import check_weights
 from prefixrl_mcore.rollout.weight_sync.choose import choose_transport
@@ -111,6 +112,7 @@ class SGLangEngine:
         )
         find_api_key(config)  # fails now rather than in a thread
         base_weights = weights_name(self._run, -1)
+        urls_here = [url for url in config.urls if is_here(url)]
         launches: list[ServerLaunch | None] = [None] * len(config.urls)
         if not config.urls:
             placed = gpus_of_servers(
@@ -136,13 +138,14 @@ class SGLangEngine:
                     index,
                     config,
                     launch=launch,
+                    is_here=launch is not None or config.urls[index] in urls_here,
                     logs_folder=logs_folder,
                     check=self._inspector.inspect,
                 )
                 for index, launch in enumerate(launches)
             ],
             config,
-            syncer=self._build_syncer(device, logs_folder, colocated=colocated),
+            syncer=self._build_syncer(device, logs_folder, urls_here, colocated=colocated),
             router=self._client_of_router(),
         )
         try:
@@ -231,7 +234,6 @@ class SGLangEngine:
                 max_samples=self._config.max_samples_per_server,
                 is_enough=is_enough,
                 on_completed=on_completed,
-                is_closed=lambda: self._guard.is_closed,
                 is_interrupted=self._is_interrupted,
             )
             sampled = batch.run()
@@ -326,7 +328,9 @@ class SGLangEngine:
             bucket_bytes=self._config.sync.bucket_bytes,
         )
 
-    def _build_syncer(self, device: str, logs_folder: Path, *, colocated: bool) -> Syncer:
+    def _build_syncer(
+        self, device: str, logs_folder: Path, urls_here: Collection[str], *, colocated: bool
+    ) -> Syncer:
         """Choose how weights get to the servers, and how they are checked."""
         config, folder = self._config, self._model_folder
         heads = read_config_number(folder, "num_attention_heads")
@@ -337,7 +341,11 @@ class SGLangEngine:
             is_cuda=device == "cuda",
         )
         transport = choose_transport(
-            config, device=device, colocated=colocated, folder=logs_folder / "weights"
+            config,
+            device=device,
+            colocated=colocated,
+            folder=logs_folder / "weights",
+            urls_here=urls_here,
         )
         return Syncer(transport, check=check, check_every_syncs=config.sync.checksum_every_syncs)
 

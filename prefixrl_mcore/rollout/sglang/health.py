@@ -43,32 +43,37 @@ class HealthWatch:
         """
         self._config = config
         self._report = report
-        self._next_check: dict[int, float] = {}
-        self._checks: list[threading.Thread] = []
+        self._next_check: dict[Member, float] = {}
+        self._under_way: dict[Member, tuple[int, threading.Thread]] = {}  # life, and check
 
     def begin_due(self, members: Sequence[Member]) -> None:
-        """Begin a check of each of these servers, if one is due."""
+        """Begin a check of each of these servers, if one is due.
+
+        A server has one at a time, until its end was noted: one silence counts once.
+        """
         now = time.monotonic()
         for member in members:
-            if self._next_check.get(member.index, 0.0) <= now:
-                # Not again before this one has ended.
-                self._next_check[member.index] = now + 2 * self._config.health_timeout_seconds
+            if not self._is_checked(member) and self._next_check.get(member, 0.0) <= now:
                 check = threading.Thread(
                     target=self._check, args=(member, member.life, member.client), daemon=True
                 )
-                self._checks = [one for one in self._checks if one.is_alive()] + [check]
+                self._under_way[member] = member.life, check
                 check.start()
+
+    def _is_checked(self, member: Member) -> bool:
+        """Return whether a check is under way; nobody notes the end of one of an earlier life."""
+        life, check = self._under_way.get(member, (None, None))
+        return life == member.life or (check is not None and check.is_alive())
 
     def note(self, checked: Checked) -> None:
         """Count the time until the server's next check from here."""
-        index = checked.member.index
-        self._next_check[index] = time.monotonic() + self._config.health_every_seconds
+        del self._under_way[checked.member]
+        self._next_check[checked.member] = time.monotonic() + self._config.health_every_seconds
 
     def wait(self) -> None:
         """Return when no check is under way."""
-        for check in self._checks:
+        for _, check in self._under_way.values():
             check.join()
-        self._checks.clear()
 
     def _check(self, member: Member, life: int, client: SGLangClient) -> None:
         """In a thread: check one server's health."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from prefixrl_mcore.rollout.engine import SampleRequest
 from prefixrl_mcore.rollout.sglang.member import Member
@@ -45,6 +46,23 @@ class Ticket:
 
     is_wanted: bool = True
     """Somebody waits for it."""
+
+    @property
+    def is_of_the_dead(self) -> bool:
+        """Whether the server that was asked is dead, or was started anew since."""
+        member = self.member
+        return member is not None and (member.life != self.life or not member.is_up)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """The end of one call."""
+
+    ticket: Ticket
+    """Which."""
+
+    outcome: list[dict[str, Any]] | BaseException
+    """One answer per sample, or what went wrong."""
 
 
 class InFlight:
@@ -112,10 +130,9 @@ class InFlight:
         """End what dead servers owe, and return it: such calls may hang as long as they like."""
         owed: dict[Member, list[Ticket]] = {}
         for ticket in list(self.tickets):
-            member = ticket.member
-            if member is not None and (member.life != ticket.life or not member.is_up):
+            if ticket.member is not None and ticket.is_of_the_dead:
                 self.end(ticket)
-                owed.setdefault(member, []).append(ticket)
+                owed.setdefault(ticket.member, []).append(ticket)
         return owed
 
     def __str__(self) -> str:

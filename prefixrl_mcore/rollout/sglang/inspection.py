@@ -74,8 +74,8 @@ class Inspector:
         check_determinism(info, self._config)
         if self._colocated:
             check_memory_release(client.protocol, info, url=client.url)
-        if self._colocated and member.is_here and member.gpus is None:
-            member.gpus = reported_gpus(info, url=client.url)
+            if member.is_here and not member.is_own:  # in each life: they may be others
+                member.gpus = reported_gpus(info, url=client.url)
         self._protocols[member] = client.protocol
 
     def _note_version(self, member: Member, version: str) -> None:

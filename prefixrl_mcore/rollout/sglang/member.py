@@ -1,6 +1,7 @@
 """One server of the pool: what state it is in, and how it gets from one to the next."""
 
 import logging
+import queue
 import threading
 import time
 from collections import Counter, deque
@@ -15,14 +16,15 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
-from prefixrl_mcore.rollout.sglang.faults import ServerFault
+from prefixrl_mcore.rollout.sglang.faults import ServerFault, WrongWeights
 from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
-from prefixrl_mcore.rollout.weight_sync.addresses import is_here
+from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
 
 logger = logging.getLogger(__name__)
 
+_POLL_SECONDS = 0.1
 _HEALTH_POLL_SECONDS = 0.5
 _REPORT_SECONDS = 10.0
 _JOIN_SECONDS = 30.0
@@ -30,6 +32,9 @@ _JOIN_SECONDS = 30.0
 
 WEIGHTS, KV_CACHE = _MEMORY_PARTS = ("weights", "kv_cache")
 """Parts of device memory, as SGLang calls them; its compiled graphs stay."""
+
+_ASLEEP = "asleep:incomplete"
+"""Name of weights that were given back. A server that has another was started anew in its sleep."""
 
 Failure = Literal["answer", "health"]
 """What failed: an answer to a request, or a health check."""
@@ -95,6 +100,7 @@ class Member:
         config: SGLangConfig,
         *,
         launch: ServerLaunch | None,
+        is_here: bool,
         logs_folder: Path,
         check: Callable[["Member"], None],
     ) -> None:
@@ -104,6 +110,7 @@ class Member:
             index: place in the pool, and among ``config.urls``.
             config: time-outs, and the URL of a server that runs elsewhere.
             launch: how the child process is started; None if it runs elsewhere.
+            is_here: it is on this machine.
             logs_folder: gets ``sglang-<server>-<start>.log``.
             check: raises EngineError for a server that is up and not what it should be; called in
                 another thread.
@@ -131,9 +138,12 @@ class Member:
 
         self.gpus = None if launch is None else gpu_numbers(launch.gpus)
         """The GPU of each of its ranks, as this process numbers them; None if it has none, or
-        others started it. Those of one that shares this run's are noted when it has come up."""
+        others started it. Those of one that shares this run's are noted whenever it comes up."""
 
-        self.is_here = launch is not None or is_here(config.urls[index])
+        self.is_own = launch is not None
+        """It is started as a child process."""
+
+        self.is_here = is_here
         """It is on this machine."""
 
         self._config = config
@@ -221,6 +231,7 @@ class Member:
         self.client.abort()  # what a batch that was given up left in flight
         self.client.resume()  # a paused server never gets idle
         self.client.flush_cache()
+        self.client.set_weight_version(_ASLEEP)
         self.client.release_memory([p for p in _MEMORY_PARTS if p not in self.released])
         self.released = _MEMORY_PARTS
 
@@ -228,9 +239,12 @@ class Member:
         """Take those of its parts of device memory again that it gave back.
 
         Raises:
+            WrongWeights: if it is not the one that gave them back: somebody started it anew since.
             ServerFault: if it cannot, or is lost.
         """
         wanted = [part for part in parts if part in self.released]
+        if WEIGHTS in wanted and (served := self.client.weight_version()) != _ASLEEP:
+            raise WrongWeights(f"was started anew in its sleep, and has weights {served!r}")
         if wanted:
             self.client.resume_memory(wanted)
         if WEIGHTS in wanted:
@@ -279,41 +293,68 @@ class Member:
             EngineError: if it does not come up in time, or is not what it should be.
         """
         if self._launch is not None:
-            log_file = self._logs_folder / f"sglang-{self.index}-{life}.log"
-            server = SGLangServer.start(self._launch, log_file, cancelled=cancelled)
-            with self._lock:
-                if not cancelled.is_set():
-                    self.server, self._client = server, server.client
-            if cancelled.is_set():
-                server.stop()
-                raise EngineError(f"SGLang: {self.name} is no longer wanted")
-            self._warm_up(server)
+            self._start(self._launch, life, cancelled)
         else:
             self._wait_for_url(cancelled, is_back=life > 1)
         try:
             self._check(self)
+            self._warm_up(cancelled)
             return self.client.weight_version()
         except ServerFault as fault:
             raise EngineError(f"SGLang: {self.name}: {fault}") from fault
 
-    def _warm_up(self, server: SGLangServer) -> None:
-        """Have a server that was started sample some tokens: it may compile kernels for that.
+    def _start(self, launch: ServerLaunch, life: int, cancelled: threading.Event) -> None:
+        """Start its process, which is this member's from then on: its death ends all calls."""
+        log_file = self._logs_folder / f"sglang-{self.index}-{life}.log"
+        server = SGLangServer.start(launch, log_file, cancelled=cancelled)
+        with self._lock:
+            if not cancelled.is_set():
+                self.server, self._client = server, server.client
+        if cancelled.is_set():
+            server.stop()
+            raise self._unwanted()
 
-        Only then do the limits of health checks say something. Its processes are this member's
-        already, so that a death or a cancellation ends the call.
+    def _warm_up(self, cancelled: threading.Event) -> None:
+        """Have it sample some tokens, whoever started it: it may compile kernels for that.
+
+        Only then do the limits of health checks say something. One that was left in the middle of
+        an update sampled before that, and has no weights to sample from now.
 
         Raises:
-            EngineError: if it samples none in the time for a start.
+            ServerFault: if it cannot be asked.
+            EngineError: if it samples none in the time for a start, or is no longer wanted.
         """
-        try:
-            server.client.warm_up(self._config.start_timeout_seconds)
-        except ServerFault as fault:
+        if is_incomplete(self.client.weight_version()):
+            return
+        self.client.resume()  # the trainer that it had may have died while it was paused
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def sample() -> None:
+            try:
+                self.client.warm_up(self._config.start_timeout_seconds)
+            except BaseException as error:  # of any kind: it is raised by who waits
+                ended.put(error)
+            else:
+                ended.put(None)
+
+        # Not waited for once it is no longer wanted: nothing ends a call to somebody's server.
+        threading.Thread(target=sample, name=f"warm-up-{self.index}", daemon=True).start()
+        while ended.empty():
+            if cancelled.wait(_POLL_SECONDS):
+                raise self._unwanted()
+        error = ended.get()
+        if isinstance(error, ServerFault):
+            tail = "" if self.server is None else f"; {self.server.log_tail()}"
             raise EngineError(
                 f"SGLang: {self.name} came up and did not sample its first tokens within "
                 f"{self._config.start_timeout_seconds:g} s; raise "
-                f"rollout.sglang.start_timeout_seconds if it compiles: {fault}; "
-                f"{server.log_tail()}"
-            ) from fault
+                f"rollout.sglang.start_timeout_seconds if it compiles: {error}{tail}"
+            ) from error
+        if error is not None:
+            raise error
+
+    def _unwanted(self) -> EngineError:
+        return EngineError(f"SGLang: {self.name} is no longer wanted")
 
     def _wait_for_url(self, cancelled: threading.Event, *, is_back: bool) -> None:
         """Wait for a server that runs elsewhere; one that was given up must show that it works."""

@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
@@ -17,6 +16,7 @@ from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.faults import ServerFault, ServerLost, WrongWeights
 from prefixrl_mcore.rollout.sglang.health import Checked, HealthWatch, find_silent, is_gone
+from prefixrl_mcore.rollout.sglang.in_flight import Answered
 from prefixrl_mcore.rollout.sglang.member import (
     KV_CACHE,
     WEIGHTS,
@@ -38,17 +38,6 @@ TICK_SECONDS = 0.2
 _HEARTBEAT_SECONDS = 30.0
 _ABORT_SECONDS = 6.0
 """Longest wait for the servers to be told to drop what they do."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
-    """The end of one HTTP call of a batch."""
-
-    ticket: object
-    """The batch's own record of the call."""
-
-    outcome: list[dict[str, object]] | BaseException
-    """One answer per sample, or what went wrong."""
 
 
 class ServerPool:
@@ -80,6 +69,7 @@ class ServerPool:
         self._health = HealthWatch(config, self.events.put)
         self._await_load: set[Member] = set()  # came up when the weights could not be had
         self._last_heartbeat = time.monotonic()
+        self._is_closed = False
 
     @property
     def ready(self) -> list[Member]:
@@ -181,9 +171,10 @@ class ServerPool:
             may_update: there is time for an update; those that came up wait for weights otherwise.
 
         Raises:
-            EngineError: if too few servers are left.
+            EngineError: if too few servers are left, or another thread closed the pool.
         """
         self._bury_the_lost()
+        self._check_open()  # nobody would end what is started now
         for member in self.members:
             if member.state is State.DEAD and member.may_restart():
                 member.note_restart()
@@ -313,6 +304,7 @@ class ServerPool:
         Raises:
             EngineError: if too few servers are left.
         """
+        self._bury_the_lost()
         self.command(
             lambda member: member.resume_memory(WEIGHTS),
             [State.ASLEEP],
@@ -321,7 +313,8 @@ class ServerPool:
         )
 
     def close(self) -> None:
-        """End all servers that were started; safe to call twice."""
+        """End all servers that were started, and what waits for them; safe to call twice."""
+        self._is_closed = True
         for result in ask_all(self.members, Member.close).values():
             result.result()
         if self.router is not None:
@@ -371,6 +364,11 @@ class ServerPool:
             if member.has_lost_process() and member.state is not State.DEAD:
                 self.bury(member, "its process is gone")
 
+    def _check_open(self) -> None:
+        """Raise EngineError if another thread closed the pool."""
+        if self._is_closed:
+            raise EngineError("SGLang: the engine was closed while it was in use")
+
     def _check_enough(self) -> None:
         """Raise EngineError if fewer servers than wanted are alive or may become so."""
         lost = [m for m in self.members if m.state is State.DEAD and not m.may_restart()]
@@ -403,6 +401,8 @@ class ServerPool:
             self.suspect(member, event.life, "health", event.fault)
 
     def _beat(self, waiting_for: str) -> None:
+        """Say now and then what is waited for, unless it never comes."""
+        self._check_open()
         now = time.monotonic()
         if now - self._last_heartbeat >= _HEARTBEAT_SECONDS:
             self._last_heartbeat = now

@@ -3,11 +3,19 @@
 import socket
 from urllib.parse import urlparse
 
+from prefixrl_mcore.rollout.engine import EngineError
+
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def is_here(url: str) -> bool:
-    """Return whether the host of ``url`` is this machine: it has the host's address."""
+    """Return whether the host of ``url`` is this machine: it has the host's address.
+
+    To be asked once: who resolves names may give another answer later.
+
+    Raises:
+        EngineError: if nobody knows the host.
+    """
     host = urlparse(url).hostname or ""
     return host in _LOOPBACK or any(
         _is_bound(family, address) for family, address in _resolved(host)
@@ -26,11 +34,14 @@ def address_for(url: str) -> str:
 
 
 def _resolved(host: str) -> list[tuple[int, str]]:
-    """Return (family, address) of a host; none for one that nobody knows."""
+    """Return (family, address) of a host."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
-    except OSError:
-        return []  # whoever connects to it says so
+    except OSError as error:
+        raise EngineError(
+            f"SGLang: the host {host!r} of a server has no address: {error}; correct "
+            "rollout.sglang.urls, or have this machine resolve the name"
+        ) from error
     return [(family, str(address[0])) for family, _, _, _, address in found]
 
 

@@ -2,10 +2,10 @@
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from prefixrl_mcore.config.rollout import SGLangConfig
-from prefixrl_mcore.rollout.weight_sync.addresses import is_here
 from prefixrl_mcore.rollout.weight_sync.by_location import ByLocation
 from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
@@ -25,7 +25,7 @@ _EXPANDABLE = "expandable_segments:True"
 
 
 def choose_transport(
-    config: SGLangConfig, *, device: str, colocated: bool, folder: Path
+    config: SGLangConfig, *, device: str, colocated: bool, folder: Path, urls_here: Collection[str]
 ) -> Transport:
     """Return the transport that ``sync.transport`` names, or the fastest that works; log why.
 
@@ -34,11 +34,12 @@ def choose_transport(
         device: of the servers, ``cpu`` or ``cuda``.
         colocated: the servers share GPUs with trainer ranks.
         folder: of the run; gets the files of the transport ``disk``.
+        urls_here: those of ``config.urls`` that are on this machine.
 
     Raises:
         ValueError: if the transport that is named cannot work.
     """
-    transport, reason = _Choice(config, device, colocated, folder).make()
+    transport, reason = _Choice(config, device, colocated, folder, urls_here).make()
     logger.info("weight sync: %s, because %s", transport.name, reason)
     return transport
 
@@ -46,12 +47,19 @@ def choose_transport(
 class _Choice:
     """What it depends on."""
 
-    def __init__(self, config: SGLangConfig, device: str, colocated: bool, folder: Path) -> None:
+    def __init__(
+        self,
+        config: SGLangConfig,
+        device: str,
+        colocated: bool,
+        folder: Path,
+        urls_here: Collection[str],
+    ) -> None:
         self._config, self._sync = config, config.sync
         self._device, self._colocated, self._folder = device, colocated, folder
         self._limit = config.sync.timeout_seconds
-        self._here = [url for url in config.urls if is_here(url)]
-        self._elsewhere = [url for url in config.urls if url not in self._here]
+        self._here = [url for url in config.urls if url in urls_here]
+        self._elsewhere = [url for url in config.urls if url not in urls_here]
 
     def make(self) -> tuple[Transport, str]:
         """Return the transport and the reason."""

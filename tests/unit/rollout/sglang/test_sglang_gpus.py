@@ -1,6 +1,7 @@
 """Each server's ranks get handles of memory on the server's own GPUs."""
 
 import logging
+import queue
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,16 @@ from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig
 from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers, gpus_of_servers, reported_gpus
+from prefixrl_mcore.rollout.sglang.inspection import Inspector
 from prefixrl_mcore.rollout.sglang.launch import (
     ServerLaunch,
     server_arguments,
     server_environment,
 )
-from prefixrl_mcore.rollout.sglang.member import Member, State
+from prefixrl_mcore.rollout.sglang.member import CameUp, Member, State
 from prefixrl_mcore.rollout.sglang.weights import Weights, send_weights
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
+from tests.support.fake_sglang import FakeSGLang, serve
 from tests.support.tiny_models import write_tiny_qwen3
 
 CONFIG = SGLangConfig(num_servers=2, tensor_parallel_size=2)
@@ -60,6 +63,7 @@ def test_weights_go_to_the_gpus_that_each_server_was_started_on(
                 max_total_tokens=10,
                 weight_version="first",
             ),
+            is_here=True,
             logs_folder=tmp_path,
             check=lambda client: None,
         )
@@ -106,6 +110,41 @@ def test_server_that_shares_the_trainers_gpus_says_which_they_are(
     assert reported_gpus({**info, "device": "cpu"}, url="http://a") is None
     with pytest.raises(EngineError, match=r"has GPUs 3, 4, this process has 4; start both with"):
         reported_gpus({**info, "base_gpu_id": 3}, url="http://a")
+
+
+def test_server_that_comes_back_on_other_gpus_gets_handles_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    fake = FakeSGLang()
+    inspector = Inspector(
+        write_tiny_qwen3(tmp_path / "model"), SGLangConfig(), logits_dtype="float32", colocated=True
+    )
+    with serve(fake):
+        member = Member(
+            0,
+            SGLangConfig(urls=(fake.url,), start_timeout_seconds=5.0),
+            launch=None,
+            is_here=True,
+            logs_folder=tmp_path,
+            check=inspector.inspect,
+        )
+        seen = []
+        for first in (1, 3):
+            fake.precision |= {
+                "device": "cuda",
+                "base_gpu_id": first,
+                "tp_size": 1,
+                "enable_memory_saver": True,
+            }
+            came: queue.SimpleQueue[CameUp] = queue.SimpleQueue()
+            member.revive(came.put)
+            assert came.get(timeout=10).outcome == "first"
+            seen.append(member.gpus)
+            member.die("by the test")
+        member.close()
+
+    assert seen == [(1,), (3,)]
 
 
 def test_server_that_sees_other_gpus_too_is_told_its_first(tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from tests.support.fake_sglang import FakeSGLang, serve
 
 
+def _is_fine(_member: Member) -> None:
+    """Check nothing."""
+
+
 def member_in(folder: Path, **settings: Any) -> Member:
     config = SGLangConfig(**settings)
     launch = ServerLaunch(
@@ -30,7 +34,12 @@ def member_in(folder: Path, **settings: Any) -> Member:
         max_total_tokens=100,
         weight_version="first",
     )
-    return Member(0, config, launch=launch, logs_folder=folder, check=lambda _member: None)
+    return Member(0, config, launch=launch, is_here=True, logs_folder=folder, check=_is_fine)
+
+
+def member_at(fake: FakeSGLang, folder: Path, **settings: Any) -> Member:
+    config = SGLangConfig(urls=(fake.url,), **settings)
+    return Member(0, config, launch=None, is_here=True, logs_folder=folder, check=_is_fine)
 
 
 def outcome_of(member: Member) -> str | BaseException:
@@ -61,12 +70,8 @@ def test_death_during_a_start_waits_for_the_process_of_that_start(
     assert member.state is State.DEAD
 
 
-@pytest.mark.parametrize("compiles_in_time", [True, False])
-def test_server_that_was_started_is_up_once_it_has_sampled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiles_in_time: bool
-) -> None:
-    fake = FakeSGLang()
-    fake.hold = threading.Event()
+def start_of(fake: FakeSGLang) -> Any:
+    """Stand for SGLangServer.start: the fake is the server."""
 
     def start(_launch: ServerLaunch, _log: Path, *, cancelled: threading.Event) -> Any:
         client = SGLangClient(fake.url, request_timeout_seconds=60)
@@ -74,22 +79,72 @@ def test_server_that_was_started_is_up_once_it_has_sampled(
             client=client, is_alive=True, stop=lambda: None, log_tail=lambda: "end of its log"
         )
 
-    monkeypatch.setattr(SGLangServer, "start", start)
-    with serve(fake):
-        seconds = 10.0 if compiles_in_time else 0.5
-        member = member_in(tmp_path, start_timeout_seconds=seconds)
-        if compiles_in_time:
-            threading.Timer(0.5, fake.hold.set).start()
-        outcome = outcome_of(member)
-        fake.hold.set()
+    return start
 
-    assert fake.calls[0] == "/generate"
+
+@pytest.mark.parametrize("is_own", [True, False])
+@pytest.mark.parametrize("compiles_in_time", [True, False])
+def test_server_is_up_once_it_has_sampled_whoever_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, compiles_in_time: bool, is_own: bool
+) -> None:
+    fake = FakeSGLang()
+    fake.hold_warm_up = threading.Event()
+    monkeypatch.setattr(SGLangServer, "start", start_of(fake))
+    with serve(fake):
+        settings: dict[str, Any] = {"start_timeout_seconds": 10.0 if compiles_in_time else 0.5}
+        member = (
+            member_in(tmp_path, **settings) if is_own else member_at(fake, tmp_path, **settings)
+        )
+        if compiles_in_time:
+            threading.Timer(0.5, fake.hold_warm_up.set).start()
+        outcome = outcome_of(member)
+        fake.hold_warm_up.set()
+
+    assert "warm-up" in fake.calls
     if compiles_in_time:
         assert outcome == "first"
     else:
         assert isinstance(outcome, EngineError)
         assert "did not sample its first tokens within 0.5 s; raise rollout" in str(outcome)
-        assert "end of its log" in str(outcome)
+        assert ("end of its log" in str(outcome)) == is_own
+
+
+def test_server_that_was_left_paused_samples_its_first_tokens(tmp_path: Path) -> None:
+    fake = FakeSGLang()
+    fake.is_paused = True
+    with serve(fake):
+        assert outcome_of(member_at(fake, tmp_path, start_timeout_seconds=5.0)) == "first"
+
+
+def test_server_that_was_left_in_the_middle_of_an_update_is_not_asked_to_sample(
+    tmp_path: Path,
+) -> None:
+    fake = FakeSGLang()
+    fake.weight_version = "ab12:3:incomplete"
+    with serve(fake):
+        assert outcome_of(member_at(fake, tmp_path)) == "ab12:3:incomplete"
+
+    assert "warm-up" not in fake.calls
+
+
+def test_first_tokens_of_a_server_that_is_no_longer_wanted_are_not_waited_for(
+    tmp_path: Path,
+) -> None:
+    fake = FakeSGLang()
+    fake.hold_warm_up = threading.Event()
+    came: queue.SimpleQueue[CameUp] = queue.SimpleQueue()
+    with serve(fake):
+        member = member_at(fake, tmp_path)
+        member.revive(came.put)
+        while "warm-up" not in fake.calls:
+            time.sleep(0.01)
+        started = time.monotonic()
+        member.close()
+        seconds = time.monotonic() - started
+        fake.hold_warm_up.set()
+
+    assert seconds < 5
+    assert "no longer wanted" in str(came.get(timeout=1).outcome)
 
 
 def test_end_of_a_start_by_anything_at_all_is_told(

@@ -2,11 +2,14 @@
 
 import itertools
 import logging
+import queue
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +23,12 @@ from prefixrl_mcore.rollout.sglang import batch, health
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from prefixrl_mcore.rollout.sglang.health import Checked, HealthWatch
 from prefixrl_mcore.rollout.sglang.in_flight import InFlight
-from prefixrl_mcore.rollout.sglang.member import State
+from prefixrl_mcore.rollout.sglang.member import Member, State
 from prefixrl_mcore.rollout.sglang.schedule import Cost
 from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
+from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
 from tests.support.fake_sglang import SAMPLED_TOKEN, Answer, FakeSGLang, serve
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
 
@@ -226,6 +231,43 @@ def test_one_answer_of_other_weights_is_death(pool: Pool) -> None:
     assert (metrics["engine/num_bad_answers"], metrics["engine/num_server_deaths"]) == (1, 1)
 
 
+def break_off_for_good(fake: FakeSGLang) -> None:
+    """Have a server break every connection, from the first request on."""
+    answer, has_broken = fake.answer, threading.Event()
+
+    def break_off(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/generate":
+            has_broken.set()
+        return (0, None) if has_broken.is_set() else answer(path, payload)
+
+    fake.answer = break_off  # type: ignore[method-assign]
+
+
+def test_loss_that_shows_a_death_is_one_by_a_death(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=3, max_retries=0)
+    break_off_for_good(pool.fakes[0])
+
+    with pytest.raises(RolloutError, match=r"lost after 1 attempts \(1 by a server's death"):
+        engine.sample(requests_of(1), PARAMS)
+
+
+def test_request_whose_loss_shows_a_death_is_the_first_to_be_issued_again(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=0, max_samples_per_server=2)
+    break_off_for_good(pool.fakes[0])
+    other = pool.fakes[1]
+    other.hold = hold = threading.Event()
+
+    def let_go_after_the_death() -> None:
+        while engine._pool.members[0].state is not State.DEAD:
+            time.sleep(0.01)
+        hold.set()
+
+    threading.Thread(target=let_go_after_the_death, daemon=True).start()
+
+    assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+    assert [rid.split("-", 2)[2] for rid in other.sampled] == ["0-r1.", "1-r0.", "0-r2."]
+
+
 @pytest.mark.parametrize("is_reachable", [True, False])
 def test_server_that_broke_a_connection_is_dead_if_it_does_not_answer_at_all(
     pool: Pool, is_reachable: bool
@@ -252,6 +294,32 @@ def test_lost_request_goes_to_another_server_although_the_first_has_its_context(
 
     assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
     assert len(pool.fakes[1].sampled) == 1
+
+
+@pytest.mark.parametrize("is_loading", [True, False])
+def test_engine_that_is_closed_waits_for_no_server(pool: Pool, *, is_loading: bool) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=99, start_timeout_seconds=60)
+    member, fake = engine._pool.members[0], pool.fakes[0]
+    if is_loading:
+        fake.refuse_update = "out of memory"
+    fake.is_sick = True
+    fake.hold = threading.Event()
+
+    def close_while_it_is_waited_for() -> None:
+        while member.life < 2:
+            time.sleep(0.01)
+        engine.close()
+
+    closer = threading.Thread(target=close_while_it_is_waited_for)
+    closer.start()
+    use = partial(engine.load_weights, weights, 1)
+    if not is_loading:
+        use = partial(engine.sample, requests_of(1), PARAMS)
+    with pytest.raises(EngineError, match="the engine was closed while it was in use"):
+        use()
+    closer.join()
+
+    assert member.life == 2  # it was not started again
 
 
 def test_load_that_fails_leaves_the_version_of_before(pool: Pool) -> None:
@@ -292,6 +360,38 @@ def test_health_checks_that_fail_now_and_then_are_not_failures_in_a_row(pool: Po
 
     assert tokens_of(engine.sample(requests_of(2), PARAMS)) == [[6, 6]] * 2
     assert engine.take_metrics()["engine/num_server_deaths"] == 0
+
+
+def test_silence_of_a_server_counts_once_however_long_nobody_looked() -> None:
+    asked, answer = list[float](), threading.Event()
+
+    def check_progress(timeout_seconds: float) -> None:
+        asked.append(timeout_seconds)
+        answer.wait()
+
+    ended: queue.SimpleQueue[Checked] = queue.SimpleQueue()
+    config: Any = SimpleNamespace(health_timeout_seconds=0.01, health_every_seconds=0.0)
+    watch = HealthWatch(config, ended.put)
+    config_of_member = SGLangConfig(urls=("http://192.0.2.1:9",))
+    member: Any = Member(
+        0, config_of_member, launch=None, is_here=False, logs_folder=Path(), check=print
+    )
+    member.life, member._client = 1, SimpleNamespace(check_progress=check_progress)
+
+    def look() -> int:
+        time.sleep(0.05)  # longer than a check may take
+        watch.begin_due([member])
+        return len(asked)
+
+    assert [look(), look()] == [1, 1]
+    member.life = 2  # the call to the server that was is still under way
+    assert look() == 1
+    member.life = 1
+    answer.set()
+    checked = ended.get(timeout=5)
+    assert look() == 1  # its end was not looked at yet
+    watch.note(checked)
+    assert look() == 2
 
 
 def test_answers_that_fail_now_and_then_are_not_failures_in_a_row(pool: Pool) -> None:
@@ -623,6 +723,21 @@ def test_servers_left_paused_by_a_trainer_that_died_are_found_and_updated(pool: 
     assert [fake.is_paused for fake in pool.fakes] == [False] * 3
 
 
+def test_where_a_server_is_is_asked_once(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve, asked = socket.getaddrinfo, list[str]()
+
+    def note(host: str, port: Any, *args: Any, **kwargs: Any) -> Any:
+        if port is None:  # and not to connect to it
+            asked.append(host)
+        return resolve("127.0.0.1" if host == "node-a" else host, port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", note)
+
+    pool.engine(urls=(pool.urls[0].replace("127.0.0.1", "node-a"),))
+
+    assert asked == ["node-a"]
+
+
 def test_server_that_was_given_up_while_paused_comes_back(pool: Pool) -> None:
     engine = pool.engine(urls=pool.urls[:2])
     engine.load_weights(weights, 1)
@@ -771,6 +886,46 @@ def test_server_that_came_back_while_the_others_slept_is_not_told_to_wake(pool: 
         "/resume_memory_occupation weights",
         "/resume_memory_occupation kv_cache",
     ]
+
+
+def test_server_that_somebody_started_anew_in_its_sleep_is_not_told_to_wake(pool: Pool) -> None:
+    """Its supervisor may do so without a word; also when the folder's weights were those before."""
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=5)
+    engine.sleep()
+    restarted = pool.fakes[0]
+    assert is_incomplete(restarted.weight_version)  # for those who come upon it
+    restarted.released.clear()
+    restarted.weight_version = "first"
+
+    engine.wake()
+    engine.load_weights(weights, 1)
+    deadline = time.monotonic() + 10
+    while len(engine._pool.ready) < 2 and time.monotonic() < deadline:
+        engine.sample(requests_of(4), PARAMS)
+
+    assert len(engine._pool.ready) == 2
+    assert not any(call.startswith("/resume_memory") for call in restarted.calls)
+    assert "started anew in its sleep" in engine._pool.members[0].last_death
+    assert restarted.weight_version == pool.fakes[1].weight_version
+
+
+def test_server_whose_process_ended_in_its_sleep_is_buried_before_the_others_wake(
+    pool: Pool,
+) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=0)
+    engine.sleep()
+    lost: Any = engine._pool.members[0]
+    lost.server = SimpleNamespace(
+        is_alive=False,
+        cause_of_death=lambda: "killed",
+        log_tail=lambda: "end of its log",
+        stop=lambda: None,
+    )
+
+    engine.wake()
+
+    assert lost.last_death == "killed (its process is gone)"
+    assert engine._pool.members[1].state is State.STARTING
 
 
 def test_sleeping_servers_take_no_weights(pool: Pool) -> None:

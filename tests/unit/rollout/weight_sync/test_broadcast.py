@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.weight_sync import distributed
 from prefixrl_mcore.rollout.weight_sync.addresses import address_for, is_here
@@ -194,4 +195,5 @@ def test_server_is_here_if_this_machine_has_its_address() -> None:
     assert is_here("http://127.0.0.2:1")  # all of 127 is
     assert is_here(f"http://{socket.gethostname()}:1")
     assert not is_here("http://192.0.2.1:1")  # for documentation
-    assert not is_here("http://nobody-knows.invalid:1")
+    with pytest.raises(EngineError, match=r"host 'nobody-knows\.invalid' .* no address.*urls, or"):
+        is_here("http://nobody-knows.invalid:1")

@@ -30,7 +30,9 @@ def chosen(
     config = SGLangConfig.model_validate(
         {"python": python, "urls": urls, "sync": {"transport": transport}}
     )
-    return choose_transport(config, device=device, colocated=colocated, folder=Path("weights"))
+    return choose_transport(
+        config, device=device, colocated=colocated, folder=Path("weights"), urls_here=[HERE]
+    )
 
 
 @pytest.mark.parametrize(

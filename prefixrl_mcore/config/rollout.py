@@ -100,7 +100,8 @@ class SGLangConfig(Config):
     """Servers to start as child processes; on a GPU machine each has ``tensor_parallel_size``
     GPUs, in the order of ``CUDA_VISIBLE_DEVICES``: after those of the trainer's ranks there, or
     with ``rollout.colocated`` from the first one on. In a colocated Slurm job on several nodes each
-    has so many; with GPUs as many as fill it, and this stays 1."""
+    has so many; with GPUs as many as fill it, and this stays 1. The other stages of a recipe on
+    Slurm fill their node, too."""
 
     urls: tuple[str, ...] = ()
     """URLs of servers that already run; they take the place of ``num_servers`` child processes."""

@@ -17,7 +17,6 @@ from tests.support.recipe_layouts import (
     RECIPES,
     ROOT,
     Recipe,
-    load_recipe,
     recipe_file,
 )
 from tests.support.recipe_table import predict
@@ -48,10 +47,11 @@ def test_check_says_that_a_recipe_fits(
     assert main([*_command(recipe, "check"), "--model.path", str(model)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "does not fit" not in printed
-    servers = "of their own: with" if recipe.rollout_nodes else "on GPUs of the trainer: at most"
-    assert re.search(
-        rf"fits: .* for the trainer alone .* server\(s\) .*{servers} .*, fits", printed
-    )
+    found = predict(recipe)
+    servers = rf"{found.num_servers} server\(s\) on GPUs of the trainer: at most"
+    assert re.search(rf"fits: .* for the trainer alone .* {servers} .*, fits", printed)
+    time = found.plan.time
+    assert f"rollout {time.rollout:.3g} + update {time.update:.3g} (" in printed
 
 
 def _my_site(name: str, folder: Path) -> Path:
@@ -91,21 +91,17 @@ def test_launch_writes_a_script_of_the_recipes_nodes(
     ]
     assert main([*command, "--dry-run", f"model.path={model}"]) == 0
     script = capsys.readouterr().out
-    found, servers = predict(recipe), load_recipe(recipe).rollout.sglang
-    nodes = found.trainer_nodes + recipe.rollout_nodes
-    assert re.search(rf"^#SBATCH --nodes={nodes}$", script, re.M)
+    found = predict(recipe)
+    assert re.search(rf"^#SBATCH --nodes={found.num_nodes}$", script, re.M)
     assert f"#SBATCH --ntasks-per-node={GPUS_PER_NODE}" in script
-    steps = " ".join(line for line in script.splitlines() if line.startswith("srun "))
-    if not recipe.rollout_nodes:
-        assert "--relative" not in steps
+    steps = [line for line in script.splitlines() if line.startswith("srun ")]
+    if found.num_nodes == 1:  # rank 0 starts the servers
+        assert len(steps) == 1
         return
-    tasks = found.trainer_nodes * GPUS_PER_NODE
-    assert f"--nodes={found.trainer_nodes} --ntasks={tasks} --ntasks-per-node=8 --relative=0" in (
-        steps
-    )
-    per_node = GPUS_PER_NODE // servers.tensor_parallel_size
-    tasks = recipe.rollout_nodes * per_node
+    _, servers = steps
+    per_node = GPUS_PER_NODE // found.server_gpus
+    assert " --overlap " in servers
     assert (
-        f"--nodes={recipe.rollout_nodes} --ntasks={tasks} --ntasks-per-node={per_node} "
-        f"--relative={found.trainer_nodes}"
-    ) in steps
+        f"--nodes={found.num_nodes} --ntasks={found.num_nodes * per_node} "
+        f"--ntasks-per-node={per_node} --relative=0"
+    ) in servers

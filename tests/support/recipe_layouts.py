@@ -22,10 +22,6 @@ class Recipe:
     release: str
     """Key of ``RELEASED``: the model's shape."""
 
-    rollout_nodes: int
-    """``--rollout-nodes`` of the launch command in the file; 0 starts the servers on the trainer's
-    own node."""
-
     neighbours: tuple[str, ...]
     """Layouts that were not chosen, in the words of ``change``."""
 
@@ -34,10 +30,10 @@ RECIPES = (
     Recipe(
         name="qwen3_4b",
         release="Qwen3-4B-Instruct-2507",
-        rollout_nodes=0,
         neighbours=(
             "server1 f55",
             "server4 f50",
+            "server8 f50",
             "none",
             "full",
             "tp2 dp4 full f50",
@@ -51,7 +47,6 @@ RECIPES = (
     Recipe(
         name="llama3_1_8b",
         release="Llama-3.1-8B",
-        rollout_nodes=0,
         neighbours=(
             "server2 f45",
             "server8 f45",
@@ -67,42 +62,51 @@ RECIPES = (
     Recipe(
         name="qwen3_32b",
         release="Qwen3-32B",
-        rollout_nodes=2,
         neighbours=(
-            "nodes0 tp8 pp2 full server8 f25",
-            "nodes0 tp8 pp4 selective server8 f45",
-            "nodes1",
-            "nodes4",
-            "server2",
-            "server8",
-            "tp4 pp4 full",
-            "tp8 pp2 full",
-            "tp8 pp2 selective",
-            "tp4 pp4 selective",
-            "tp2 pp4 cp2 full",
-            "nodes4 tp2 pp8 dp2 full",
-            "nodes4 tp8 pp2 dp2 selective",
-            "nodes2 tp8 pp4 selective",
-            "nodes4 tp8 cp4 none",
+            "server4",
+            "full",
+            "tp4 pp8 full f40",
+            "tp4 pp8 selective f40",
+            "tp2 pp16 full f40",
+            "tp4 pp4 dp2 full f40",
+            "tp2 pp8 dp2 full f35",
+            "tp8 pp2 dp2 selective f35",
+            "tp8 pp2 cp2 selective f40",
+            "tp2 pp8 cp2 full f35",
+            "tp8 pp2 full f25",
+            "tp8 pp4 dp2 selective f50",
+            "tp8 pp2 dp4 selective f45",
+            "tp4 pp4 cp2 dp2 selective f45",
+            "nodes2 server4 f80",
+            "nodes1 server4 f80 tp2 pp8 full",
+            "nodes2 server4 f80 tp2 pp8 full",
+            "nodes4 server4 f80 tp2 pp8 full",
+            "nodes4 server4 f80 tp8 cp4 none",
         ),
     ),
     Recipe(
         name="llama3_3_70b",
         release="Llama-3.3-70B-Instruct",
-        rollout_nodes=3,
         neighbours=(
-            "nodes0 tp4 pp8 full server8 f25",
-            "nodes0 tp8 pp8 full server8 f40",
-            "nodes2",
-            "nodes4",
             "server4",
-            "tp8 pp4 full",
-            "tp8 pp4 selective",
-            "tp4 pp4 cp2 full",
-            "nodes6 tp4 pp8 dp2 full",
-            "nodes6 tp8 pp4 dp2 full",
-            "nodes6 tp4 pp4 dp4 full",
-            "nodes4 tp4 pp8 dp2 full",
+            "selective",
+            "tp4 pp16 full f40",
+            "tp4 pp8 dp2 full f35",
+            "tp8 pp4 dp2 full f35",
+            "tp8 pp4 dp2 selective f35",
+            "tp8 pp4 cp2 selective f35",
+            "tp8 pp5 full f30",
+            "tp4 pp8 full f25",
+            "tp4 pp20 full f43",
+            "tp8 pp8 dp2 full f50",
+            "tp4 pp8 dp4 full f45",
+            "tp4 pp16 cp2 selective f45",
+            "tp8 pp4 cp4 none f47",
+            "nodes4 f80",
+            "nodes3 f80 tp4 pp8 full",
+            "nodes4 f80 tp4 pp8 full",
+            "nodes6 f80 tp4 pp8 dp2 full",
+            "nodes6 f80 tp4 pp4 dp4 full",
         ),
     ),
 )
@@ -113,10 +117,12 @@ ELSEWHERE = (
     ("llama3_1_8b", "A100", ""),
     ("llama3_1_8b", "H200", "f60"),
     ("qwen3_32b", "A100", ""),
-    ("qwen3_32b", "H200", ""),
-    ("qwen3_32b", "H200", "nodes0 tp8 full server8 f20"),
+    ("qwen3_32b", "H200", "f60"),
+    ("qwen3_32b", "H200", "tp2 pp8 full f45"),
+    ("qwen3_32b", "H200", "tp8 full f20"),
     ("llama3_3_70b", "A100", ""),
-    ("llama3_3_70b", "H200", ""),
+    ("llama3_3_70b", "H200", "f60"),
+    ("llama3_3_70b", "H200", "tp8 pp4 selective f45"),
 )
 """Recipe, other GPU, and the change that it allows."""
 
@@ -131,15 +137,13 @@ def load_recipe(recipe: Recipe) -> RunConfig:
     return load_config(RunConfig, recipe_file(recipe), [])
 
 
-def changed(config: RunConfig, rollout_nodes: int, change: str) -> tuple[RunConfig, int]:
-    """Return a config and its rollout nodes with a change.
+def changed(config: RunConfig, change: str) -> tuple[RunConfig, int]:
+    """Return a config with a change, and its rollout nodes.
 
     Args:
-        config: the recipe.
-        rollout_nodes: of the recipe.
+        config: the recipe, whose servers are on the trainer's nodes.
         change: words; sizes that are not 1 (``tp2 cp4``, in place of the whole layout), the
-            recomputation, ``nodesN`` rollout nodes (0: servers on the trainer's first node, which
-            sleep during the update), ``serverN`` GPUs of a server, ``fN`` its
+            recomputation, ``nodesN`` rollout nodes, ``serverN`` GPUs of a server, ``fN`` its
             ``memory_fraction`` in percent.
     """
     names = {"tp": "tensor_model", "pp": "pipeline_model", "cp": "context", "dp": "data"}
@@ -147,12 +151,13 @@ def changed(config: RunConfig, rollout_nodes: int, change: str) -> tuple[RunConf
     policy: dict[str, Any] = {}
     sglang: dict[str, Any] = {}
     rollout: dict[str, Any] = {}
+    rollout_nodes = 0
     for word in change.split():
         if word[:2] in names:
             sizes[f"{names[word[:2]]}_parallel_size"] = int(word[2:])
         elif word.startswith("nodes"):
             rollout_nodes = int(word.removeprefix("nodes"))
-            rollout["colocated"] = rollout_nodes == 0
+            rollout["colocated"] = False
         elif word.startswith("server"):
             sglang["tensor_parallel_size"] = int(word.removeprefix("server"))
         elif word in ("none", "selective", "full"):
@@ -163,7 +168,9 @@ def changed(config: RunConfig, rollout_nodes: int, change: str) -> tuple[RunConf
         sizes["sequence_parallel"] = "tensor_model_parallel_size" in sizes
         policy["parallel"] = ParallelConfig(**sizes)
     size = sglang.get("tensor_parallel_size", config.rollout.sglang.tensor_parallel_size)
-    sglang["num_servers"] = 1 if rollout_nodes else GPUS_PER_NODE // size
+    num_ranks = policy.get("parallel", config.policy.parallel).world_size
+    is_one_node = not rollout_nodes and num_ranks <= GPUS_PER_NODE
+    sglang["num_servers"] = GPUS_PER_NODE // size if is_one_node else 1  # else the job fills nodes
     rollout["sglang"] = config.rollout.sglang.model_copy(update=sglang)
     update = {
         "policy": config.policy.model_copy(update=policy),

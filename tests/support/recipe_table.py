@@ -6,6 +6,7 @@ them that were not chosen (why not is worked out from the figures), and on other
 """
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,12 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.check import check_layout, gpu_flops, read_shape, step_work
 from prefixrl_mcore.launch.machine import Machine
 from prefixrl_mcore.launch.plan_report import layout_name
-from prefixrl_mcore.launch.server_plan import predict_server, share_gpus, with_sampling
+from prefixrl_mcore.launch.server_plan import (
+    predict_server,
+    share_gpus,
+    with_sampling,
+    with_servers_of_all_nodes,
+)
 from tests.support.recipe_layouts import (
     ELSEWHERE,
     GPUS_PER_NODE,
@@ -54,12 +60,17 @@ HOST_GIB = 900.0
 """What a recipe may need of a node's host memory in a save: nodes have 1 TiB, or more."""
 
 CONTEXT_GAIN = 0.1
-"""Share of the GPU-hours that context parallelism has to save: its attention runs sequence by
-sequence, which the estimate takes to be as fast as flash attention over the whole stream."""
+"""Share of the GPU-hours that each doubling of context parallelism has to save: its attention runs
+sequence by sequence, which the estimate takes to be as fast as flash attention over the whole
+stream."""
 
 SERVER_GAIN = 0.05
-"""Share that larger servers have to save: the estimate leaves out that their GPUs wait for each
-other in every layer of every token."""
+"""Share that each doubling of a server's GPUs has to save: the estimate leaves out that they wait
+for each other in every layer of every token."""
+
+NODES_GAIN = 0.05
+"""Share that each doubling of the nodes has to save: a job waits longer for them, loses one of them
+more often, and the speed between them is assumed."""
 
 _GIB = 1024**3
 
@@ -69,7 +80,7 @@ class Prediction:
     """What a recipe, or a layout beside it, is predicted to need."""
 
     config: RunConfig
-    """Its settings."""
+    """Its settings, with the servers of all nodes."""
 
     shape: ModelShape
     """Of the model."""
@@ -124,6 +135,11 @@ class Prediction:
         return self.config.policy.parallel.world_size // GPUS_PER_NODE
 
     @property
+    def num_nodes(self) -> int:
+        """Nodes in all."""
+        return self.trainer_nodes + self.rollout_nodes
+
+    @property
     def num_servers(self) -> int:
         """SGLang servers."""
         if self.is_colocated:
@@ -143,7 +159,7 @@ class Prediction:
     @property
     def gpu_hours(self) -> float:
         """Of all steps on all nodes."""
-        gpus = (self.trainer_nodes + self.rollout_nodes) * GPUS_PER_NODE
+        gpus = self.num_nodes * GPUS_PER_NODE
         return self.config.trainer.num_steps * self.plan.time.total * gpus / 3600
 
     @property
@@ -175,14 +191,16 @@ def predict(recipe: Recipe, neighbour: str = "", gpu: str = "H100") -> Predictio
     Raises:
         ConfigError: if training would refuse it.
     """
-    config, rollout_nodes = changed(load_recipe(recipe), recipe.rollout_nodes, neighbour)
+    config, rollout_nodes = changed(load_recipe(recipe), neighbour)
     with tempfile.TemporaryDirectory() as folder:
         path = write_shape(recipe.release, Path(folder))
         model = config.model.model_copy(update={"path": path})
         shape = read_shape(config.model_copy(update={"model": model}))
     check_layout(config, shape)
     work = step_work(config, MEAN_TOKENS)
-    machine = with_sampling(config, shape, work, _machine(config, rollout_nodes, gpu))
+    machine = assumed_machine(config, rollout_nodes, gpu)
+    config = with_servers_of_all_nodes(config, machine)
+    machine = with_sampling(config, shape, work, machine)
     host = estimate_host(shape, config.policy, has_reference=False)
     plan = make_plan(
         shape,
@@ -203,7 +221,7 @@ def predict(recipe: Recipe, neighbour: str = "", gpu: str = "H100") -> Predictio
     )
 
 
-def _machine(config: RunConfig, rollout_nodes: int, gpu: str) -> Machine:
+def assumed_machine(config: RunConfig, rollout_nodes: int, gpu: str = "H100") -> Machine:
     """Return what ``prefixrl check`` assumes with the options in the recipe's file."""
     return Machine(
         num_gpus=None,
@@ -228,15 +246,31 @@ def objections(other: Prediction, chosen: Prediction) -> list[str]:
     if other.num_longest < other.num_servers:
         found.append("no room for the longest sequence")
     excess = other.gpu_hours / chosen.gpu_hours - 1
+    demands = _demands(other, chosen)
     if excess > 0:
         found.append(f"{excess:+.1%} GPU-hours")
-    elif other.config.policy.parallel.context_parallel_size > 1 and -excess < CONTEXT_GAIN:
-        found.append(f"context parallelism for {excess:+.1%}")
-    elif other.server_gpus > chosen.server_gpus and -excess < SERVER_GAIN:
-        found.append(f"larger servers for {excess:+.1%}")
+    elif -excess < sum(demands.values()):
+        found.append(f"{' and '.join(demands)} for {excess:+.1%}")
     elif other.num_longest < 0.9 * chosen.num_longest:
         found.append(f"room for {other.num_longest} instead of {chosen.num_longest} sequences")
     return found
+
+
+def _demands(other: Prediction, chosen: Prediction) -> dict[str, float]:
+    """Return what a layout has more of, and the share of the GPU-hours that it has to save."""
+    context, chosen_context = (
+        found.config.policy.parallel.context_parallel_size for found in (other, chosen)
+    )
+    grown = {
+        "context parallelism": (CONTEXT_GAIN, context / chosen_context),
+        "larger servers": (SERVER_GAIN, other.server_gpus / chosen.server_gpus),
+        "more nodes": (NODES_GAIN, other.num_nodes / chosen.num_nodes),
+    }
+    return {
+        what: gain * math.ceil(math.log2(ratio))
+        for what, (gain, ratio) in grown.items()
+        if ratio > 1
+    }
 
 
 def tables() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from prefixrl_mcore.config.base import ConfigError, validate
 from prefixrl_mcore.config.load import dump_json, read_config_file, with_settings
 from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.config.server_gpus import check_server_gpus
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.check import check_layout, input_paths, read_shape
 from prefixrl_mcore.launch.slurm.follow import follow
@@ -134,7 +135,7 @@ def prepare_run(
         _check_run_folder(config, resume=how.resume)
         logger.info("%s: %s", name, explain(config, site, layout))
     else:
-        layout = ONE_TASK
+        layout, config = ONE_TASK, _fill_node(config, site)
     if site.python is not None and site.container is None and not site.python.exists():
         logger.warning("python %s of the site is not here; nodes must have it", site.python)
     _check_inputs(config, stage=stage, is_first=after is None, dry_run=how.dry_run)
@@ -190,6 +191,22 @@ def _check_servers(config: RunConfig, layout: JobLayout) -> None:
             f"--shape {layout.shape} starts SGLang servers on nodes of their own, as many as "
             f"--rollout-nodes have room for; leave out {named}"
         )
+
+
+def _fill_node(config: RunConfig, site: SiteConfig) -> RunConfig:
+    """Return a config with as many servers as a node takes where nothing is trained.
+
+    Raises:
+        ConfigError: if it has too few GPUs for one.
+    """
+    servers, gpus = config.rollout.sglang, site.gpus_per_node
+    if config.rollout.engine == "transformers" or servers.urls or gpus == 0:
+        return config
+    num_servers = max(1, gpus // servers.tensor_parallel_size)
+    sglang = servers.model_copy(update={"num_servers": num_servers})
+    rollout = config.rollout.model_copy(update={"sglang": sglang})
+    check_server_gpus(rollout, num_trainer_ranks=0, num_gpus=gpus)
+    return config.model_copy(update={"rollout": rollout})
 
 
 def _warn_of_idle_gpus(config: RunConfig, site: SiteConfig, layout: JobLayout) -> None:

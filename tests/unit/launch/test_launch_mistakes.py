@@ -9,7 +9,7 @@ import pytest
 
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.config.base import ConfigError, validate
-from prefixrl_mcore.config.load import with_settings
+from prefixrl_mcore.config.load import load_config, with_settings
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm import launch, recipe
@@ -94,7 +94,7 @@ def test_a_site_file_that_is_not_there_is_the_sites_fault() -> None:
 def test_servers_of_a_split_job_are_counted_by_its_nodes(site: str) -> None:
     message = _refusal(QWEN3_4B, site, shape="split")
     assert "leave out rollout.sglang.num_servers = 4 and rollout.colocated = true" in message
-    message = _refusal(QWEN3_32B, site, "rollout.colocated=true", shape="split")
+    message = _refusal(QWEN3_32B, site, shape="split")
     assert message.endswith("leave out rollout.colocated = true")
 
 
@@ -104,10 +104,43 @@ def test_rollout_nodes_without_a_shape_are_refused(site: str) -> None:
 
 
 def test_a_forgotten_shape_is_refused(site: str) -> None:
-    message = _refusal(QWEN3_32B, site)
-    assert "8 trainer ranks + 1 servers x TP 4 = 12 GPUs" in message
+    message = _refusal(QWEN3_32B, site, "rollout.colocated=false")
+    assert "8 trainer ranks + 1 servers x TP 8 = 16 GPUs" in message
     assert "set rollout.colocated = true" in message
     assert "prefixrl launch --shape split" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_servers"),
+    [
+        pytest.param([], 1, id="one is a node"),
+        pytest.param(["rollout.sglang.tensor_parallel_size=4"], 2, id="of several nodes"),
+        pytest.param(["rollout.sglang.tensor_parallel_size=3"], 2, id="a remainder"),
+        pytest.param(
+            ["rollout.sglang.tensor_parallel_size=4", "rollout.engine=transformers"],
+            1,
+            id="no server",
+        ),
+    ],
+)
+def test_a_stage_without_training_fills_its_node_with_servers(
+    site: str, settings: list[str], num_servers: int
+) -> None:
+    my_site, config = launch.read_run(QWEN3_32B, settings, site)
+    for stage in ("collect", "eval"):
+        folder = launch.prepare_run(config, my_site, LaunchOptions(dry_run=True), stage=stage)
+        assert load_config(RunConfig, folder.config, []).rollout.sglang.num_servers == num_servers
+        assert folder.read_task().num_servers == 0  # the stage itself starts them
+    no_gpus = my_site.model_copy(update={"gpus_per_node": 0})
+    folder = launch.prepare_run(config, no_gpus, LaunchOptions(dry_run=True), stage="prefixes")
+    assert load_config(RunConfig, folder.config, []).rollout.sglang.num_servers == 1
+
+
+def test_a_server_larger_than_the_node_of_a_stage_is_refused(site: str) -> None:
+    my_site, config = launch.read_run(QWEN3_32B, [], site)
+    small = my_site.model_copy(update={"gpus_per_node": 4})
+    with pytest.raises(ConfigError, match=r"1 servers x TP 8 = 8 GPUs, but the node .* has 4"):
+        launch.prepare_run(config, small, LaunchOptions(), stage="collect")
 
 
 def test_gpus_of_one_node_that_do_not_sample_are_told(

@@ -1,11 +1,13 @@
 """Files under ``configs``: they load, fit their GPUs by prediction, and say what their docs say."""
 
+import io
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from prefixrl_mcore.accounting.layouts import make_plan
 from prefixrl_mcore.accounting.server_memory import estimate_server
@@ -15,7 +17,7 @@ from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.model_shape import read_model_shape
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.config.site import SiteConfig
-from prefixrl_mcore.launch.check import check_layout, step_work
+from prefixrl_mcore.launch.check import check_layout, print_check, step_work
 from prefixrl_mcore.launch.slurm.layout import lay_out
 from tests.support.recipe_layouts import (
     GPUS_PER_NODE,
@@ -31,12 +33,13 @@ from tests.support.recipe_table import (
     MARGIN_GIB,
     MEAN_TOKENS,
     USABLE_GIB,
+    assumed_machine,
     objections,
     predict,
     tables,
     written_tables,
 )
-from tests.support.released_configs import RELEASED
+from tests.support.released_configs import RELEASED, write_shape
 
 CONFIGS = ROOT / "configs"
 RUNS = sorted(set(CONFIGS.rglob("*.toml")) - {CONFIGS / "demo" / "task.toml"})
@@ -122,36 +125,61 @@ def test_every_layout_beside_a_recipe_has_something_against_it(recipe: Recipe) -
 @per_recipe
 def test_the_commands_in_a_recipe_are_those_of_its_prediction(recipe: Recipe) -> None:
     text = recipe_file(recipe).read_text(encoding="utf-8")
-    name, nodes = f"configs/recipes/{recipe.name}.toml", recipe.rollout_nodes
-    gpus = f"--rollout-gpus {nodes * GPUS_PER_NODE} " if nodes else ""
-    shape = f" --shape split --rollout-nodes {nodes}" if nodes else ""
-    check = f"{name} {gpus}--mean-tokens {MEAN_TOKENS}"
+    name = f"configs/recipes/{recipe.name}.toml"
+    check = f"{name} --mean-tokens {MEAN_TOKENS}"
     assert re.search(rf"^#   prefixrl check +{re.escape(check)}$", text, re.M)
-    launch = f"{name} --site my-site.toml{shape}"
-    assert re.search(rf"^#   prefixrl launch +{re.escape(launch)}$", text, re.M)
-    trainer_nodes = predict(recipe).trainer_nodes
-    expected = f"{trainer_nodes} trainer nodes and {nodes} rollout nodes" if nodes else "1 node,"
+    assert re.search(rf"^#   prefixrl launch +{re.escape(name)} --site my-site.toml$", text, re.M)
+    nodes = predict(recipe).num_nodes
+    expected = f"{nodes} node{'s' if nodes > 1 else ''}, trainer and servers together"
     assert expected in re.sub(r"\s*\n# ?", " ", text)
 
 
 @per_recipe
 def test_launch_lays_a_recipe_out_on_whole_nodes(recipe: Recipe) -> None:
     config, site = load_recipe(recipe), SiteConfig(gpus_per_node=GPUS_PER_NODE)
-    layout = lay_out(
-        config,
-        site,
-        shape="split" if recipe.rollout_nodes else "colocated",
-        rollout_nodes=recipe.rollout_nodes or None,
-    )
-    found = predict(recipe)
-    assert layout.trainer_nodes == found.trainer_nodes
-    assert config.rollout.colocated == found.is_colocated
-    if found.is_colocated:
-        gpus = config.rollout.sglang.num_servers * found.server_gpus
-        assert gpus == found.trainer_nodes * GPUS_PER_NODE == GPUS_PER_NODE
+    layout, found = lay_out(config, site), predict(recipe)
+    assert config.rollout.colocated
+    assert (layout.trainer_nodes, layout.rollout_nodes) == (found.trainer_nodes, 0)
+    if layout.num_nodes == 1:  # rank 0 starts them
+        assert config.rollout.sglang.num_servers == found.num_servers
+        assert layout.server_nodes == 0
     else:
-        assert config.rollout.sglang.num_servers == 1  # the job starts them
-        assert layout.rollout_nodes * layout.servers_per_node == found.num_servers
+        assert config.rollout.sglang.num_servers == 1
+        assert layout.server_nodes * layout.servers_per_node == found.num_servers
+    assert found.num_servers * found.server_gpus == found.num_nodes * GPUS_PER_NODE
+
+
+@pytest.mark.parametrize(
+    ("name", "neighbour"),
+    [
+        pytest.param("qwen3_32b", "", id="several nodes"),
+        pytest.param("llama3_3_70b", "tp4 pp16 full f40", id="a neighbour of several nodes"),
+        pytest.param("qwen3_32b", "server4", id="several servers on each"),
+        pytest.param("qwen3_32b", "nodes2 server4 f80 tp2 pp8 full", id="servers apart"),
+        pytest.param("qwen3_4b", "tp8 none f55", id="one node"),
+    ],
+)
+def test_check_prints_what_the_table_says(name: str, neighbour: str, tmp_path: Path) -> None:
+    recipe = next(one for one in RECIPES if one.name == name)
+    found = predict(recipe, neighbour)
+    config, rollout_nodes = changed(load_recipe(recipe), neighbour)
+    model = config.model.model_copy(update={"path": write_shape(recipe.release, tmp_path)})
+    said = io.StringIO()
+    print_check(
+        config.model_copy(update={"model": model}),
+        assumed_machine(config, rollout_nodes),
+        Console(file=said, width=1000),
+    )
+    printed, time, gib = said.getvalue(), found.plan.time, 1024**3
+    assert f"rollout {time.rollout:.3g} + update {time.update:.3g} (" in printed
+    servers = rf"^  {found.num_servers} server\(s\) on "
+    if found.shared:
+        servers += rf"GPUs of the trainer: at most {found.shared.peak / gib:.2f} GiB of 72"
+    else:
+        servers += rf"16 GPUs of their own: .* {found.server.awake / gib:.2f} of 80"
+    assert re.search(servers, printed, re.M)
+    longest = found.num_longest // found.num_servers
+    assert f"{longest} of the longest sequences at a time" in printed
 
 
 def test_the_docs_have_the_tables_of_these_files() -> None:
@@ -162,7 +190,7 @@ def test_the_docs_have_the_tables_of_these_files() -> None:
 @per_recipe
 def test_a_recipe_without_a_change_is_itself(recipe: Recipe) -> None:
     config = load_recipe(recipe)
-    assert changed(config, recipe.rollout_nodes, "") == (config, recipe.rollout_nodes)
+    assert changed(config, "") == (config, 0)
 
 
 def test_a_layout_that_training_refuses_is_no_neighbour() -> None:

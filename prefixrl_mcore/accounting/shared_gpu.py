@@ -4,7 +4,8 @@ The server starts after the policy is built: it sizes its KV cache by what weigh
 main weights leave free (``memory_at_start``). Moments come with the first update and stay. The
 server (``rollout.colocated``) gives weights and KV cache back before each update
 (``/release_memory_occupation``), takes memory for its weights again before the sync, and for the KV
-cache only after it (``rollout/sglang/pool.py``).
+cache only after it (``rollout/sglang/pool.py``). Rank 0 copies the weights that it sends to each of
+its machine's GPUs that has a server, which leaves a CUDA context of its own there.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,16 @@ from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import PolicyConfig
 from prefixrl_mcore.config.rollout import SGLangConfig
 
+_CONTEXT_BYTES = 512 * 1024**2
+"""Of a CUDA context; assumed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedGpu:
-    """Bytes on the GPU of one rank, trainer and server together."""
+    """Bytes on the GPU of one rank, trainer and server together.
+
+    In all phases with the context that rank 0 has there, if the GPU is another rank's.
+    """
 
     stage: int
     """The rank's pipeline stage."""
@@ -29,8 +36,8 @@ class SharedGpu:
     server: weights, KV cache, graphs and buffers, activations of a prefill."""
 
     sync: float
-    """Both sides' weights: the trainer's resident memory, what rank 0 exports at a time, and the
-    server with its weights but without KV cache."""
+    """Both sides' weights: the trainer's resident memory, the weights that are on their way, and
+    the server with its weights but without KV cache."""
 
     update: float
     """The trainer's peak, and what stays of a server that sleeps."""
@@ -47,19 +54,23 @@ class SharedGpu:
         return max(phases, key=lambda name: phases[name])
 
 
-def share_gpu(stage: StageMemory, server: ServerMemory, *, export_bytes: float) -> SharedGpu:
+def share_gpu(
+    stage: StageMemory, server: ServerMemory, *, sync_bytes: float, context_bytes: float = 0.0
+) -> SharedGpu:
     """Return what trainer and server need on one GPU.
 
     Args:
         stage: the trainer rank's.
         server: on the same GPU.
-        export_bytes: ``sync_export_bytes`` on rank 0's stage; 0 elsewhere.
+        sync_bytes: weights on their way there.
+        context_bytes: of rank 0's context there, if the GPU is another rank's.
     """
+    trainer = stage.resident + context_bytes
     return SharedGpu(
         stage=stage.stage,
-        sampling=stage.resident + server.awake,
-        sync=stage.resident + export_bytes + server.weights + server.asleep,
-        update=stage.total + server.asleep,
+        sampling=trainer + server.awake,
+        sync=trainer + sync_bytes + server.weights + server.asleep,
+        update=stage.total + context_bytes + server.asleep,
     )
 
 
@@ -82,12 +93,35 @@ def memory_at_start(shape: ModelShape, policy: PolicyConfig, stage: int) -> floa
 def sync_export_bytes(shape: ModelShape, sglang: SGLangConfig) -> float:
     """Return what rank 0 holds at most of the weights that it exports.
 
-    The largest of them twice (parts and whole), and two buckets, which are as large as
-    ``rollout.sglang.sync.bucket_bytes`` or as the largest weight (gate and up go together).
+    The largest of them twice (parts and whole), and two buckets.
     """
+    return 2 * _largest_bytes(shape, sglang) + _two_buckets(shape, sglang)
+
+
+def sync_receive_bytes(shape: ModelShape, sglang: SGLangConfig) -> float:
+    """Return what another GPU of a server holds at most of the weights that it gets.
+
+    Two buckets, rank 0's copies or the server's own: one may come before the last one is free. A
+    server that reads files has none.
+    """
+    return 0.0 if sglang.sync.transport == "disk" else _two_buckets(shape, sglang)
+
+
+def left_context_bytes(sglang: SGLangConfig, *, rank: int, gpus_per_node: int) -> float:
+    """Return what the context takes that rank 0 leaves on a rank's GPU; none on other machines."""
+    is_sent_to = 0 < rank < gpus_per_node and sglang.sync.transport != "disk"
+    return float(_CONTEXT_BYTES) if is_sent_to else 0.0
+
+
+def _two_buckets(shape: ModelShape, sglang: SGLangConfig) -> float:
+    """Return the bytes of two buckets, each as large as it may be or as the largest weight."""
+    return 2 * max(sglang.sync.bucket_bytes, _largest_bytes(shape, sglang))
+
+
+def _largest_bytes(shape: ModelShape, sglang: SGLangConfig) -> int:
+    """Return the bytes of the largest weight that is sent (gate and up go together)."""
     width = 2 if sglang.dtype == "bfloat16" else 4
-    largest = width * shape.hidden_size * max(shape.vocab_size, 2 * shape.ffn_hidden_size)
-    return 2 * largest + 2 * max(sglang.sync.bucket_bytes, largest)
+    return width * shape.hidden_size * max(shape.vocab_size, 2 * shape.ffn_hidden_size)
 
 
 def shared_stages(policy: PolicyConfig, num_server_gpus: int) -> range:
@@ -95,7 +129,23 @@ def shared_stages(policy: PolicyConfig, num_server_gpus: int) -> range:
 
     On one node rank 0 starts the servers on the first GPUs; Megatron's ranks are ordered by stage.
     """
+    last = min(num_server_gpus, policy.parallel.world_size) - 1
+    return range(stage_of(policy, last) + 1)
+
+
+def shared_ranks(policy: PolicyConfig, num_server_gpus: int) -> list[int]:
+    """Return rank 0 and, of each stage's other ranks whose GPUs have a server, the first.
+
+    The others of a stage need no more: a rank that shares rank 0's machine comes first.
+    """
     parallel = policy.parallel
     stage_ranks = parallel.world_size // parallel.pipeline_model_parallel_size
+    firsts = {max(1, stage * stage_ranks) for stage in shared_stages(policy, num_server_gpus)}
     last = min(num_server_gpus, parallel.world_size) - 1
-    return range(last // stage_ranks + 1)
+    return [0, *sorted(rank for rank in firsts if rank <= last)]
+
+
+def stage_of(policy: PolicyConfig, rank: int) -> int:
+    """Return the pipeline stage of a rank."""
+    parallel = policy.parallel
+    return rank // (parallel.world_size // parallel.pipeline_model_parallel_size)

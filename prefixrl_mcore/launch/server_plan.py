@@ -10,10 +10,14 @@ from prefixrl_mcore.accounting.memory import StageMemory
 from prefixrl_mcore.accounting.server_memory import ServerMemory, estimate_server
 from prefixrl_mcore.accounting.shared_gpu import (
     SharedGpu,
+    left_context_bytes,
     memory_at_start,
     share_gpu,
+    shared_ranks,
     shared_stages,
+    stage_of,
     sync_export_bytes,
+    sync_receive_bytes,
 )
 from prefixrl_mcore.accounting.step_time import StepWork
 from prefixrl_mcore.config.model_shape import ModelShape
@@ -59,15 +63,21 @@ def share_gpus(
     Raises:
         ConfigError: if the model's heads do not divide over the server's GPUs.
     """
-    exported = sync_export_bytes(shape, config.rollout.sglang)
-    shared = [
-        share_gpu(
+    policy, servers = config.policy, config.rollout.sglang
+
+    def share(rank: int) -> SharedGpu:
+        stage = stage_of(policy, rank)
+        sync_bytes = sync_receive_bytes if rank else sync_export_bytes
+        return share_gpu(
             stages[stage],
-            _server(config, shape, machine, memory_at_start(shape, config.policy, stage)),
-            export_bytes=exported if stage == 0 else 0.0,
+            _server(config, shape, machine, memory_at_start(shape, policy, stage)),
+            sync_bytes=sync_bytes(shape, servers),
+            context_bytes=left_context_bytes(
+                servers, rank=rank, gpus_per_node=machine.assumptions.gpus_per_node
+            ),
         )
-        for stage in _stages(config)
-    ]
+
+    shared = [share(rank) for rank in shared_ranks(policy, _num_server_gpus(config))]
     return max(shared, key=lambda gpu: gpu.peak)
 
 
@@ -181,7 +191,7 @@ def _phase_table(shared: SharedGpu, stage: StageMemory) -> Table:
     trainer = (stage.resident, stage.resident, stage.total)
     server = (total - own for total, own in zip(totals, trainer, strict=True))
     table.add_row("trainer", *map(_gib, trainer))
-    table.add_row("server, and weights on their way", *map(_gib, server))
+    table.add_row("server, and what rank 0 has there", *map(_gib, server))
     table.add_section()
     table.add_row("together", *map(_gib, totals))
     return table
@@ -189,8 +199,13 @@ def _phase_table(shared: SharedGpu, stage: StageMemory) -> Table:
 
 def _stages(config: RunConfig) -> range:
     """Return the pipeline stages whose GPUs have a server."""
+    return shared_stages(config.policy, _num_server_gpus(config))
+
+
+def _num_server_gpus(config: RunConfig) -> int:
+    """Return the GPUs of all servers."""
     servers = config.rollout.sglang
-    return shared_stages(config.policy, servers.num_members * servers.tensor_parallel_size)
+    return servers.num_members * servers.tensor_parallel_size
 
 
 def _server(config: RunConfig, shape: ModelShape, machine: Machine, taken: float) -> ServerMemory:

@@ -8,10 +8,14 @@ import pytest
 from prefixrl_mcore.accounting.memory import StageMemory, Workload, estimate_stages
 from prefixrl_mcore.accounting.server_memory import ServerMemory, estimate_server
 from prefixrl_mcore.accounting.shared_gpu import (
+    left_context_bytes,
     memory_at_start,
     share_gpu,
+    shared_ranks,
     shared_stages,
+    stage_of,
     sync_export_bytes,
+    sync_receive_bytes,
 )
 from prefixrl_mcore.config.policy import PolicyConfig
 from prefixrl_mcore.config.rollout import SGLangConfig, SyncConfig
@@ -47,7 +51,7 @@ SERVER = ServerMemory(
 
 
 def test_a_sleeping_server_leaves_the_update_all_but_its_graphs() -> None:
-    shared = share_gpu(STAGE, SERVER, export_bytes=3 * GIB)
+    shared = share_gpu(STAGE, SERVER, sync_bytes=3 * GIB)
     assert shared.sampling == (12 + 48) * GIB
     assert shared.sync == (12 + 3 + 4 + 2) * GIB  # both sides' weights, no KV cache yet
     assert shared.update == (36 + 2) * GIB
@@ -56,7 +60,7 @@ def test_a_sleeping_server_leaves_the_update_all_but_its_graphs() -> None:
 
 def test_the_sync_is_the_peak_where_the_cache_is_small() -> None:
     small = replace(SERVER, weights=30 * GIB, max_kv_tokens=1024, activations=0.0)
-    tight = share_gpu(STAGE, small, export_bytes=3 * GIB)
+    tight = share_gpu(STAGE, small, sync_bytes=3 * GIB)
     assert tight.sampling == (12 + 30 + 1 + 2) * GIB
     assert (tight.peak, tight.peak_phase) == ((12 + 3 + 30 + 2) * GIB, "sync")
 
@@ -102,6 +106,37 @@ def test_rank_0_exports_the_largest_weight_twice_and_two_buckets() -> None:
     assert sync_export_bytes(QWEN3_4B, large) == 2 * embedding + 4 * GIB
 
 
+def test_other_gpus_have_two_buckets_and_rank_0s_context_on_its_machine() -> None:
+    embedding = 2 * 151_936 * 2560
+    assert sync_receive_bytes(QWEN3_4B, SGLangConfig()) == 2 * embedding
+    contexts = [left_context_bytes(SGLangConfig(), rank=r, gpus_per_node=8) for r in (0, 1, 7, 8)]
+    assert contexts == [0, 512 * MIB, 512 * MIB, 0]
+    by_files = SGLangConfig(sync=SyncConfig(transport="disk"))
+    assert sync_receive_bytes(QWEN3_4B, by_files) == 0
+    assert left_context_bytes(by_files, rank=1, gpus_per_node=8) == 0
+
+
+def test_a_context_stays_in_every_phase() -> None:
+    without, shared = (
+        share_gpu(STAGE, SERVER, sync_bytes=3 * GIB, context_bytes=size) for size in (0, GIB)
+    )
+    phases = [(one.sampling, one.sync, one.update) for one in (without, shared)]
+    assert [b - a for a, b in zip(*phases, strict=True)] == [GIB] * 3
+
+
+@pytest.mark.parametrize(
+    ("stages", "gpus", "ranks"),
+    [(1, 1, [0]), (1, 8, [0, 1]), (2, 4, [0, 1]), (2, 5, [0, 1, 4]), (8, 8, list(range(8)))],
+)
+def test_one_rank_of_each_stage_stands_for_all_but_rank_0(
+    stages: int, gpus: int, ranks: list[int]
+) -> None:
+    parallel = {"tensor_model_parallel_size": 8 // stages, "pipeline_model_parallel_size": stages}
+    policy = _policy(parallel=parallel)
+    assert shared_ranks(policy, gpus) == ranks
+    assert stage_of(policy, ranks[-1]) == max(shared_stages(policy, gpus))
+
+
 @pytest.mark.parametrize(("gpus", "stages"), [(2, [0]), (4, [0]), (5, [0, 1]), (64, [0, 1])])
 def test_servers_stand_on_the_first_stages(gpus: int, stages: list[int]) -> None:
     parallel = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2}
@@ -121,7 +156,7 @@ def test_a_recipe_by_hand() -> None:
     tokens = int((static - whole / 2) // 32_768)
     assert (server.static, server.kv_tokens) == (pytest.approx(static), tokens)
     stage = replace(STAGE, weights=2 * rank, gradients=4 * rank, optimizer=12 * rank)
-    shared = share_gpu(stage, server, export_bytes=0.0)
+    shared = share_gpu(stage, server, sync_bytes=0.0)
     asleep = (512 + 512 + 2 * 512 + 8 * 58) * MIB
     assert shared.sampling == 18 * rank + whole / 2 + tokens * 32_768 + asleep + 12 * GIB
     assert shared.sync == 18 * rank + whole / 2 + asleep

@@ -6,7 +6,7 @@ import pytest
 
 from prefixrl_mcore.accounting.memory import StageMemory
 from prefixrl_mcore.accounting.server_memory import ServerMemory
-from prefixrl_mcore.accounting.shared_gpu import share_gpu
+from prefixrl_mcore.accounting.shared_gpu import SharedGpu, share_gpu
 from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.policy import PolicyConfig
@@ -58,7 +58,7 @@ def _own_lines(server: ServerMemory = SERVER) -> list[str]:
 
 def _shared_lines(server: ServerMemory = SERVER, stage: StageMemory = STAGE) -> list[str]:
     """Return all but the table; the fraction 0.75 is of 80 GiB."""
-    shared = share_gpu(stage, server, export_bytes=0.0)
+    shared = share_gpu(stage, server, sync_bytes=0.0)
     lines = shared_server_lines(server, ROLLOUT, shared, [stage], _machine(None))
     return [line for line in lines if isinstance(line, str)]
 
@@ -162,6 +162,23 @@ def test_servers_that_run_already_stand_on_the_trainers_later_stages_too() -> No
 
     assert shared_stage("http://a:1") == 0
     assert shared_stage("http://a:1", "http://b:1") == 1
+
+
+def test_the_gpu_that_needs_most_has_rank_0s_context_or_its_export() -> None:
+    config = load_recipe(RECIPES[0])  # four servers of two GPUs, on the trainer's eight
+
+    def shared(num_servers: int, **changes: object) -> SharedGpu:
+        found = {"num_servers": num_servers} | changes
+        sglang = config.rollout.sglang.model_copy(update=found)
+        rollout = config.rollout.model_copy(update={"sglang": sglang})
+        run = config.model_copy(update={"rollout": rollout})
+        return share_gpus(run, QWEN3_4B, [STAGE], _machine(None))
+
+    alone, all_gpus = shared(1, tensor_parallel_size=1), shared(8, tensor_parallel_size=1)
+    assert all_gpus.sampling - alone.sampling == GIB / 2
+    assert all_gpus.update - alone.update == GIB / 2
+    embedding = 2 * 151_936 * 2560
+    assert alone.sync - all_gpus.sync == 2 * embedding - GIB / 2
 
 
 def test_a_server_beside_the_trainer_has_what_it_leaves_at_the_start() -> None:

@@ -367,7 +367,9 @@ class RolloutConfig(Config):
                 "rollout.schedule.overlap samples during it; switch one of them off: overlap needs "
                 "servers on GPUs of their own"
             )
-        if self.colocated and self.sglang.sync.transport == "distributed":
+        # Where servers of sglang.urls are is known when they are connected to.
+        is_distributed = self.sglang.sync.transport == "distributed"
+        if self.colocated and is_distributed and not self.sglang.urls:
             raise ValueError(
                 "rollout.sglang.sync.transport = 'distributed' gives each process of a broadcast a "
                 "GPU of its own, and with rollout.colocated servers are on the trainer's; leave "

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Never
 
@@ -135,8 +135,17 @@ class CollectiveServices:
             pass
 
     def _command(self, name: str | None) -> None:
-        """Tell the other ranks which service is next; None: that there is none any more."""
-        if not _is_alone():
+        """Tell the other ranks which service is next; None: that there is none any more.
+
+        A rank that hangs may keep rank 0 in this collective too.
+        """
+        if _is_alone():
+            return
+        with ExitStack() as stack:
+            if self._limit_seconds is not None:
+                watch = _Watch(name or "the end of the services", self._limit_seconds)
+                stack.enter_context(watch.running())
+                stack.enter_context(watch.waiting())
             dist.broadcast_object_list([name], src=0)
 
     def _stand_by(self) -> None:

@@ -143,6 +143,29 @@ def hang_half_way(rank: int, limit_seconds: float, log_file: Path) -> None:
     services.run_on_first(slow_consumer)
 
 
+def hang_in_the_command(rank: int, limit_seconds: float, log_file: Path) -> None:
+    """Ask for sums in a collective that does not end, as NCCL's do when a rank hangs."""
+    logging.basicConfig(filename=log_file, force=True)
+    broadcast = dist.broadcast_object_list
+
+    def hang(objects: list[str | None], src: int) -> None:
+        if rank == 0 and objects == ["sums"]:
+            time.sleep(10)
+        broadcast(objects, src=src)
+
+    dist.broadcast_object_list = hang
+    services = CollectiveServices({"sums": sums}, limit_seconds=limit_seconds)
+    services.run_on_first(lambda: list(services.ask("sums")))
+
+
+def test_rank_0_ends_the_run_when_another_rank_keeps_it_from_asking(tmp_path: Path) -> None:
+    with pytest.raises(ProcessExitedException) as ended:
+        run_on_ranks(hang_in_the_command, 1.0, tmp_path / "log", world_size=2)
+
+    assert ended.value.exit_code == STALL_EXIT_CODE
+    assert "sums: nothing for 1 s after 0 items" in (tmp_path / "log").read_text()
+
+
 def test_rank_0_ends_the_run_when_another_rank_hangs_in_a_service(tmp_path: Path) -> None:
     log_file = tmp_path / "log"
     started = time.monotonic()

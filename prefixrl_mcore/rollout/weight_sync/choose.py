@@ -67,6 +67,7 @@ class _Choice:
         if kind == "disk":
             return Disk(self._sync.folder or self._folder, timeout_seconds=self._limit), reason
         if kind == "distributed":
+            self._check_places()
             self._check_nccl()
             return self._broadcast(), reason
         if kind == "tensor":
@@ -124,6 +125,19 @@ class _Choice:
                 # trainer's process: the right of a debugger.
                 return f"{name} has {_EXPANDABLE}; leave it out"
         return ""
+
+    def _check_places(self) -> None:
+        """Refuse a broadcast to servers on rank 0's GPU, which no communicator may have twice.
+
+        Raises:
+            ValueError: with their URLs.
+        """
+        if self._colocated and self._here:
+            raise ValueError(
+                "rollout.sglang.sync.transport: 'distributed' gives each process of a broadcast a "
+                f"GPU of its own, and with rollout.colocated {', '.join(self._here)} may be on "
+                "rank 0's; leave the transport out, or take 'tensor' or 'disk'"
+            )
 
     def _check_nccl(self) -> None:
         """Refuse servers of another NCCL, which would refuse the trainer.

@@ -46,7 +46,8 @@ class SyncReport:
     """Name of the transport."""
 
     num_bytes: int
-    """Weights that went through, in the engine's precision; counted once for all servers."""
+    """Weights that went through, in the engine's precision; counted once for all servers. Those of
+    an update that broke and was tried once more count twice, as its time does."""
 
     num_buckets: int
     """Buckets that they were sent in."""
@@ -101,24 +102,24 @@ def sync_weights(
             to put them. No target has usable weights then.
     """
     started = time.monotonic()
-    update = _run(_Update(targets, transport, weight_version), make_buckets)
-    failed = update.failed
+    updates = [_run(_Update(targets, transport, weight_version), make_buckets)]
+    failed = updates[0].failed
     again = [t for t in targets if t.name in transport.innocent and t.client.is_healthy()]
     if again:
         for name in failed.keys() - {target.name for target in again}:
             if give_up is not None:
                 give_up(name, failed[name])
-        update = _run(_Update(again, transport, weight_version), make_buckets)
+        updates.append(_run(_Update(again, transport, weight_version), make_buckets))
         failed = {name: failed[name] for name in failed.keys() - {t.name for t in again}}
-        failed |= update.failed
+        failed |= updates[1].failed
     for name, cause in failed.items():
         logger.warning("weight sync: %s did not get the weights: %s", name, cause)
     return SyncReport(
         transport=transport.name,
-        num_bytes=update.num_bytes,
-        num_buckets=update.num_buckets,
+        num_bytes=sum(update.num_bytes for update in updates),
+        num_buckets=sum(update.num_buckets for update in updates),
         seconds=time.monotonic() - started,
-        sending_seconds=update.sending_seconds,
+        sending_seconds=sum(update.sending_seconds for update in updates),
         failed=failed,
     )
 

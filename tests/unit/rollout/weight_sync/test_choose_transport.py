@@ -133,6 +133,15 @@ def test_broadcast_to_colocated_servers_is_no_setting() -> None:
         validate(RolloutConfig, {"colocated": True, **settings}, where="test")
 
 
+def test_broadcast_to_colocated_servers_is_for_those_of_other_machines() -> None:
+    settings = {"urls": [THERE], "sync": {"transport": "distributed"}}
+    validate(RolloutConfig, {"colocated": True, "sglang": settings}, where="test")
+
+    assert chosen("distributed", "cuda", THERE, colocated=True).name == "distributed (nccl)"
+    with pytest.raises(ValueError, match=rf"rollout\.colocated {HERE} may be on rank 0's; leave"):
+        chosen("distributed", "cuda", HERE, THERE, colocated=True)
+
+
 def test_releases_are_read_without_starting_the_other_interpreter() -> None:
     assert torch_release(OURS) == own_torch()
     assert torch.__version__.startswith(own_torch() + ".")

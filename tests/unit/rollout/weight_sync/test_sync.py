@@ -296,6 +296,9 @@ def test_server_that_broke_the_update_of_all_is_given_up_before_the_others_try_a
         *("send to server 0", "send to server 1", "server 0 is given up: broken"),
         *["send to server 1"] * 4,
     ]
+    sizes = [bucket.num_bytes for bucket in buckets()]
+    assert report.num_buckets == 1 + len(sizes) == 5  # of both tries, as the time is
+    assert report.num_bytes == sizes[0] + sum(sizes)
 
 
 class LosesAll(TensorByValue):

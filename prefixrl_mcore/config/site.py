@@ -12,7 +12,7 @@ from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
 USR1_EXIT_CODE = 128 + 10
 """What ``prefixrl train`` ends with when SIGUSR1 made it save and stop."""
 
-_TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+_TIME = re.compile(r"(\d+-)?\d+:\d{2}:\d{2}")
 _OWN_SETTINGS = {
     "account": "account",
     "partition": "partition",
@@ -65,10 +65,13 @@ _NOT_FOR_TRAINERS = {
 }
 
 _SECRET = re.compile(
-    r"""\b((?:\w*_)?(?:API)?(?:KEY|TOKEN|SECRET|PASSWORD)S?)=["']?(?![$`"'\s;&|)]|$)""",
+    r"""\b(?!\w*TOKENS=["']?\d+\b)"""
+    r"""((?:\w*_)?(?:API)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PAT|KEY_ID)S?)"""
+    r"""=["']?(?![$`"'\s;&|)]|$)""",
     re.IGNORECASE,
 )
-"""A variable whose name is a secret's, and a value that is written out."""
+"""A variable whose name is a secret's, and a value that is written out; a number of tokens is
+none."""
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 NEMO_RUN_REWRITES = "/nemo_run"

@@ -322,7 +322,9 @@ def test_a_heterogeneous_job_samples_in_another_partition_and_outlives_its_serve
 ) -> None:
     run, site = tmp_path / "two-kinds", tmp_path / "ci-local.toml"
     site.write_text(site.read_text() + '\n[rollout_nodes]\npartition = "preemptible"\n')
-    steps = ["trainer.num_steps=12", "evaluation.every_steps=12", "checkpoint.every_steps=2"]
+    # Without a checkpoint of its own accord: what it goes on from, it saved when it was told to.
+    steps = [f"{key}=12" for key in ("trainer.num_steps", "evaluation.every_steps")]
+    steps += ["checkpoint.every_steps=100"]
     how = ["--shape", "heterogeneous", "--rollout-nodes", "1", "--detach"]
     how += ["rollout.sglang.max_restarts=1"]
     assert _launch(*how, *_server_settings(tiny_task, run), *steps) == 0
@@ -349,8 +351,15 @@ def test_a_heterogeneous_job_samples_in_another_partition_and_outlives_its_serve
         (url,) = _urls(job, number, 1)
         assert url.startswith("http://n2:")
         assert url in (start / "trainer-0.log").read_text().replace("\n", "")
-    assert "resumed from" in (job.starts()[1] / "trainer-0.log").read_text()
+    saved = json.loads((job.starts()[0] / "trainer-0.end.json").read_text())
+    assert saved["exit_code"] == 138
+    said_next = " ".join((job.starts()[1] / "trainer-0.log").read_text().split())
+    resumed = re.search(r"resumed from .*?: (\d+) of 12 steps done", said_next)
+    assert resumed is not None
+    assert int(resumed[1]) >= version + 2
     assert [line["step"] for line in metrics_of(run, "train")] == list(range(12))
+    served = json.loads((job.starts()[1] / "rollout-0.end.json").read_text())
+    assert served["exit_code"] == 0  # told to end, not killed
     ends = [json.loads(file.read_text()) for file in job.starts()[1].glob("trainer-*.end.json")]
     assert [(end["node"], end["exit_code"]) for end in ends] == [("n1", 0)] * 2
 

@@ -119,6 +119,8 @@ def test_a_job_inherits_nothing_of_the_job_that_it_is_launched_in(
         "SLURM_RESTART_COUNT": "3",
         "SLURM_EXPORT_ENV": "NONE",
         "SRUN_CPUS_PER_TASK": "1",
+        "SBATCH_ACCOUNT": "another",
+        "SBATCH_EXPORT_FILE": "file",
         "PMI_RANK": "0",
         "PMIX_RANK": "0",
         "PMI2_SIZE": "4",
@@ -129,7 +131,7 @@ def test_a_job_inherits_nothing_of_the_job_that_it_is_launched_in(
     kept = {
         "SLURM_CONF": "/etc/slurm/slurm.conf",
         "SLURM_JWT": "t0ken",
-        "SBATCH_ACCOUNT": "mine",
+        "SBATCH_EXPORT": "ALL",
         "WANDB_API_KEY": "k",
         "PREFIXRL_SGLANG_API_KEY": "the-users-own-k3y",
     }

@@ -86,7 +86,7 @@ def follow(
     """
     target = out or sys.stdout  # now, and not when this module was imported
     reader = LogReader(folder, task or folder.first_task, start=start)
-    watch = JobWatch(job_id, ask=ask)
+    watch = JobWatch(job_id, folder, ask=ask)
     with WaitingLine() as line:
         while (end := watch.look()) is None:
             line.show(f"job {job_id}: {watch.waits_for}" if watch.waits_for else "")

@@ -196,6 +196,12 @@ class JobFolder:
     def _end_file(self, start: int, task: str) -> Path:
         return self.start_folder(start) / f"{task}.end.json"
 
+    def bad_nodes(self) -> list[str]:
+        """Return the nodes that pre-checks left out, of all starts, in order."""
+        files = [start / "precheck.bad" for start in self.starts()]
+        told = [file.read_text().strip() for file in files if file.exists()]
+        return list(dict.fromkeys(node for text in told for node in text.split(",") if node))
+
     def first_failure(self) -> TaskEnd | None:
         """Return which task of the last start was the first to report that it failed."""
         starts = self.starts()

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.precheck.exit_codes import FAIL
@@ -26,10 +27,18 @@ def end_with_a_later_start(
     later = folder.logs / f"start-{start + 1}"
 
     def watch() -> None:
-        while not later.exists():
+        while not path_exists(later):
             time.sleep(poll_seconds)
         sys.stderr.write(f"{later} exists: Slurm has lost this start and goes on without it\n")
         sys.stderr.flush()
         os._exit(FAIL)
 
     threading.Thread(target=watch, name="orphan", daemon=True).start()
+
+
+def path_exists(path: Path) -> bool:
+    """Return whether a path exists; no answer of a shared file system (ESTALE, EIO) says no."""
+    try:
+        return path.exists()
+    except OSError:
+        return False

@@ -133,7 +133,9 @@ def follow_all(
     Returns:
         0 if all completed, else the exit code of the first in order that failed by itself.
     """
-    watches = {label: JobWatch(str(folder.job_id), name=label, ask=ask) for label, folder in jobs}
+    watches = {
+        label: JobWatch(str(folder.job_id), folder, name=label, ask=ask) for label, folder in jobs
+    }
     ended: dict[str, JobState] = {}
     while len(ended) < len(jobs):
         for label, folder in jobs:

@@ -15,9 +15,6 @@ _UNKNOWN = "UNKNOWN"
 UNKNOWN_EXIT_CODE = 69
 """Of a command that asked for a job of which Slurm says nothing; no task ends with it."""
 
-OUT_OF_SERVICE = ("down", "drain", "drng", "fail", "inval")
-"""Beginnings of the states of nodes that start no job, as ``sinfo --format=%t`` writes them."""
-
 
 class SlurmError(RuntimeError):
     """Slurm, or NeMo-Run on the way to it, refused; the message has its words."""
@@ -129,18 +126,6 @@ def parse_sacct(said: str) -> JobState:
         num_restarts=len(starts) - 1,
         nodes=_unless_empty(nodes),
     )
-
-
-def nodes_in_service(partition: str) -> set[str]:
-    """Return the names of a partition's nodes that start jobs; none if Slurm does not answer."""
-    said = _ask(["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t"])
-    lines = [line.split() for line in said.splitlines()]
-    return {name for name, state in lines if not state.startswith(OUT_OF_SERVICE)}
-
-
-def host_names(short: str) -> list[str]:
-    """Return the single nodes of Slurm's short form, such as ``n[1-3,7]``."""
-    return _ask(["scontrol", "show", "hostnames", short]).split()
 
 
 def cancel_job(job_id: str) -> None:

@@ -19,7 +19,7 @@ from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
 from prefixrl_mcore.launch.slurm.precheck.exit_codes import FAIL
 from prefixrl_mcore.launch.slurm.precheck.step import expectations, precheck_step
 from prefixrl_mcore.launch.slurm.srun import cpu_words, cpus_of_first, cpus_of_server, interpreter
-from prefixrl_mcore.launch.slurm.states import OUT_OF_SERVICE, SlurmError, cancel_job
+from prefixrl_mcore.launch.slurm.states import SlurmError, cancel_job
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ _ANOTHER_JOBS = re.compile(
     "|PREFIXRL_(TRAINER_HOSTS|ROLLOUT_HOSTS|JOB_END_UNIX_SECONDS|PRECHECK_TOKEN)"
 )
 """Variables that tell a task of Slurm where it is."""
+
+_SBATCH_OPTIONS = re.compile("(SBATCH|SALLOC)_(?!EXPORT$).*")
+"""Variables that stand for options, of which sbatch would believe them before the script's."""
 
 
 def describe(
@@ -83,7 +86,6 @@ def describe(
             "max_restarts": site.requeue.max_restarts,
             "give_up_code": FAIL,
             "nodes_by_partition": _nodes_by_partition(site, layout),
-            "out_of_service": "|".join(OUT_OF_SERVICE),
             "lost_code": TIME_LIMIT_EXIT_CODE,
             "save_seconds": site.requeue.signal_seconds or _END_SECONDS,
             "precheck": precheck_step(site, layout, folder),
@@ -191,11 +193,16 @@ def _unanswered(jobs: Sequence[JobFolder]) -> str | None:
 
 
 def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what a job may inherit: not what another job, in which this one is launched, is."""
+    """Return what a job may inherit.
+
+    Not what another job, in which this one is launched, is; and no options of sbatch, which would
+    silently win over the site's: they belong into ``sbatch`` of the site.
+    """
     return {
         name: value
         for name, value in environment.items()
-        if name in _CLIENTS or not _ANOTHER_JOBS.fullmatch(name)
+        if name in _CLIENTS
+        or not (_ANOTHER_JOBS.fullmatch(name) or _SBATCH_OPTIONS.fullmatch(name))
     }
 
 

@@ -36,14 +36,25 @@ def main() -> int:
         exit_code = end.code if isinstance(end.code, int) else 1
         raise
     finally:
-        end = TaskEnd(
-            task=f"{role}-{os.environ['SLURM_PROCID']}",
-            node=socket.gethostname(),
-            exit_code=exit_code,
-            unix_seconds=time.time(),
-        )
-        folder.write_end(start_number(os.environ), end)
+        _write_end(folder, role, exit_code)
     return exit_code
+
+
+def _write_end(folder: JobFolder, role: str, exit_code: int) -> None:
+    """Keep how this task ended; where that cannot be written, its exit code still counts."""
+    end = TaskEnd(
+        task=f"{role}-{os.environ['SLURM_PROCID']}",
+        node=socket.gethostname(),
+        exit_code=exit_code,
+        unix_seconds=time.time(),
+    )
+    try:
+        folder.write_end(start_number(os.environ), end)
+    except OSError as error:
+        sys.stderr.write(
+            f"{end.task} on {end.node} ends with exit code {exit_code}, which cannot be written to "
+            f"{folder.logs}: {error.strerror}\n"
+        )
 
 
 def _run(folder: JobFolder, role: str) -> int:

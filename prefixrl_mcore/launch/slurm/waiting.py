@@ -1,24 +1,22 @@
 """A job in the queue: what it waits for, and the end of a wait that has none."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 
-from prefixrl_mcore.launch.slurm.states import (
-    JobState,
-    cancel_job,
-    host_names,
-    job_state,
-    nodes_in_service,
-)
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.states import JobState, SlurmError, cancel_job, job_state
 
 logger = logging.getLogger(__name__)
 
-_SHORT_QUESTIONS = 20
-"""Questions in a row, about a minute, after which nodes that are out of service stay so."""
+_NEVER = "BadConstraints"
+"""Slurm's reason for a job that it will not start, though all nodes were in service and free."""
+
+_NEVER_QUESTIONS = 20
+"""Questions in a row with this answer, about a minute, after which it is believed."""
 
 _LOST_QUESTIONS = 200
 """Questions in a row that Slurm may leave unanswered, ten minutes."""
@@ -51,65 +49,65 @@ def in_words(state: JobState) -> str:
 
 
 class QueuedJob:
-    """Cancels one job that waits for more nodes than its partition has beside the excluded ones.
+    """Cancels one job that can never start without the bad nodes that its pre-checks left out.
 
-    A job that excludes no node is left alone: it waits for whom it was told to wait for.
+    One that waits for nodes that are down or drained, which come back, is left alone, as is one
+    that left out no node: it waits for whom it was told to wait for.
     """
 
     def __init__(
-        self,
-        job_id: str,
-        *,
-        in_service: Callable[[str], Collection[str]] = nodes_in_service,
-        names: Callable[[str], Collection[str]] = host_names,
-        cancel: Callable[[str], None] = cancel_job,
+        self, job_id: str, folder: JobFolder, *, cancel: Callable[[str], None] = cancel_job
     ) -> None:
-        """Watch job ``job_id``; the rest is how Slurm is asked, and told."""
+        """Watch job ``job_id`` of ``folder``; ``cancel`` is how Slurm is told."""
         self._job_id = job_id
-        self._in_service = in_service
-        self._names = names
+        self._folder = folder
         self._cancel = cancel
-        self._num_short = 0
+        self._num_never = 0
 
     def see(self, state: JobState) -> None:
-        """Take the answer to a question into account.
-
-        Raises:
-            SlurmError: if the job cannot be cancelled.
-        """
-        if state.state != "PENDING" or not state.excluded:
-            self._num_short = 0
+        """Take the answer to a question into account; a job that Slurm does not cancel waits on."""
+        is_never = state.state == "PENDING" and state.reason.startswith(_NEVER)
+        self._num_never = self._num_never + 1 if is_never else 0
+        if self._num_never != _NEVER_QUESTIONS:
             return
-        known = self._in_service(state.partition)
-        left = set(known) - set(self._names(state.excluded))
-        self._num_short = self._num_short + 1 if known and len(left) < state.num_nodes else 0
-        if self._num_short == _SHORT_QUESTIONS:
-            logger.error(
-                "job %s is cancelled: without the bad nodes %s the partition %s has %d nodes that "
-                "are in service, the job needs %d; have the nodes repaired (sinfo --Node --long "
-                "shows their states), or ask for fewer, and launch the run again",
-                *(self._job_id, state.excluded, state.partition, len(left), state.num_nodes),
-            )
+        bad = self._folder.bad_nodes()
+        if not bad:
+            return
+        logger.error(
+            "job %s is cancelled: without the bad nodes %s no nodes that it may have are what it "
+            "asks for (%d nodes of partition %s), in service or not; have the nodes repaired, or "
+            "ask for fewer, and launch the run again",
+            *(self._job_id, ",".join(bad), state.num_nodes, state.partition),
+        )
+        try:
             self._cancel(self._job_id)
+        except SlurmError as error:
+            logger.error("job %s waits on: %s", self._job_id, error)
 
 
 class JobWatch:
     """Asks for the state of one job, says what changed, and knows the end from a requeue."""
 
     def __init__(
-        self, job_id: str, *, name: str | None = None, ask: Callable[[str], JobState] = job_state
+        self,
+        job_id: str,
+        folder: JobFolder,
+        *,
+        name: str | None = None,
+        ask: Callable[[str], JobState] = job_state,
     ) -> None:
         """Watch job ``job_id``.
 
         Args:
             job_id: Slurm's number.
+            folder: of the job.
             name: what the log calls it besides.
             ask: how its state is found.
         """
         self._job_id = job_id
         self._prefix = "" if name is None else f"{name}: "
         self._ask = ask
-        self._queued = QueuedJob(job_id)
+        self._queued = QueuedJob(job_id, folder)
         self._shown = ""
         self._num_lost = 0
         self._has_ended = False
@@ -117,11 +115,7 @@ class JobWatch:
         """What the job waits for, as long as it does."""
 
     def look(self) -> JobState | None:
-        """Ask once; return how the job ended, or UNKNOWN once Slurm is silent for long.
-
-        Raises:
-            SlurmError: if a job that can never start cannot be cancelled.
-        """
+        """Ask once; return how the job ended, or UNKNOWN once Slurm is silent for long."""
         state = self._ask(self._job_id)
         if not state.is_known:
             self._num_lost += 1

@@ -261,7 +261,7 @@ class SGLangEngine:
                 make_buckets=partial(self._buckets, stream),
             )
             with self._guard.replacing_weights():
-                self._pool.load(weights)
+                self._pool.load(weights, is_interrupted=self._is_interrupted)
 
     def pause(self) -> None:
         """Have the servers compute nothing; ``sample`` refuses until ``resume``.

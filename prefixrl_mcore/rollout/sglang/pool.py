@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError
+from prefixrl_mcore.rollout.interruption import IsInterrupted, never_interrupted
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.faults import ServerFault, ServerLost, WrongWeights
@@ -111,8 +112,15 @@ class ServerPool:
         for member in self.members:
             member.move_to(State.READY, f"has weights {self.weights.name!r}")
 
-    def load(self, weights: Weights) -> None:
+    def load(self, weights: Weights, *, is_interrupted: IsInterrupted = never_interrupted) -> None:
         """Give all living servers new weights; those that come up later get them then.
+
+        Where none lives one is waited for, until somebody wants that to end: nothing is sampled
+        then, and a run that is told to stop has its last step to save.
+
+        Args:
+            weights: the new ones.
+            is_interrupted: asked several times a second while it waits.
 
         Raises:
             EngineError: if the stream is not the model's weights; if too few servers are left,
@@ -131,7 +139,7 @@ class ServerPool:
             self.weights = before
             raise
         self.begin_to_wait()
-        while not self.ready:
+        while not self.ready and not is_interrupted():
             self.tend()
             self.next_answer(waiting_for="a server for the new weights")
 

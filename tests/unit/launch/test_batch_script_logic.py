@@ -21,7 +21,12 @@ if [[ $* == *precheck.task* ]]; then
     eval "$PRECHECK_DOES"
     exit $PRECHECK_CODE
 fi
-trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' TERM
+# Told to end, srun kills its tasks. USR2 is here for the SIGTERM that scancel brings to them.
+trap 'echo "$role killed" >>$SAID; kill $!; exit 137' TERM
+trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' USR2
+trap 'echo "$role told to save" >>$SAID; kill $!; exit 138' USR1
+[[ $role == trainer ]] || trap '' USR1
+echo $$ >>$SAID.steps
 echo "$role $PREFIXRL_TRAINER_HOSTS $PREFIXRL_ROLLOUT_HOSTS" >>$SAID
 # Who is told to end before it listens would end without a word.
 other=$([[ $role == trainer ]] && echo rollout || echo trainer)
@@ -43,6 +48,14 @@ case "$*" in
 esac
 """
 
+SCANCEL = """#!/bin/bash
+# Stand-in: all tasks of a job get a signal, not its script.
+[[ $2 == 7 && -z $SCANCEL_FAILS ]] || exit 1
+signal=${1#--signal=}
+while read step; do kill -s ${signal/TERM/USR2} $step 2>/dev/null; done <$SAID.steps
+exit 0
+"""
+
 SINFO = """#!/bin/bash
 for argument in "$@"; do
     [[ $argument != --partition=* ]] || cat "$NODES.${argument#*=}" 2>/dev/null
@@ -62,6 +75,7 @@ def _run(
     precheck_does: str = "",
     hang_seconds: int = 960,
     nodes: dict[str, str] | None = None,
+    scancel_fails: bool = False,
 ) -> tuple[int, str, str]:
     """Run a golden script; the first step to end is the trainer's unless ``rollout`` is given.
 
@@ -75,7 +89,7 @@ def _run(
     for partition, text in (nodes or {}).items():
         (folder / f"nodes.{partition}").write_text(text)
     for name, text in (
-        *(("srun", SRUN), ("scontrol", SCONTROL), ("sinfo", SINFO)),
+        *(("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL), ("sinfo", SINFO)),
         ("module", "#!/bin/bash\n"),
     ):
         (programs / name).write_text(text)
@@ -105,6 +119,7 @@ def _run(
             "PRECHECK_CODE": str(precheck),
             "PRECHECK_DOES": precheck_does,
             "EXCLUDED": excluded,
+            "SCANCEL_FAILS": "yes" if scancel_fails else "",
             "TRAINER_SECONDS": "0" if rollout is None else "30",
             "TRAINER_CODE": str(trainer),
             "ROLLOUT_SECONDS": "30" if rollout is None else "0",
@@ -185,20 +200,29 @@ def test_a_trainer_that_does_not_end_without_servers_is_left_to_the_end_of_the_j
 ) -> None:
     script = (GOLDEN / "split.sh").read_text()
     part = script[script.index("end_step() {") : script.index("while are_alive")]
-    stubborn = "trap '' TERM; exec sleep 30"
+    told = "scancel() { echo $*; }; SLURM_JOB_ID=7"
     done = subprocess.run(
-        ["bash", "-c", f'{part}\nbash -c "{stubborn}" & sleep 0.2; end_step $! 1; kill -9 $!'],
+        ["bash", "-c", f"{told}\n{part}\nsleep 30 & end_step TERM $! 1; kill -9 $!"],
         check=False,
         timeout=10,
         capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0
+    assert (done.returncode, done.stdout) == (0, "--signal=TERM 7\n")  # and is still alive
 
 
-def test_lost_servers_send_the_job_back_into_the_queue(tmp_path: Path) -> None:
+def test_lost_servers_let_the_trainer_save_and_send_the_job_back_into_the_queue(
+    tmp_path: Path,
+) -> None:
     result, told, _ = _run(tmp_path, "split", trainer=0, rollout=75)
     assert result == 75
-    assert told.splitlines()[-1] == "scontrol requeue 7"
+    assert told.splitlines()[-2:] == ["trainer told to save", "scontrol requeue 7"]
+
+
+def test_a_step_that_no_signal_reaches_is_killed(tmp_path: Path) -> None:
+    result, told, _ = _run(tmp_path, "split", trainer=0, rollout=75, scancel_fails=True)
+    assert result == 75
+    assert told.splitlines()[-2:] == ["trainer killed", "scontrol requeue 7"]
 
 
 @pytest.mark.parametrize(
@@ -218,37 +242,35 @@ def test_bad_nodes_are_left_out_of_the_next_start(
     assert "without node-b" in said
 
 
-@pytest.mark.parametrize("state", ["idle", "mix", "alloc", "comp*"])
-def test_a_bad_node_is_left_out_where_enough_others_are_in_service(
-    tmp_path: Path, state: str
+def test_a_bad_node_is_left_out_where_there_are_enough_others_that_may_be_repaired(
+    tmp_path: Path,
 ) -> None:
-    nodes = {"gpu": f"node-a {state}\nnode-b mix\nnode-c alloc\nnode-x idle\n"}
+    nodes = {"gpu": "node-a\nnode-b\nnode-c\nnode-x\n"}
     bad = {"precheck": 77, "excluded": "node-x"}
     result, told, _ = _run(tmp_path, "colocated-two-nodes", trainer=0, nodes=nodes, **bad)
     assert result == 77
     assert told.splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=node-x,node-b"
 
 
-@pytest.mark.parametrize("state", ["down*", "drain", "drng", "fail", "inval"])
-def test_a_job_that_would_find_too_few_nodes_ends_and_says_so(tmp_path: Path, state: str) -> None:
-    nodes = {"gpu": f"node-a {state}\nnode-b mix\nnode-c alloc\nnode-x idle\n"}
+def test_a_job_that_would_never_find_enough_nodes_ends_and_says_so(tmp_path: Path) -> None:
+    nodes = {"gpu": "node-b\nnode-c\nnode-x\n"}
     bad = {"precheck": 77, "excluded": "node-x"}
     result, told, said = _run(tmp_path, "colocated-two-nodes", trainer=0, nodes=nodes, **bad)
     assert (result, told) == (78, "")
     assert (
-        "prefixrl: error: without the bad nodes node-x,node-b the partition gpu has 1 nodes that "
-        "are in service, the job needs 2; have the nodes repaired"
+        "prefixrl: error: without the bad nodes node-x,node-b the partition gpu has 1 nodes, the "
+        "job needs 2; have the nodes repaired"
     ) in said
 
 
 def test_each_partition_of_a_heterogeneous_job_must_have_enough(tmp_path: Path) -> None:
-    for name, state, code in (("enough", "idle", 77), ("short", "down", 78)):
-        nodes = {"batch": "node-a idle\n", "inference": f"node-b idle\nnode-c {state}\n"}
+    for name, others, code in (("enough", "node-c\n", 77), ("short", "", 78)):
+        nodes = {"batch": "node-a\n", "inference": f"node-b\n{others}"}
         folder = tmp_path / name
         folder.mkdir()
         result, _, said = _run(folder, "heterogeneous", trainer=0, precheck=77, nodes=nodes)
         assert result == code
-        assert ("partition inference has 0 nodes that are in" in said) == (code == 78)
+        assert ("partition inference has 0 nodes, the job" in said) == (code == 78)
 
 
 def _verdict(folder: Path, start: int) -> dict[str, Any]:
@@ -284,7 +306,15 @@ def test_hanging_nodes_have_a_bound(tmp_path: Path) -> None:
     assert _verdict(tmp_path, 1)["outcome"] == "fail"
 
 
-def test_a_verdict_whose_tasks_hang_accuses_nobody(tmp_path: Path) -> None:
+def test_a_verdict_holds_though_the_task_of_a_bad_node_hangs(tmp_path: Path) -> None:
+    does = "echo '{}' >$LOGS/precheck.json; echo node-b >$LOGS/precheck.bad; sleep 60"
+    result, told, said = _run(tmp_path, "split", trainer=0, precheck_does=does, hang_seconds=1)
+    assert result == 124
+    assert told.splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=node-b"
+    assert "without node-b" in said
+
+
+def test_a_verdict_without_bad_nodes_whose_tasks_hang_accuses_nobody(tmp_path: Path) -> None:
     does = "echo '{}' >$LOGS/precheck.json; sleep 60"
     result, told, said = _run(tmp_path, "split", trainer=0, precheck_does=does, hang_seconds=1)
     assert (result, told) == (124, "")
@@ -319,6 +349,38 @@ def test_bad_nodes_do_not_restart_a_job_for_ever(tmp_path: Path) -> None:
     result, told, said = _run(tmp_path, "colocated", trainer=0, precheck=77, restarts=20)
     assert (result, told) == (77, "")
     assert "error: not requeued: requeue.max_restarts = 20 of the site allows no more" in said
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        pytest.param("source ~/nowhere", 1, id="line"),
+        pytest.param("f() { false; return 3; }; f", 3, id="function"),
+        pytest.param("export A=1\nif true; then\n    (exit 4)\nfi", 4, id="in-a-block"),
+        pytest.param("f() { false; [[ -n $nothing ]]; true; }; f", None, id="survives"),
+        pytest.param("source <(echo false; echo true)", None, id="survives-in-a-file"),
+        pytest.param("[[ -n $nothing ]] && echo a", None, id="question"),
+    ],
+)
+def test_the_first_setup_line_that_fails_ends_the_job_and_says_so(
+    tmp_path: Path, lines: str, code: int | None
+) -> None:
+    script = (GOLDEN / "colocated.sh").read_text().replace("/jobs/golden-1", str(tmp_path))
+    begin, end = script.index("trap 'line_code"), script.index("# Of the rollout servers")
+    own = script[: script.index("\n}' ERR\n", begin) + len("\n}' ERR\n")]
+    rest = script[script.index("trap - ERR\n") : end]
+    file = tmp_path / "batch.sh"
+    file.write_text(f"{own}{lines}\n{rest}\nfalse\necho went on")
+    done = subprocess.run(
+        ["bash", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SLURM_JOB_ID": "7"},
+    )
+    told = f"prefixrl: error: a setup line of the site failed, with exit code {code}\n"
+    assert (done.returncode, told in done.stderr) == (code or 0, code is not None)
+    assert ("went on" in done.stdout) == (code is None)
 
 
 def test_a_setup_line_that_fails_ends_the_job_before_any_task(tmp_path: Path) -> None:

@@ -105,7 +105,10 @@ def test_other_options_of_sbatch_are_taken(tmp_path: Path) -> None:
 
 
 def test_the_latest_signal_is_taken(tmp_path: Path) -> None:
-    text = "gpus_per_node = 4\ntime = '1-00:04:01'\n[requeue]\nsignal_seconds = {}"
+    text = "gpus_per_node = 4\ntime = '{}'\n[requeue]\nsignal_seconds = {}"
+    hours = load_site(_site(tmp_path, text.format("120:00:00", 431_939)))
+    assert hours.requeue.signal_seconds == 5 * 86400 - 61
+    text = text.format("1-00:04:01", "{}")
     assert load_site(_site(tmp_path, text.format(86400 + 180))).requeue.signal_seconds == 86580
     with pytest.raises(ConfigError, match="86641 s"):
         load_site(_site(tmp_path, text.format(86400 + 181)))
@@ -121,6 +124,9 @@ def test_the_latest_signal_is_taken(tmp_path: Path) -> None:
             "srun_args = ['--export=ALL,AWS_SECRET_ACCESS_KEY=s3cr3t']",
             "gives AWS_SECRET_ACCESS_KEY",
         ),
+        ("setup_lines = ['AWS_ACCESS_KEY_ID=s3cr3t']", "gives AWS_ACCESS_KEY_ID a"),
+        ("setup_lines = ['export DB_PASSWD=s3cr3t GH_PAT=$A']", "gives DB_PASSWD a"),
+        ("setup_lines = ['export GITHUB_PAT=s3cr3t']", "gives GITHUB_PAT a"),
         ("sbatch = { comment = 'PASSWORD=s3cr3t' }", "sbatch.comment: gives PASSWORD a value"),
     ],
 )
@@ -137,6 +143,7 @@ def test_secrets_that_come_from_elsewhere_are_taken(tmp_path: Path) -> None:
     lines = [
         *("export HF_TOKEN=$(cat ~/.token)", 'export WANDB_API_KEY="$KEY"', "export HF_TOKEN="),
         *("export TOKENIZERS_PARALLELISM=1 MONKEY=1", "source ~/.secrets"),
+        *("export MAX_TOKENS=4096 PATH=/a:$PATH PREFIXRL_MAX_TOKENS='1'", "export KEY_FILE=k"),
     ]
     site = load_site(_site(tmp_path, f"gpus_per_node = 4\nsetup_lines = {json.dumps(lines)}"))
     assert list(site.setup_lines) == lines

@@ -12,7 +12,9 @@ from prefixrl_mcore.config.base import ConfigError, validate
 from prefixrl_mcore.config.load import load_config, read_config_file, with_settings
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.launch.slurm import task as task_module
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
+from prefixrl_mcore.launch.slurm.orphan import path_exists
 from prefixrl_mcore.launch.slurm.rank_environment import (
     master_port,
     rank_variables,
@@ -207,6 +209,25 @@ def test_a_task_without_its_file_says_how_it_ended(
     assert job.read_end(0, "trainer-9") is not None
 
 
+def test_a_task_that_cannot_write_how_it_ended_keeps_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = JobFolder.make(tmp_path, "job")
+
+    def refuse(*_: object) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["task", str(job.path), "trainer"])
+    monkeypatch.setattr(task_module, "_run", lambda *_: 138)
+    monkeypatch.setattr(JobFolder, "write_end", refuse)
+    assert task_main() == 138
+    said = capsys.readouterr().err
+    assert "ends with exit code 138, which cannot be written to" in said
+    assert "Disk quota exceeded" in said
+
+
 def _task_with_servers(number: int) -> TaskFile:
     return TaskFile(
         config="c",
@@ -302,6 +323,17 @@ def test_a_task_ends_when_a_later_start_of_its_job_exists(tmp_path: Path) -> Non
         (job.logs / "start-2").mkdir()
         assert task.wait(30) == 78
         assert b"start-2 exists: Slurm has lost this start" in task.stderr.read()
+
+
+def test_a_file_system_that_does_not_answer_says_nothing_of_a_later_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stale(_: Path) -> bool:
+        raise OSError(116, "Stale file handle")
+
+    assert path_exists(Path("/"))
+    monkeypatch.setattr(Path, "exists", stale)
+    assert not path_exists(Path("/"))
 
 
 @pytest.mark.parametrize(

@@ -1,62 +1,79 @@
 """A job in the queue: what is said of it, and when it is given up."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
-from prefixrl_mcore.launch.slurm.states import JobState, parse_scontrol
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.states import JobState, SlurmError, parse_scontrol
 from prefixrl_mcore.launch.slurm.waiting import QueuedJob, in_words
 
-QUEUED = JobState(
-    state="PENDING", reason="BadConstraints", partition="batch", num_nodes=3, excluded="n[2-3]"
+NEVER = JobState(
+    state="PENDING", reason="BadConstraints", partition="batch", num_nodes=3, excluded="n[2-3,7]"
+)
+DRAINED = JobState(
+    state="PENDING", reason="ReqNodeNotAvail,_UnavailableNodes:n4", num_nodes=3, excluded="n2"
 )
 MINUTE = 20
 """Questions, three seconds apart."""
 
 
-def _cancelled(states: list[JobState], in_service: list[set[str]]) -> list[str]:
-    """Return what is cancelled while a job goes through states, with these nodes in service."""
+def _job(tmp_path: Path, *bad: str) -> JobFolder:
+    """Return a job whose starts left out these nodes."""
+    job = JobFolder(tmp_path / "job")
+    for start, names in enumerate(bad):
+        job.start_folder(start).mkdir(parents=True)
+        (job.start_folder(start) / "precheck.bad").write_text(names)
+    return job
+
+
+def _cancelled(job: JobFolder, states: list[JobState]) -> list[str]:
+    """Return what is cancelled while a job goes through states."""
     told: list[str] = []
-    answers = iter(in_service)
-    job = QueuedJob(
-        "7",
-        in_service=lambda partition: next(answers) if partition == "batch" else {"wrong"},
-        names=lambda short: {"n[2-3]": ["n2", "n3"]}[short],
-        cancel=told.append,
-    )
+    queued = QueuedJob("7", job, cancel=told.append)
     for state in states:
-        job.see(state)
+        queued.see(state)
     return told
 
 
-def test_a_job_that_finds_too_few_nodes_for_a_minute_is_cancelled_once_and_the_nodes_are_named(
-    caplog: pytest.LogCaptureFixture,
+def test_a_job_that_can_never_start_without_its_bad_nodes_is_cancelled_once_and_they_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    few = [{"n1", "n3", "n4"}] * 30
-    assert _cancelled([QUEUED] * (MINUTE - 1), few) == []
+    job = _job(tmp_path, "n2,n3\n", "n3\n")
+    assert _cancelled(job, [NEVER] * (MINUTE - 1)) == []
     assert "cancelled" not in caplog.text
     with caplog.at_level(logging.ERROR):
-        assert _cancelled([QUEUED] * (MINUTE + 5), few) == ["7"]
-    assert (
-        "job 7 is cancelled: without the bad nodes n[2-3] the partition batch has 2 nodes that "
-        "are in service, the job needs 3"
-    ) in caplog.text
+        assert _cancelled(job, [NEVER] * (MINUTE + 5)) == ["7"]
+    assert "job 7 is cancelled: without the bad nodes n2,n3 no nodes that" in caplog.text
+    assert "(3 nodes of partition batch)" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("state", "in_service"),
+    ("bad", "states"),
     [
-        pytest.param(QUEUED, [{"n1", "n2", "n4", "n5"}] * 30, id="enough"),
-        pytest.param(QUEUED, [set[str]()] * 30, id="silent"),
-        pytest.param(QUEUED, [{"n1"}, {"n1", "n4", "n5"}] * 15, id="now-and-then"),
-        pytest.param(JobState(state="PENDING", num_nodes=3), [{"n1"}] * 30, id="none-excluded"),
-        pytest.param(JobState(state="RUNNING", excluded="n[2-3]"), [{"n1"}] * 30, id="running"),
+        pytest.param(["n2"], [DRAINED] * 500, id="nodes-that-come-back"),
+        pytest.param(["n2"], [NEVER, DRAINED] * 30, id="now-and-then"),
+        pytest.param([], [NEVER] * 500, id="excluded-by-its-site"),
+        pytest.param(["n2"], [JobState(state="RUNNING", excluded="n2")] * 30, id="running"),
     ],
 )
 def test_a_job_that_may_still_start_is_left_alone(
-    state: JobState, in_service: list[set[str]]
+    tmp_path: Path, bad: list[str], states: list[JobState]
 ) -> None:
-    assert _cancelled([state] * 30, in_service) == []
+    assert _cancelled(_job(tmp_path, *bad), states) == []
+
+
+def test_a_job_that_slurm_does_not_cancel_waits_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(job_id: str) -> None:
+        raise SlurmError(f"scancel {job_id}: not now")
+
+    queued = QueuedJob("7", _job(tmp_path, "n2"), cancel=refuse)
+    for _ in range(MINUTE + 5):
+        queued.see(NEVER)
+    assert caplog.text.count("job 7 waits on: scancel 7: not now") == 1
 
 
 def test_a_job_that_waits_says_for_what() -> None:

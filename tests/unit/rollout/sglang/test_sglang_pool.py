@@ -19,6 +19,11 @@ import torch
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.interruption import (
+    IsInterrupted,
+    SamplingInterrupted,
+    never_interrupted,
+)
 from prefixrl_mcore.rollout.sglang import batch, health
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
@@ -52,7 +57,9 @@ class Pool:
     logs_folder: Path
     stack: ExitStack
 
-    def engine(self, **settings: Any) -> SGLangEngine:
+    def engine(
+        self, *, is_interrupted: IsInterrupted = never_interrupted, **settings: Any
+    ) -> SGLangEngine:
         config = {
             "urls": self.urls,
             "start_timeout_seconds": 5,
@@ -65,6 +72,7 @@ class Pool:
             logits_dtype="float32",
             max_total_tokens=100,
             logs_folder=self.logs_folder,
+            is_interrupted=is_interrupted,
         )
         self.stack.callback(engine.close)
         return engine
@@ -510,6 +518,24 @@ def test_weights_that_do_not_reach_one_server_bury_it_alone(pool: Pool) -> None:
     assert {one.policy_version for group in groups for one in group} == {1}
     assert pool.fakes[1].sampled == []
     assert engine.take_metrics()["engine/num_ready_servers"] == 2
+
+
+def test_a_run_that_is_told_to_stop_does_not_wait_for_a_server_for_its_new_weights(
+    pool: Pool,
+) -> None:
+    fake, stop = pool.fakes[0], threading.Event()
+    engine = pool.engine(
+        urls=pool.urls[:1], max_restarts=100, start_timeout_seconds=60, is_interrupted=stop.is_set
+    )
+    fake.refuse_update, fake.is_sick = "out of memory", True
+    threading.Timer(0.5, stop.set).start()
+    before = time.monotonic()
+
+    engine.load_weights(weights, 1)
+
+    assert 0.5 <= time.monotonic() - before < 10
+    with pytest.raises(SamplingInterrupted):  # which saves the step
+        engine.sample(requests_of(1), PARAMS)
 
 
 def test_refused_request_ends_the_call_and_what_is_in_flight(pool: Pool) -> None:

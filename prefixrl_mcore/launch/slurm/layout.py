@@ -198,6 +198,13 @@ def _servers_beside_ranks(
         return 0
     if gpus == 0:
         return servers.num_servers if trainer_nodes > 1 else 0
+    if trainer_nodes > 1 and not config.rollout.colocated and ranks_per_node < gpus:
+        raise ConfigError(
+            f"ranks_per_node = {ranks_per_node} of {gpus} GPUs on {trainer_nodes} trainer nodes: "
+            f"rank 0 starts servers on its own node alone, and {gpus - ranks_per_node} GPUs of "
+            "each other one would idle; say --shape split, or rollout.colocated=true, or let "
+            "ranks_per_node of the site fill a node"
+        )
     if trainer_nodes == 1 or not config.rollout.colocated:
         check_server_gpus(config.rollout, num_trainer_ranks=ranks_per_node, num_gpus=gpus)
         return 0

@@ -123,6 +123,17 @@ def test_every_node_that_trains_is_filled_with_servers() -> None:
     )
 
 
+def test_gpus_that_no_server_of_rank_0_reaches_are_refused() -> None:
+    site = SiteConfig(gpus_per_node=8, ranks_per_node=4)
+    awake = _config("rollout.colocated=false", data_parallel_size=8)
+    with pytest.raises(ConfigError, match=r"4 of 8 GPUs on 2 trainer nodes: .* and 4 GPUs of each"):
+        lay_out(awake, site)
+    assert lay_out(awake, site, shape="split").num_nodes == 3
+    assert lay_out(_config(data_parallel_size=8), site).servers_per_node == 8
+    one = _config("rollout.colocated=false", "rollout.sglang.num_servers=4", data_parallel_size=4)
+    assert lay_out(one, site).num_nodes == 1
+
+
 @pytest.mark.parametrize("num_nodes", [1, 2])
 def test_on_one_node_rank_0_starts_the_servers(num_nodes: int) -> None:
     site = SiteConfig(gpus_per_node=0, ranks_per_node=2)

@@ -153,8 +153,10 @@ def test_a_run_trains_and_saves_in_containers_and_tells_no_secret(
     assert watch.has_reached
     assert watch.num_looks > 10
     assert watch.leaks == set()
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) > 30
+    of_slurm = [file for file in (slurm / "log").rglob("*") if file.is_file()]
+    assert {"slurmctld.log", "containers.log"} <= {file.name for file in of_slurm}
+    files = [*of_slurm, *(file for file in tmp_path.rglob("*") if file.is_file())]
+    assert len(files) > 40
     told = [f for f in files for s in (inherited, sourced) if s.encode() in f.read_bytes()]
     assert told == []
     job = find_job(jobs, "contained")

@@ -3,9 +3,11 @@
 import itertools
 import logging
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,13 +47,13 @@ def launch_recipe(
     """
     site, config = read_run(config_file, settings, site_name)
     name = how.name or config.run_folder.name
-    jobs: list[Job] = []
-    after: JobFolder | None = None
-    for stage, needs_gpus in RECIPE.items():
-        own_site = site if needs_gpus else site.model_copy(update={"gpus_per_node": 0})
-        own = replace(how, name=f"{name}.{'train' if stage == TRAINER else stage}")
-        after = prepare_run(config, own_site, own, stage=stage, after=after)
-        jobs.append((stage, after))
+    with _all_or_none() as jobs:
+        after: JobFolder | None = None
+        for stage, needs_gpus in RECIPE.items():
+            own_site = site if needs_gpus else site.model_copy(update={"gpus_per_node": 0})
+            own = replace(how, name=f"{name}.{'train' if stage == TRAINER else stage}")
+            after = prepare_run(config, own_site, own, stage=stage, after=after)
+            jobs.append((stage, after))
     submit(site, [folder for _, folder in jobs])
     return _end(jobs, how)
 
@@ -92,12 +94,24 @@ def launch_sweep(
     folders = [config.run_folder for _, config in runs]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"--sweep: two runs would have one folder: {sorted(map(str, folders))}")
-    jobs: list[Job] = []
-    for label, config in runs:
-        own = replace(how, name=config.run_folder.name)
-        jobs.append((label, prepare_run(config, site, own)))
+    with _all_or_none() as jobs:
+        for label, config in runs:
+            own = replace(how, name=config.run_folder.name)
+            jobs.append((label, prepare_run(config, site, own)))
     submit(site, [folder for _, folder in jobs])
     return _end(jobs, how)
+
+
+@contextmanager
+def _all_or_none() -> Iterator[list[Job]]:
+    """Give the list of prepared jobs; where one is refused, the folders of the others go."""
+    jobs: list[Job] = []
+    try:
+        yield jobs
+    except ConfigError:
+        for _, folder in jobs:
+            shutil.rmtree(folder.path)
+        raise
 
 
 def sweep_points(sweep: Sequence[str]) -> list[tuple[str, ...]]:

@@ -2,11 +2,15 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.site import SiteConfig
+from prefixrl_mcore.launch.slurm import recipe
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.launch import LaunchOptions
 from prefixrl_mcore.launch.slurm.recipe import follow_all, sweep_points
 from prefixrl_mcore.launch.slurm.states import JobState
 
@@ -75,3 +79,24 @@ def test_a_job_that_slurm_forgets_does_not_keep_the_others_from_their_summary(
     assert JobFolder(tmp_path / "2").final_state == JobState(state="COMPLETED")
     summary = capsys.readouterr().out
     assert [summary.count(state) for state in ("UNKNOWN", "COMPLETED")] == [1, 1]
+
+
+def test_jobs_before_one_that_is_refused_leave_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[JobFolder] = []
+
+    def prepare(*_: object, stage: str, **__: object) -> JobFolder:
+        if stage == "eval":
+            raise ConfigError("no")
+        made.append(JobFolder.make(tmp_path, stage))
+        return made[-1]
+
+    site = SiteConfig(gpus_per_node=0, ranks_per_node=1)
+    config = SimpleNamespace(run_folder=tmp_path / "run")
+    monkeypatch.setattr(recipe, "read_run", lambda *_: (site, config))
+    monkeypatch.setattr(recipe, "prepare_run", prepare)
+    with pytest.raises(ConfigError, match="no"):
+        recipe.launch_recipe(tmp_path / "config.toml", [], "site", LaunchOptions())
+    assert len(made) == 3
+    assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,9 @@ import pytest
 import urllib3
 
 from prefixrl_mcore.config.rollout import SGLangConfig
-from prefixrl_mcore.rollout.engine import SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.engine import SampleRequest
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from tests.support.pool_requests import params_of, requests_of
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
 
@@ -61,27 +62,6 @@ def num_healthy_workers(url: str) -> int:
     return sum(worker["is_healthy"] for worker in workers)
 
 
-def requests_of(count: int, num_samples: int) -> list[SampleRequest]:
-    return [
-        SampleRequest(
-            request_id=f"r{index}",
-            context_token_ids=tuple(4 + (index + 3 * i) % 28 for i in range(50)),
-            num_samples=num_samples,
-            seed=index,
-        )
-        for index in range(count)
-    ]
-
-
-def params_of(max_completion_tokens: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=1.0,
-        max_completion_tokens=max_completion_tokens,
-        max_total_tokens=900,
-        stop_token_ids=(),
-    )
-
-
 def load(engine: SGLangEngine, version: int) -> None:
     model = build_tiny_qwen3(seed=version)
     weights = [(name, weight.detach()) for name, weight in model.named_parameters()]
@@ -118,7 +98,7 @@ def test_engine_behind_a_router_gets_every_completion_also_when_a_server_dies(
             )
             for version in (1, 2):
                 load(engine, version)
-                groups = engine.sample(requests_of(12, 8), params_of(10))
+                groups = engine.sample(requests_of(12, 8), params_of(10, max_total_tokens=900))
                 completions = [one for group in groups for one in group]
                 assert [len(one.token_ids) for one in completions] == [10] * 96
                 assert {one.policy_version for one in completions} == {version}
@@ -140,7 +120,9 @@ def test_engine_behind_a_router_gets_every_completion_also_when_a_server_dies(
             short = SampleRequest(
                 request_id="short", context_token_ids=(5,) * 795, num_samples=1, seed=0
             )
-            groups = engine.sample([short, *requests_of(9, 2)], params_of(700), kill_one)
+            groups = engine.sample(
+                [short, *requests_of(9, 2)], params_of(700, max_total_tokens=900), kill_one
+            )
 
             assert hit
             rest = [one for group in groups[1:] for one in group]

@@ -19,6 +19,7 @@ from prefixrl_mcore.rollout.engine import SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
+from tests.support.pool_requests import CONTEXT_TOKENS, params_of, requests_of
 from tests.support.processes import wait_until_gone
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
@@ -26,7 +27,6 @@ from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
 pytestmark = pytest.mark.slow
 
 NUM_SERVERS = 3
-CONTEXT_TOKENS = 50
 START_SECONDS = 300.0
 BUCKET_BYTES = 50_000
 SYNC_SECONDS = 15.0
@@ -71,27 +71,6 @@ def computed_tokens_of(server: SGLangServer) -> int:
     """Return the context tokens that a server says it computed since its start."""
     answer = urllib3.request("GET", f"{server.client.url}/v1/loads?include=all", timeout=10)
     return sum(load["total_prefill_uncached_tokens"] for load in answer.json()["loads"])
-
-
-def requests_of(count: int, num_samples: int = 4) -> list[SampleRequest]:
-    return [
-        SampleRequest(
-            request_id=f"r{index}",
-            context_token_ids=tuple(4 + (index + 3 * i) % 28 for i in range(CONTEXT_TOKENS)),
-            num_samples=num_samples,
-            seed=index,
-        )
-        for index in range(count)
-    ]
-
-
-def params_of(max_completion_tokens: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=1.0,
-        max_completion_tokens=max_completion_tokens,
-        max_total_tokens=1200,
-        stop_token_ids=(),
-    )
 
 
 def weights(seed: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint, read_tr
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from tests.support.sglang_environments import sglang_python
-from tests.support.tiny_run import TinyTask, metrics_of, without_clock
+from tests.support.tiny_run import TinyTask, course_of, metrics_of, without_clock
 
 pytestmark = pytest.mark.slow
 
@@ -28,12 +28,6 @@ SLOW_SAMPLING = (
     *("--evaluation.prefix-bins", "0.0", "0.5"),
 )
 STOPPED = 128 + signal.SIGUSR1
-CHARGES = {
-    *("flops/total", "flops/interrupted", "flops/num_interrupted_generations"),
-    *("tokens/charged", "tokens/computed"),
-}
-"""What an interruption adds to: everything else is that of an undisturbed run."""
-
 Lines = list[dict[str, Any]]
 
 
@@ -42,12 +36,6 @@ def undisturbed(tiny_task: TinyTask, tmp_path_factory: pytest.TempPathFactory) -
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     assert tiny_task.run("train", run, *SLOW_SAMPLING) == 0
     return run
-
-
-def steps_of(run: Path, kind: str = "train") -> Lines:
-    """Return what a run wrote, without what depends on the clock or counts interruptions."""
-    lines = without_clock(metrics_of(run, kind))
-    return [{name: line[name] for name in line if name not in CHARGES} for line in lines]
 
 
 def problems_of(run: Path, step: int) -> list[str]:
@@ -124,7 +112,7 @@ def test_a_generation_is_interrupted_and_sampled_again_exactly(
     assert checkpoint.name == "step-000001"
     assert tiny_task.run("train --resume", run, *SLOW_SAMPLING) == 0
     for kind in ("train", "eval"):
-        assert steps_of(run, kind) == steps_of(undisturbed, kind)
+        assert course_of(run, kind) == course_of(undisturbed, kind)
     assert_is_interrupted_once(run, expected, step=1)
 
 
@@ -201,7 +189,7 @@ def test_requests_on_a_real_server_are_aborted_and_sampled_again_exactly(
         expected = metrics_of(undisturbed, "train")
         assert tiny_task.run("train --resume", run, *flags) == 0
     for kind in ("train", "eval"):
-        assert steps_of(run, kind) == steps_of(undisturbed, kind)
+        assert course_of(run, kind) == course_of(undisturbed, kind)
     assert_is_interrupted_once(run, expected, step=1)
     for step in range(2):
         mine, others = (problems_of(folder, step) for folder in runs)

@@ -25,7 +25,7 @@ from prefixrl_mcore.launch.slurm.submission import submit
 from prefixrl_mcore.observability.heartbeat import stall_reports
 from tests.slurm.conftest import LAUNCH_PYTHON, run_cluster
 from tests.support.launched_jobs import colocated, end_of, prepare_program, submit_program
-from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of, without_clock
+from tests.support.tiny_run import CONFIG, ROOT, TinyTask, course_of, metrics_of, without_clock
 from tests.support.wandb_records import offline_runs
 
 pytestmark = [
@@ -124,8 +124,7 @@ def test_a_preempted_and_a_cancelled_run_end_as_an_undisturbed_one(
         assert "resumed from" in (last / "trainer-0.log").read_text()
     for run in (preempted, cancelled):
         for kind in ("train", "eval"):
-            ours = without_clock(metrics_of(run, kind))
-            assert ours == without_clock(metrics_of(undisturbed, kind))
+            assert course_of(run, kind) == course_of(undisturbed, kind)
         assert [line["step"] for line in metrics_of(run, "train")] == list(range(8))
     _check_one_wandb_run(preempted, num_starts=2)
 

@@ -80,6 +80,13 @@ class TinyTask:
         )
 
 
+_CHARGES = {
+    *("flops/total", "flops/interrupted", "flops/num_interrupted_generations"),
+    *("tokens/charged", "tokens/computed"),
+}
+"""What an interruption adds to: everything else is that of an undisturbed run."""
+
+
 def metrics_of(run: Path, kind: str) -> list[dict[str, Any]]:
     """Return the lines of one kind of a run's metrics; none if there is no file yet."""
     if not (run / "metrics.jsonl").exists():
@@ -99,6 +106,12 @@ def without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for line in lines
     ]
+
+
+def course_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Return what a run wrote, without what depends on the clock or counts interruptions."""
+    lines = without_clock(metrics_of(run, kind))
+    return [{name: line[name] for name in line if name not in _CHARGES} for line in lines]
 
 
 def build_tiny_task(folder: Path) -> TinyTask:

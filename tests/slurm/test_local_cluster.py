@@ -101,7 +101,7 @@ def test_what_a_dead_cluster_left_blocks_only_while_its_tasks_run(tmp_path: Path
     root = Path("/sys/fs/cgroup")
     controller = root / "freezer" if (root / "freezer").is_dir() else root
     group = controller / "slurm_n9" / "uid_0" / "job_1"
-    group.mkdir(parents=True)
+    group.mkdir(parents=True, exist_ok=True)
     # Not through `up`: the cluster of the other tests may run.
     asks = "import cgroups; cgroups.check_unused(['n9']); cgroups.remove(['n9'])"
     command = [sys.executable, "-c", asks]

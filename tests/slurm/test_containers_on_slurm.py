@@ -14,6 +14,7 @@ from prefixrl_mcore.cli import main
 from prefixrl_mcore.launch.slurm.job_folder import find_job
 from prefixrl_mcore.launch.slurm.states import job_state
 from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.support.launched_jobs import tiny_settings
 from tests.support.secrets import ProcessWatch
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, metrics_of
 
@@ -111,19 +112,8 @@ def site(jobs: Path, image: Path, tiny_task: TinyTask, tmp_path: Path) -> Path:
 def _launch(tiny: TinyTask, run: Path, *settings: str) -> int:
     return main(
         [
-            *("launch", str(CONFIG), "--site", "ci-container", f"run_folder={run}"),
-            f"model.path={tiny.folder / 'base'}",
-            f"data.problems={tiny.folder / 'train.jsonl'}",
-            f"data.held_out.held-out={tiny.folder / 'held_out.jsonl'}",
-            f"data.traces={tiny.folder / 'traces'}",
-            f"data.prefixes={tiny.folder / 'prefixes'}",
-            "policy.parallel.tensor_model_parallel_size=2",
-            "rollout.engine=transformers",
-            *("batch.prompts_per_step=4", "batch.group_size=4", "batch.stream_tokens=256"),
-            *("rollout.max_total_tokens=64", "rollout.max_completion_tokens=32"),
+            *("launch", str(CONFIG), "--site", "ci-container", *tiny_settings(tiny, run)),
             *("trainer.num_steps=2", "checkpoint.every_steps=2", "evaluation.every_steps=2"),
-            *("evaluation.num_samples=2", "evaluation.training_num_samples=2"),
-            "evaluation.unlock_num_samples=2",
             *settings,
         ]
     )

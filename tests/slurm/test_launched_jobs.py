@@ -24,7 +24,13 @@ from prefixrl_mcore.launch.slurm.states import job_state
 from prefixrl_mcore.launch.slurm.submission import submit
 from prefixrl_mcore.observability.heartbeat import stall_reports
 from tests.slurm.conftest import LAUNCH_PYTHON, run_cluster
-from tests.support.launched_jobs import colocated, end_of, prepare_program, submit_program
+from tests.support.launched_jobs import (
+    colocated,
+    end_of,
+    prepare_program,
+    submit_program,
+    tiny_settings,
+)
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, course_of, metrics_of, without_clock
 from tests.support.wandb_records import offline_runs
 
@@ -59,21 +65,11 @@ def test_two_nodes_with_two_tasks_each_form_one_group(jobs: Path, tmp_path: Path
 
 
 def _settings(tiny: TinyTask, run_folder: Path) -> list[str]:
-    """Return the settings of a short run on two tensor-parallel ranks."""
+    """Return the settings of a run of eight steps."""
     return [
-        f"run_folder={run_folder}",
-        f"model.path={tiny.folder / 'base'}",
-        f"data.problems={tiny.folder / 'train.jsonl'}",
-        f"data.held_out.held-out={tiny.folder / 'held_out.jsonl'}",
-        f"data.traces={tiny.folder / 'traces'}",
-        f"data.prefixes={tiny.folder / 'prefixes'}",
-        "policy.parallel.tensor_model_parallel_size=2",
-        "rollout.engine=transformers",
-        *("batch.prompts_per_step=4", "batch.group_size=4", "batch.stream_tokens=256"),
-        *("rollout.max_total_tokens=64", "rollout.max_completion_tokens=32"),
+        *tiny_settings(tiny, run_folder),
         *("trainer.num_steps=8", "trainer.rollouts_every_steps=8", "checkpoint.every_steps=8"),
-        *("evaluation.every_steps=8", "evaluation.num_samples=2"),
-        *("evaluation.training_num_samples=2", "evaluation.unlock_num_samples=2"),
+        "evaluation.every_steps=8",
     ]
 
 

@@ -1,6 +1,7 @@
 """Jobs of any program, submitted to the local cluster as ``prefixrl launch`` submits a run."""
 
 import io
+from pathlib import Path
 
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.follow import follow
@@ -8,7 +9,7 @@ from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
 from prefixrl_mcore.launch.slurm.layout import JobLayout
 from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.submission import describe, submit
-from tests.support.tiny_run import ROOT
+from tests.support.tiny_run import ROOT, TinyTask
 
 
 def colocated(nodes: int, ranks_per_node: int) -> JobLayout:
@@ -21,6 +22,24 @@ def colocated(nodes: int, ranks_per_node: int) -> JobLayout:
         servers_per_node=0,
         rollout_gpus_per_node=0,
     )
+
+
+def tiny_settings(tiny: TinyTask, run_folder: Path) -> list[str]:
+    """Return the settings of a tiny run on two tensor-parallel ranks; how long is not said."""
+    return [
+        f"run_folder={run_folder}",
+        f"model.path={tiny.folder / 'base'}",
+        f"data.problems={tiny.folder / 'train.jsonl'}",
+        f"data.held_out.held-out={tiny.folder / 'held_out.jsonl'}",
+        f"data.traces={tiny.folder / 'traces'}",
+        f"data.prefixes={tiny.folder / 'prefixes'}",
+        "policy.parallel.tensor_model_parallel_size=2",
+        "rollout.engine=transformers",
+        *("batch.prompts_per_step=4", "batch.group_size=4", "batch.stream_tokens=256"),
+        *("rollout.max_total_tokens=64", "rollout.max_completion_tokens=32"),
+        *("evaluation.num_samples=2", "evaluation.training_num_samples=2"),
+        "evaluation.unlock_num_samples=2",
+    ]
 
 
 def submit_program(

@@ -5,16 +5,11 @@ interface), ``gemms``, ``ours`` and ``peers`` (the contestants), ``measure`` (ti
 case), ``records`` (the JSON), ``head`` (the command); then ``results``, ``targets``, ``plot`` and
 ``report``, which read the JSON alone.
 
-Importing the package settles what Triton and the CUDA allocator read once, when they start:
-without a GPU the kernels run in Triton's interpreter, and with one the allocator maps memory in
-segments that grow. Contestants of different sizes take turns, and segments of fixed size would make
-each of them wait for cudaMalloc in its timed turn.
+Importing the package settles what Triton reads once, when it starts: without a GPU the kernels run
+in its interpreter.
 """
 
 import os
-
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 

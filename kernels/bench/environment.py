@@ -12,6 +12,9 @@ import torch
 
 _QUERY_TIMEOUT_SECONDS = 10.0
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_GROWING_SEGMENTS = "expandable_segments:True"
+
 PACKAGES = (
     "torch",
     "triton",
@@ -78,6 +81,17 @@ class Environment:
     """Whether float32 matrix products may use TF32, as some peer's do in float32."""
 
 
+def map_memory_in_growing_segments() -> None:
+    """Have the CUDA allocator map memory in segments that grow, unless the user has settings.
+
+    Contestants of different sizes take turns, and segments of fixed size would make each of them
+    wait for cudaMalloc in its timed turn. The variable is for the record.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ[_ALLOCATOR_VARIABLES[-1]] = _GROWING_SEGMENTS
+        torch._C._accelerator_setAllocatorSettings(_GROWING_SEGMENTS)
+
+
 def describe(device: torch.device, commit: str | None = None) -> Environment:
     """Return where this process runs.
 
@@ -103,7 +117,9 @@ def describe(device: torch.device, commit: str | None = None) -> Environment:
         packages={name: installed_version(name) for name in PACKAGES},
         git_commit=commit or found,
         has_local_changes=has_changes,
-        allocator=os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF")),
+        allocator=next(
+            (os.environ[name] for name in _ALLOCATOR_VARIABLES if name in os.environ), None
+        ),
         allows_tf32=bool(torch.backends.cuda.matmul.allow_tf32),
     )
 

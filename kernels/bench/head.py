@@ -23,7 +23,7 @@ from bench.cases import FRACTIONS, MASKS, SHAPES, TOKENS, Case, quick_sweep, swe
 from bench.cell import Settings, measure_case
 from bench.check import check_cases, errors_table
 from bench.display import Display, cell_table
-from bench.environment import Environment, describe
+from bench.environment import Environment, describe, map_memory_in_growing_segments
 from bench.gemms import CEILING, FLOAT32_LOGITS
 from bench.implementation import Implementation
 from bench.measure import CudaDevice, Device
@@ -63,6 +63,7 @@ def main(
         return 0
     if not torch.cuda.is_available():
         return check(chosen, options.seed, console)
+    map_memory_in_growing_segments()
     device = CudaDevice()
     environment = describe(device.torch_device, options.commit)
     console.print(f"{environment.device}, driver {environment.driver}, torch {torch.__version__}")

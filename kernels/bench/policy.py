@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.environment import map_memory_in_growing_segments
 from bench.gpu_record import write_record
 from bench.policy_case import FULL, TINY, PolicyCase, PolicyResult, run_variant
 from prefixrl_mcore.config.base import ConfigError
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not has_cuda and not options.tiny:
         console.print("bench.policy: no CUDA device; --tiny runs a tiny model on the CPU")
         return 1
+    if has_cuda:
+        map_memory_in_growing_segments()
     case = TINY if options.tiny else FULL
     entries = [_run(case, name, settings, options, console) for name, settings in VARIANTS.items()]
     results = [entry["result"] for entry in entries if entry["status"] == "ok"]

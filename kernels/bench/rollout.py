@@ -12,7 +12,6 @@ It needs the trainer (``prefixrl_mcore``) and SGLang's environment. Never run on
 """
 
 import argparse
-import os
 import random
 import statistics
 import sys
@@ -267,9 +266,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not has_cuda and not options.tiny:
         console.print("bench.rollout: no CUDA device; --tiny runs a tiny model on the CPU")
         return 1
-    if has_cuda and os.environ.pop("PYTORCH_ALLOC_CONF", None):
-        # The package's setting, for kernels: a server could not read handles of such memory.
-        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
     case = CASES[options.tiny]
     with tempfile.TemporaryDirectory(prefix="bench-rollout-") as folder:
         bench = Bench(case, options.sglang_python, Path(folder), seed=options.seed)

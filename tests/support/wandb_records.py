@@ -9,8 +9,9 @@ from typing import Any
 
 def offline_runs(run: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return W&B's id and the logged rows of each start of a run, in the order of the starts."""
-    starts = sorted((run / "wandb").glob("offline-run-*"))  # named after the time
-    return [(start.name.rpartition("-")[2], _rows(start)) for start in starts]
+    # The folders are named after the second, and numbered where two starts share one.
+    files = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    return [(file.stem.removeprefix("run-"), _rows(file.parent)) for file in files]
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

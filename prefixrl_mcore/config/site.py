@@ -184,6 +184,25 @@ class RolloutNodesConfig(Config):
     """Memory of a node; None is that of the trainer."""
 
 
+class CpuStagesConfig(Config):
+    """What differs for the stages of a recipe that need no GPU, prefixes and report.
+
+    ``constraint`` of the site, which is of nodes with GPUs, is not for them.
+    """
+
+    partition: str | None = None
+    """Partition; None is that of the site, which must take jobs without GPUs then."""
+
+    qos: str | None = None
+    """QOS; None is that of the site."""
+
+    memory: str | None = None
+    """Memory of the one task; None is the cluster's default."""
+
+    exclusive: bool = False
+    """Have the node alone."""
+
+
 class SiteConfig(Config):
     """One cluster, as one user uses it."""
 
@@ -203,7 +222,8 @@ class SiteConfig(Config):
     """GPUs of a node; 0 is a site of CPUs."""
 
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How a job asks for them; ``none`` where whole nodes are given out."""
+    """How a job asks for them. ``none`` is only for clusters where Slurm knows no GPUs (``sinfo -o
+    %G`` shows ``(null)``): where it does, tasks see none that the job has not asked for."""
 
     gpu_type: str | None = None
     """Type in that request, such as ``h100`` (``gpu:h100:8``); None takes any."""
@@ -259,6 +279,22 @@ class SiteConfig(Config):
 
     rollout_nodes: RolloutNodesConfig = Field(default_factory=RolloutNodesConfig)
     """What differs for the rollout nodes of a heterogeneous job."""
+
+    cpu_stages: CpuStagesConfig = Field(default_factory=CpuStagesConfig)
+    """What differs for the stages of a recipe that need no GPU."""
+
+    def without_gpus(self) -> "SiteConfig":
+        """Return the profile for a stage that needs no GPU."""
+        own = self.cpu_stages
+        update = {
+            "gpus_per_node": 0,
+            "partition": own.partition or self.partition,
+            "qos": own.qos or self.qos,
+            "memory": own.memory,
+            "exclusive": own.exclusive,
+            "constraint": None,
+        }
+        return self.model_copy(update=update)
 
     @property
     def node_ranks(self) -> int:

@@ -219,8 +219,8 @@ class JobFolder:
 
 def find_jobs(jobs: Path) -> list[JobFolder]:
     """Return the submitted jobs of a folder, the oldest first."""
-    folders = [JobFolder(file.parent) for file in jobs.absolute().glob("*/submitted.json")]
-    return sorted(folders, key=lambda job: job.path.stat().st_ctime_ns)
+    files = list(jobs.absolute().glob("*/submitted.json"))
+    return [JobFolder(file.parent) for file in sorted(files, key=lambda f: f.stat().st_mtime_ns)]
 
 
 def find_job(jobs: Path, which: str) -> JobFolder:

@@ -22,7 +22,12 @@ from prefixrl_mcore.launch.slurm.layout import (
     explain,
     lay_out,
 )
-from prefixrl_mcore.launch.slurm.mounts import check_mounts, needed_paths, paths_on_nodes
+from prefixrl_mcore.launch.slurm.mounts import (
+    check_mounts,
+    needed_paths,
+    paths_on_nodes,
+    warn_of_interpreters,
+)
 from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.submission import describe, submit
 from prefixrl_mcore.observability.run_folder import RunFolder
@@ -141,6 +146,7 @@ def prepare_run(
     _check_inputs(config, stage=stage, is_first=after is None, dry_run=how.dry_run)
     needed = needed_paths(config, site, Path.cwd())
     check_mounts(site, needed)
+    warn_of_interpreters(config, site, Path.cwd())
     folder = JobFolder.make(site.job_folder, name)
     folder.config.write_text(dump_json(config), encoding="utf-8")
     task = TaskFile(

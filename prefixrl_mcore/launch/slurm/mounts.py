@@ -7,12 +7,12 @@ from pathlib import Path
 
 from prefixrl_mcore.config.base import Config, ConfigError
 from prefixrl_mcore.config.run import RunConfig
-from prefixrl_mcore.config.site import SiteConfig
+from prefixrl_mcore.config.site import ContainerConfig, SiteConfig
+from prefixrl_mcore.launch.slurm.srun import interpreter
 
 logger = logging.getLogger(__name__)
 
-_IN_THE_IMAGE = {"rollout.sglang.python"}
-"""Settings whose path may be one of the image's own."""
+_SGLANG_PYTHON = "rollout.sglang.python"
 
 _WRITTEN = {"job_folder", "run_folder"}
 
@@ -40,10 +40,37 @@ class Mount:
 
 
 def needed_paths(config: RunConfig, site: SiteConfig, working_directory: Path) -> dict[str, Path]:
-    """Return the absolute paths that tasks read and write, by the setting that names them."""
+    """Return the absolute paths that tasks read and write, by the setting that names them.
+
+    SGLang's interpreter may be the image's own; without a container it is one of them.
+    """
     paths = {"the working directory": working_directory, "job_folder": site.job_folder}
-    paths.update((name, path) for name, path in _paths_of(config) if name not in _IN_THE_IMAGE)
+    paths.update((name, path) for name, path in _paths_of(config) if name != _SGLANG_PYTHON)
+    if site.container is None and _may_start_servers(config):
+        paths[_SGLANG_PYTHON] = config.rollout.sglang.python
     return {name: working_directory / path for name, path in paths.items()}
+
+
+def warn_of_interpreters(config: RunConfig, site: SiteConfig, working_directory: Path) -> None:
+    """Say which interpreter is a link to what nodes may not see: an environment has none itself."""
+    interpreters = {"python of the site": Path(interpreter(site))}
+    if _may_start_servers(config):
+        interpreters[_SGLANG_PYTHON] = config.rollout.sglang.python
+    mounts = _mounts(site.container)
+    for name, given in interpreters.items():
+        path = working_directory / given
+        target = path.resolve()
+        if site.container is not None:
+            if _mount_of(path, mounts) and not _mount_of(target, mounts):
+                logger.warning(
+                    "%s %s is a link to %s, which is not mounted: the image must have it",
+                    *(name, path, target),
+                )
+        elif target.is_relative_to(Path.home()) and not path.is_relative_to(Path.home()):
+            logger.warning(
+                "%s %s is a link to %s: nodes must have it, so your home folder must be shared",
+                *(name, path, target),
+            )
 
 
 def check_mounts(site: SiteConfig, needed: Mapping[str, Path]) -> None:
@@ -59,7 +86,7 @@ def check_mounts(site: SiteConfig, needed: Mapping[str, Path]) -> None:
     """
     if site.container is None:
         return
-    mounts = [Mount.parse(text) for text in site.container.mounts]
+    mounts = _mounts(site.container)
     for mount in mounts:
         if not mount.host.exists():
             logger.warning(
@@ -91,6 +118,16 @@ def paths_on_nodes(needed: Mapping[str, Path]) -> dict[str, str]:
         if existing != Path("/"):
             found[name] = str(existing)
     return found
+
+
+def _may_start_servers(config: RunConfig) -> bool:
+    """Return whether tasks may start SGLang."""
+    return config.rollout.engine != "transformers" and not config.rollout.sglang.urls
+
+
+def _mounts(container: ContainerConfig | None) -> list[Mount]:
+    """Return the mounts of a container; none without one."""
+    return [] if container is None else [Mount.parse(text) for text in container.mounts]
 
 
 def _paths_of(config: Config, prefix: str = "") -> Iterator[tuple[str, Path]]:

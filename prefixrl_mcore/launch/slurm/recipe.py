@@ -50,7 +50,7 @@ def launch_recipe(
     with _all_or_none() as jobs:
         after: JobFolder | None = None
         for stage, needs_gpus in RECIPE.items():
-            own_site = site if needs_gpus else site.model_copy(update={"gpus_per_node": 0})
+            own_site = site if needs_gpus else site.without_gpus()
             own = replace(how, name=f"{name}.{'train' if stage == TRAINER else stage}")
             after = prepare_run(config, own_site, own, stage=stage, after=after)
             jobs.append((stage, after))
@@ -86,8 +86,7 @@ def launch_sweep(
     runs = []
     for point in sweep_points(sweep):
         label = " ".join(point)
-        suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(s.rpartition(".")[2] for s in point))
-        run_folder = base.run_folder.with_name(f"{base.run_folder.name}-{suffix}")
+        run_folder = base.run_folder.with_name(f"{base.run_folder.name}-{folder_suffix(point)}")
         own_settings = [*shared, *settings, *point, f"run_folder={run_folder}"]
         _, config = read_run(config_file, own_settings, site_name)
         runs.append((label, config))
@@ -134,6 +133,13 @@ def sweep_points(sweep: Sequence[str]) -> list[tuple[str, ...]]:
             )
         axes.append([f"{key}={value}" for value in given])
     return list(itertools.product(*axes))
+
+
+def folder_suffix(point: Sequence[str]) -> str:
+    """Return what the folder of a run is called after its settings: ``lr-1e-6-seed-2``."""
+    settings = [setting.partition("=") for setting in point]
+    words = [f"{key.rpartition('.')[2]}-{value}" for key, _, value in settings]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))
 
 
 def follow_all(

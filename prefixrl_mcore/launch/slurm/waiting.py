@@ -1,6 +1,7 @@
 """A job in the queue: what it waits for, and the end of a wait that has none."""
 
 import logging
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -18,8 +19,8 @@ _NEVER = "BadConstraints"
 _NEVER_QUESTIONS = 20
 """Questions in a row with this answer, about a minute, after which it is believed."""
 
-_LOST_QUESTIONS = 200
-"""Questions in a row that Slurm may leave unanswered, ten minutes."""
+_LOST_SECONDS = 600.0
+"""How long Slurm may leave questions unanswered."""
 
 _REASONS = {
     "Priority": "jobs of higher priority are ahead of it",
@@ -109,7 +110,7 @@ class JobWatch:
         self._ask = ask
         self._queued = QueuedJob(job_id, folder)
         self._shown = ""
-        self._num_lost = 0
+        self._last_answer = time.monotonic()
         self._has_ended = False
         self.waits_for = ""
         """What the job waits for, as long as it does."""
@@ -118,15 +119,14 @@ class JobWatch:
         """Ask once; return how the job ended, or UNKNOWN once Slurm is silent for long."""
         state = self._ask(self._job_id)
         if not state.is_known:
-            self._num_lost += 1
-            if self._num_lost <= _LOST_QUESTIONS:
+            if time.monotonic() - self._last_answer < _LOST_SECONDS:
                 return None
             logger.error(
-                "%sjob %s: Slurm has not answered for long; it may still run",
-                *(self._prefix, self._job_id),
+                "%sjob %s: Slurm has not answered for %.0f minutes; it may still run",
+                *(self._prefix, self._job_id, _LOST_SECONDS / 60),
             )
             return state
-        self._num_lost = 0
+        self._last_answer = time.monotonic()
         text = in_words(state)
         if text != self._shown:
             self._shown = text

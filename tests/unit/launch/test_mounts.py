@@ -10,7 +10,12 @@ from prefixrl_mcore.config.base import ConfigError, validate
 from prefixrl_mcore.config.load import read_config_file, with_settings
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.config.site import SiteConfig
-from prefixrl_mcore.launch.slurm.mounts import check_mounts, needed_paths, paths_on_nodes
+from prefixrl_mcore.launch.slurm.mounts import (
+    check_mounts,
+    needed_paths,
+    paths_on_nodes,
+    warn_of_interpreters,
+)
 
 CONFIG = Path(__file__).parents[3] / "configs" / "demo" / "run.toml"
 
@@ -45,6 +50,41 @@ def test_all_paths_of_a_config_are_needed_but_not_what_the_image_may_have() -> N
     }
     assert {name: str(needed[name]) for name in expected} == expected
     assert "rollout.sglang.python" not in needed
+    bare = SiteConfig(gpus_per_node=8)
+    needed = needed_paths(config, bare, Path("/home/me"))
+    assert needed["rollout.sglang.python"] == Path("/home/me/.venv-sglang/bin/python")
+
+
+def test_an_interpreter_that_is_a_link_to_what_nodes_may_not_see_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, shared = tmp_path / "home", tmp_path / "shared"
+    monkeypatch.setenv("HOME", str(home))
+    link, target = shared / ".venv" / "bin" / "python", home / "uv" / "bin" / "python3.12"
+    for file in (link, target):
+        file.parent.mkdir(parents=True)
+    target.touch()
+    link.symlink_to(target)
+    config = validate(
+        RunConfig,
+        with_settings(read_config_file(CONFIG), ["rollout.engine=transformers"]),
+        where="",
+    )
+
+    def warned(site: SiteConfig) -> str:
+        caplog.clear()
+        warn_of_interpreters(config, site, tmp_path)
+        return caplog.text
+
+    said = f"python of the site {link} is a link to {target}"
+    bare = SiteConfig(gpus_per_node=8, python=link)
+    assert f"{said}: nodes must have it, so your home folder must be shared" in warned(bare)
+    assert warned(SiteConfig(gpus_per_node=8, python=target)) == ""
+    assert f"{said}, which is not mounted: the image must have it" in warned(
+        _site(f"{shared}:{shared}", python=link)
+    )
+    assert warned(_site(f"{tmp_path}:{tmp_path}", python=link)) == ""
+    assert warned(_site("/lustre:/lustre", python=link)) == ""  # the image's own
 
 
 def test_a_folder_above_is_enough_and_without_a_container_nothing_is_mounted() -> None:

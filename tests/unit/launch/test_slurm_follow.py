@@ -1,6 +1,7 @@
 """Following a job: through a requeue, to the exit code, with the cause of a failure."""
 
 import io
+import itertools
 import logging
 import os
 import time
@@ -8,11 +9,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.slurm import jobs as jobs_module
+from prefixrl_mcore.launch.slurm import waiting
 from prefixrl_mcore.launch.slurm.end_report import report_end
 from prefixrl_mcore.launch.slurm.follow import LogReader, follow
 from prefixrl_mcore.launch.slurm.job_folder import (
@@ -73,10 +76,15 @@ def test_a_job_that_passes_through_an_ended_state_into_the_queue_is_followed_on(
     assert caplog.text.count("job 7: RUNNING on n1") == 2  # told when it changes
 
 
-def test_slurm_may_be_silent_for_a_while(tmp_path: Path) -> None:
+def test_slurm_may_be_silent_for_ten_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each question takes three minutes, in which Slurm does not answer.
+    clock = itertools.count(0, 180)
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     silent = JobState(state="UNKNOWN")
-    assert _follow(_job(tmp_path), RUNNING, *[silent] * 200, FAILED, FAILED)[0] == 3
-    assert _follow(_job(tmp_path), RUNNING, *[silent] * 201)[0] == 69
+    assert _follow(_job(tmp_path), RUNNING, *[silent] * 3, FAILED, FAILED)[0] == 3
+    assert _follow(_job(tmp_path), RUNNING, *[silent] * 4)[0] == 69
 
 
 def test_the_task_that_failed_first_is_shown_with_its_last_lines(
@@ -347,6 +355,8 @@ def test_jobs_are_found_by_number_name_and_beginning(tmp_path: Path) -> None:
     first.write_submitted("7")
     second.write_submitted("8")
     assert {job.path for job in find_jobs(tmp_path)} == {first.path, second.path}
+    first.write_final(FAILED)
+    assert [job.job_id for job in find_jobs(tmp_path)] == ["7", "8"]  # as they were submitted
     assert find_job(tmp_path, "8").path == second.path
     assert find_job(tmp_path, "run-a").path == first.path
     with pytest.raises(ConfigError, match=r"run: several jobs of .*; they are: "):

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.config.site import SiteConfig
-from prefixrl_mcore.launch.slurm import recipe
+from prefixrl_mcore.config.site import CpuStagesConfig, SiteConfig
+from prefixrl_mcore.launch.slurm import recipe, waiting
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.launch import LaunchOptions
-from prefixrl_mcore.launch.slurm.recipe import follow_all, sweep_points
+from prefixrl_mcore.launch.slurm.recipe import folder_suffix, follow_all, sweep_points
 from prefixrl_mcore.launch.slurm.states import JobState
 
 
@@ -22,6 +22,28 @@ def test_values_are_combined() -> None:
         ("a.b=2", "c=x"),
         ("a.b=2", "c=y"),
     ]
+
+
+def test_a_run_of_a_sweep_is_called_after_whole_values() -> None:
+    assert folder_suffix(("policy.optimizer.lr=1.5e-6", "rollout.temperature=0.7")) == (
+        "lr-1.5e-6-temperature-0.7"
+    )
+    assert folder_suffix(("data.problems=/data/a b.jsonl",)) == "problems--data-a-b.jsonl"
+
+
+def test_stages_without_gpus_ask_for_what_their_part_of_the_site_says() -> None:
+    site = SiteConfig(
+        gpus_per_node=8,
+        partition="gpu",
+        qos="high",
+        memory="0",
+        constraint="h100",
+        cpu_stages=CpuStagesConfig(partition="cpu", memory="16G"),
+    )
+    own = site.without_gpus()
+    assert (own.gpus_per_node, own.partition, own.qos) == (0, "cpu", "high")
+    assert (own.memory, own.exclusive, own.constraint) == ("16G", False, None)
+    assert (site.partition, site.exclusive) == ("gpu", True)
 
 
 @pytest.mark.parametrize("text", ["a", "a=", "a=1", "a=1,", "=1,2"])
@@ -71,8 +93,9 @@ def test_cancelled_jobs_alone_are_a_failure_and_a_requeue_is_no_end(tmp_path: Pa
 
 
 def test_a_job_that_slurm_forgets_does_not_keep_the_others_from_their_summary(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(waiting, "_LOST_SECONDS", 0.0)
     states = {"1": [JobState(state="UNKNOWN")], "2": [JobState(state="COMPLETED")]}
     assert _follow(tmp_path, states) == 69
     assert JobFolder(tmp_path / "1").final_state is None

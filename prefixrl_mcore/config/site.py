@@ -138,7 +138,8 @@ class PrecheckConfig(Config):
 
     timeout_seconds: float = Field(default=300.0, gt=0.0)
     """How long nodes have, from when the first one is ready; one that says nothing is bad. Nodes
-    that fetch their container image later than the first one do so in this time."""
+    that fetch their container image later than the first one do so in this time, the first one in
+    this and ten minutes more: raise it for images that come from a registry."""
 
     max_excluded_nodes: int = Field(default=4, ge=0)
     """Nodes that one job may leave out, over all its starts; with more the job fails."""

@@ -77,6 +77,15 @@ class ParallelConfig(Config):
         )
 
     @property
+    def arithmetic(self) -> str:
+        """The trainer ranks as a product, for messages."""
+        return (
+            f"TP {self.tensor_model_parallel_size} x PP {self.pipeline_model_parallel_size} x "
+            f"CP {self.context_parallel_size} x DP {self.data_parallel_size} = "
+            f"{self.world_size} trainer ranks"
+        )
+
+    @property
     def sequence_multiple(self) -> int:
         """Tokens that a packed sequence is padded to a multiple of.
 

@@ -359,6 +359,16 @@ class RolloutConfig(Config):
     transformers: TransformersConfig = Field(default_factory=TransformersConfig)
     """Settings of the fallback engine."""
 
+    @property
+    def starts_servers(self) -> bool:
+        """Whether the run starts SGLang servers, or tries to."""
+        return self.engine != "transformers" and not self.sglang.urls
+
+    def with_num_servers(self, number: int) -> "RolloutConfig":
+        """Return the same settings for another number of servers."""
+        sglang = self.sglang.model_copy(update={"num_servers": number})
+        return self.model_copy(update={"sglang": sglang})
+
     @model_validator(mode="after")
     def _who_shares_gpus_takes_turns(self) -> "RolloutConfig":
         if self.colocated and self.schedule.overlap:

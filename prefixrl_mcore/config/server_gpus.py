@@ -20,7 +20,7 @@ def check_server_gpus(rollout: RolloutConfig, *, num_trainer_ranks: int, num_gpu
     Raises:
         ConfigError: with the arithmetic.
     """
-    if rollout.engine != "transformers" and not rollout.sglang.urls:
+    if rollout.starts_servers:
         server_gpus(
             rollout.sglang,
             colocated=rollout.colocated,

@@ -319,11 +319,7 @@ def _rows(config: RunConfig, shape: ModelShape, size: ModelSize) -> list[tuple[s
     most_tokens = num_rollouts * rollout.max_total_tokens
     n = size.num_active_parameters
     most_flops = sampling_flops(n, most_tokens) + update_flops(n, most_tokens)
-    layout = (
-        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
-        f"CP {parallel.context_parallel_size} x DP {parallel.data_parallel_size} = "
-        f"{parallel.world_size} trainer ranks"
-    )
+    layout = parallel.arithmetic
     if shape.mixture:
         layout += f", experts over {parallel.expert_model_parallel_size}"
         if parallel.expert_tensor_parallel_size > 1:

@@ -34,12 +34,10 @@ def with_servers_of_all_nodes(config: RunConfig, machine: Machine) -> RunConfig:
     Unlike on one node the config's own number does not count: every node is filled.
     """
     servers, num_ranks = config.rollout.sglang, config.policy.parallel.world_size
-    is_elsewhere = config.rollout.engine == "transformers" or not config.rollout.colocated
-    if is_elsewhere or servers.urls or num_ranks <= machine.assumptions.gpus_per_node:
+    are_beside_ranks = config.rollout.starts_servers and config.rollout.colocated
+    if not are_beside_ranks or num_ranks <= machine.assumptions.gpus_per_node:
         return config
-    num_servers = max(1, num_ranks // servers.tensor_parallel_size)
-    sglang = servers.model_copy(update={"num_servers": num_servers})
-    rollout = config.rollout.model_copy(update={"sglang": sglang})
+    rollout = config.rollout.with_num_servers(max(1, num_ranks // servers.tensor_parallel_size))
     return config.model_copy(update={"rollout": rollout})
 
 

@@ -154,7 +154,7 @@ def prepare_run(
         run_folder=str(config.run_folder),
         working_directory=str(Path.cwd()),
         is_resumed=how.resume,
-        num_servers=layout.server_nodes * layout.servers_per_node,
+        num_servers=layout.num_servers,
         gpus_per_server=(
             config.rollout.sglang.tensor_parallel_size if layout.rollout_gpus_per_node else 0
         ),
@@ -205,12 +205,11 @@ def _fill_node(config: RunConfig, site: SiteConfig) -> RunConfig:
     Raises:
         ConfigError: if it has too few GPUs for one.
     """
-    servers, gpus = config.rollout.sglang, site.gpus_per_node
-    if config.rollout.engine == "transformers" or servers.urls or gpus == 0:
+    gpus = site.gpus_per_node
+    if not config.rollout.starts_servers or gpus == 0:
         return config
-    num_servers = max(1, gpus // servers.tensor_parallel_size)
-    sglang = servers.model_copy(update={"num_servers": num_servers})
-    rollout = config.rollout.model_copy(update={"sglang": sglang})
+    num_servers = max(1, gpus // config.rollout.sglang.tensor_parallel_size)
+    rollout = config.rollout.with_num_servers(num_servers)
     check_server_gpus(rollout, num_trainer_ranks=0, num_gpus=gpus)
     return config.model_copy(update={"rollout": rollout})
 
@@ -218,8 +217,8 @@ def _fill_node(config: RunConfig, site: SiteConfig) -> RunConfig:
 def _warn_of_idle_gpus(config: RunConfig, site: SiteConfig, layout: JobLayout) -> None:
     """Say what a forgotten ``rollout.sglang.num_servers`` comes to on one node."""
     rollout = config.rollout
-    is_elsewhere = rollout.engine == "transformers" or rollout.sglang.urls or layout.server_nodes
-    if is_elsewhere or not site.gpus_per_node or not rollout.colocated:
+    has_own_servers = rollout.starts_servers and not layout.server_nodes
+    if not has_own_servers or not site.gpus_per_node or not rollout.colocated:
         return
     num_gpus = layout.trainer_nodes * layout.ranks_per_node
     num_sampling = rollout.sglang.num_servers * rollout.sglang.tensor_parallel_size

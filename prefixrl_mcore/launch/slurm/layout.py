@@ -48,6 +48,11 @@ class JobLayout:
         return (self.rollout_nodes or self.trainer_nodes) if self.servers_per_node else 0
 
     @property
+    def num_servers(self) -> int:
+        """Rollout tasks in all."""
+        return self.server_nodes * self.servers_per_node
+
+    @property
     def shares_nodes(self) -> bool:
         """Rollout tasks run beside trainer ranks."""
         return self.server_nodes > self.rollout_nodes
@@ -115,7 +120,7 @@ def lay_out(
         rollout_gpus_per_node=rollout_gpus if servers_per_node else 0,
     )
     if config.rollout.engine != "transformers":
-        servers, num_tasks = config.rollout.sglang, layout.server_nodes * layout.servers_per_node
+        servers, num_tasks = config.rollout.sglang, layout.num_servers
         servers.check_min_servers(num_tasks or servers.num_members)
     if nodes is not None and nodes != layout.num_nodes:
         raise ConfigError(
@@ -127,9 +132,9 @@ def lay_out(
 
 def explain(config: RunConfig, site: SiteConfig, layout: JobLayout) -> str:
     """Return the arithmetic of a layout, in one line."""
-    ranks = _ranks(config)
+    ranks = config.policy.parallel.arithmetic
     text = f"{ranks} on {layout.trainer_nodes} x {layout.ranks_per_node} {_unit(site)}"
-    servers = layout.server_nodes * layout.servers_per_node
+    servers = layout.num_servers
     what = f"{servers} rollout servers x TP {config.rollout.sglang.tensor_parallel_size}"
     if layout.shares_nodes:
         text += f", in turn with {what}"
@@ -138,16 +143,6 @@ def explain(config: RunConfig, site: SiteConfig, layout: JobLayout) -> str:
         if layout.rollout_gpus_per_node:
             text += f" x {layout.rollout_gpus_per_node} GPUs"
     return f"{text} = {layout.num_nodes} node{'s' if layout.num_nodes > 1 else ''}"
-
-
-def _ranks(config: RunConfig) -> str:
-    """Return the number of trainer ranks as a product."""
-    parallel = config.policy.parallel
-    return (
-        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
-        f"CP {parallel.context_parallel_size} x DP {parallel.data_parallel_size} = "
-        f"{parallel.world_size} trainer ranks"
-    )
 
 
 def _unit(site: SiteConfig) -> str:
@@ -161,13 +156,14 @@ def _trainer_nodes(config: RunConfig, site: SiteConfig, rollout_nodes: int) -> t
     Raises:
         ConfigError: if the ranks do not fill whole nodes.
     """
-    world_size, per_node = config.policy.parallel.world_size, site.node_ranks
+    parallel, per_node = config.policy.parallel, site.node_ranks
+    world_size = parallel.world_size
     if world_size <= per_node:
         return 1, world_size
     full, left = divmod(world_size, per_node)
     if left == 0:
         return full, per_node
-    rest = config.policy.parallel.data_parallel_size
+    rest = parallel.data_parallel_size
     others = world_size // rest
     fitting = [dp for dp in range(1, 2 * rest + 1) if others * dp % per_node == 0]
     remedy = f"or set ranks_per_node of the site to a divisor of {world_size}"
@@ -175,8 +171,8 @@ def _trainer_nodes(config: RunConfig, site: SiteConfig, rollout_nodes: int) -> t
         nearest = min(fitting, key=lambda dp: abs(dp - rest))
         remedy = f"for example policy.parallel.data_parallel_size={nearest}, {remedy}"
     raise ConfigError(
-        f"{_ranks(config)} do not fill whole nodes of {per_node} {_unit(site)}: {full} nodes have "
-        f"{full * per_node}, {full + 1} have {(full + 1) * per_node}"
+        f"{parallel.arithmetic} do not fill whole nodes of {per_node} {_unit(site)}: {full} nodes "
+        f"have {full * per_node}, {full + 1} have {(full + 1) * per_node}"
         + (f" (beside {rollout_nodes} rollout nodes)" if rollout_nodes else "")
         + f". Change policy.parallel, {remedy}"
     )
@@ -194,7 +190,7 @@ def _servers_beside_ranks(
         ConfigError: if there are too few GPUs for the servers, or some would be left over.
     """
     servers, gpus = config.rollout.sglang, site.gpus_per_node
-    if config.rollout.engine == "transformers" or servers.urls:
+    if not config.rollout.starts_servers:
         return 0
     if gpus == 0:
         return servers.num_servers if trainer_nodes > 1 else 0

@@ -46,7 +46,7 @@ def needed_paths(config: RunConfig, site: SiteConfig, working_directory: Path) -
     """
     paths = {"the working directory": working_directory, "job_folder": site.job_folder}
     paths.update((name, path) for name, path in _paths_of(config) if name != _SGLANG_PYTHON)
-    if site.container is None and _may_start_servers(config):
+    if site.container is None and config.rollout.starts_servers:
         paths[_SGLANG_PYTHON] = config.rollout.sglang.python
     return {name: working_directory / path for name, path in paths.items()}
 
@@ -54,7 +54,7 @@ def needed_paths(config: RunConfig, site: SiteConfig, working_directory: Path) -
 def warn_of_interpreters(config: RunConfig, site: SiteConfig, working_directory: Path) -> None:
     """Say which interpreter is a link to what nodes may not see: an environment has none itself."""
     interpreters = {"python of the site": Path(interpreter(site))}
-    if _may_start_servers(config):
+    if config.rollout.starts_servers:
         interpreters[_SGLANG_PYTHON] = config.rollout.sglang.python
     mounts = _mounts(site.container)
     for name, given in interpreters.items():
@@ -118,11 +118,6 @@ def paths_on_nodes(needed: Mapping[str, Path]) -> dict[str, str]:
         if existing != Path("/"):
             found[name] = str(existing)
     return found
-
-
-def _may_start_servers(config: RunConfig) -> bool:
-    """Return whether tasks may start SGLang."""
-    return config.rollout.engine != "transformers" and not config.rollout.sglang.urls
 
 
 def _mounts(container: ContainerConfig | None) -> list[Mount]:

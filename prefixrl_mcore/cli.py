@@ -23,6 +23,7 @@ from prefixrl_mcore.commands.slurm import add_jobs_commands, add_launch_command
 from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.slurm.states import SlurmError
+from prefixrl_mcore.rewards.build import find_verifier
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 
 logger = logging.getLogger(__name__)
@@ -269,8 +270,21 @@ def _add_traces_commands(traces: argparse.ArgumentParser) -> None:
         "Import traces made elsewhere (text or token ids, any model family), each verified.",
         "Rejected traces are listed with the reason; nothing is dropped silently.",
     )
-    importing.add_argument("--file", type=Path, required=True, help="JSONL of traces")
-    importing.add_argument("--format", choices=("jsonl", "gsm8k_solutions"), default="jsonl")
+    importing.add_argument(
+        "--file",
+        type=Path,
+        required=True,
+        help="one JSON object per line and trace: problem_id (or problem, its exact text), and "
+        "text (what follows the prompt) or token_ids; optional finish_reason, is_correct, "
+        "source_model, rollout_logprobs, temperature, seed, num_tries, flops, seconds, "
+        "tokenizer_hash; other fields are counted and ignored",
+    )
+    importing.add_argument(
+        "--format",
+        choices=("jsonl", "gsm8k_solutions"),
+        default="jsonl",
+        help="jsonl (default), or the file of model solutions that is published with GSM8K",
+    )
     importing.add_argument("--source", required=True, help="name of the model that made them")
     importing.add_argument(
         "--keep", choices=("first", "all"), default="first", help="verified traces per problem"
@@ -348,6 +362,7 @@ def _load(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
             "flags after it"
         )
     config = load_config(RunConfig, arguments.config, rest)
+    find_verifier(config.reward)
     if config.rollout.engine != "transformers":
         find_api_key(config.rollout.sglang)  # a missing one is refused before anything is started
     return config

@@ -1,4 +1,4 @@
-"""Rollout engine, sampling, and reward."""
+"""Rollout engine and sampling."""
 
 from pathlib import Path
 from typing import Literal
@@ -386,24 +386,3 @@ class RolloutConfig(Config):
                 "the transport out, or take 'tensor' or 'disk'"
             )
         return self
-
-
-class RewardConfig(Config):
-    """Verification of answers, in killable child processes."""
-
-    answer_form: Literal["final", "sequence"] = "final"
-    """``final``: the last answer of the completion must equal the reference. ``sequence``: every
-    ``\\boxed{}`` of prefix + completion, in order, must equal the reference's comma-separated
-    parts (multi-part problems)."""
-
-    require_stop: bool = False
-    """Count a completion that did not end by itself as wrong, whatever it says."""
-
-    num_workers: int = Field(default=2, ge=1)
-    """Child processes."""
-
-    timeout_seconds: float = Field(default=10.0, gt=0.0)
-    """Wall time per answer; the child is killed after it and the answer counts as wrong."""
-
-    memory_limit_bytes: int = Field(default=2 * 1024**3, ge=256 * 1024**2)
-    """Address space of one child above what it uses when idle."""

@@ -9,7 +9,8 @@ from prefixrl_mcore.config.base import Config
 from prefixrl_mcore.config.data import CollectConfig, DataConfig, PrefixConfig
 from prefixrl_mcore.config.operations import ProfileConfig, StallConfig
 from prefixrl_mcore.config.policy import BatchConfig, LossConfig, ModelConfig, PolicyConfig
-from prefixrl_mcore.config.rollout import RewardConfig, RolloutConfig
+from prefixrl_mcore.config.reward import RewardConfig
+from prefixrl_mcore.config.rollout import RolloutConfig
 
 Method = Literal["prefixrl", "rl", "sft_then_rl"]
 

@@ -8,6 +8,7 @@ from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.records import FinishReason, Problem, Verdict
 from prefixrl_mcore.rewards.base import Verifier, VerifyRequest
+from prefixrl_mcore.rewards.build import verify
 
 _BATCH_SIZE = 1024
 """Traces verified in one call, to bound the texts held in memory."""
@@ -90,7 +91,7 @@ def verify_attempts(
             )
             for attempt in attempts[begin : begin + _BATCH_SIZE]
         ]
-        verdicts.extend(verifier.verify(requests))
+        verdicts.extend(verify(verifier, requests))
     return verdicts
 
 

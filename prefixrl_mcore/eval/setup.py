@@ -13,7 +13,8 @@ from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.runner import Evaluator
 from prefixrl_mcore.records import Problem, Trace
-from prefixrl_mcore.rewards.math_answer import MathVerifier
+from prefixrl_mcore.rewards.base import Verifier
+from prefixrl_mcore.rewards.build import build_verifier
 from prefixrl_mcore.rollout.build import build_engine
 from prefixrl_mcore.rollout.engine import SamplingParams
 from prefixrl_mcore.rollout.interruption import IsInterrupted, never_interrupted
@@ -58,7 +59,7 @@ def build_evaluator(
     """
     with ExitStack() as stack:
         renderer = renderer or PromptRenderer(config.model.path, config.data.prompt)
-        verifier = MathVerifier(config.reward)
+        verifier = build_verifier(config.reward)
         stack.callback(verifier.close)
         check_references(list(problems), verifier)
         engine = build_engine(
@@ -102,7 +103,7 @@ def read_traces(config: RunConfig, renderer: PromptRenderer) -> dict[str, Trace]
     return traces
 
 
-def check_references(problems: Sequence[Problem], verifier: MathVerifier) -> None:
+def check_references(problems: Sequence[Problem], verifier: Verifier) -> None:
     """Refuse reference answers that the verifier cannot compare with anything.
 
     Raises:

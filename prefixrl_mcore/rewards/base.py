@@ -28,11 +28,14 @@ class VerifyRequest:
 
 
 class Verifier(Protocol):
-    """Judges completions; never raises because of what a completion contains."""
+    """Judges completions; never raises because of what a completion contains.
+
+    Made with the run's ``RewardConfig`` as its only argument, in each process that verifies.
+    """
 
     @property
     def name(self) -> str:
-        """Name and version of the rules, for the trace store: ``math-verify 0.9.0 final``."""
+        """Name and version of the rules, kept with traces: ``math-verify 0.9.0 final rules-1``."""
         ...
 
     def verify(self, requests: Sequence[VerifyRequest]) -> list[Verdict]:
@@ -41,6 +44,10 @@ class Verifier(Protocol):
 
     def find_answer(self, texts: Sequence[tuple[str, str]]) -> list[bool]:
         """Return for each (answer, text) whether the text already states the final answer."""
+        ...
+
+    def check_references(self, answers: Sequence[str]) -> list[str | None]:
+        """Return for each reference answer why it cannot be verified, or None when it can."""
         ...
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from prefixrl_mcore.config.rollout import RewardConfig
+from prefixrl_mcore.config.reward import RewardConfig
 from prefixrl_mcore.records import Verdict
 from prefixrl_mcore.rewards.base import VerifyRequest
 from prefixrl_mcore.rewards.pool import JudgePool, Outcome, PoolCounters

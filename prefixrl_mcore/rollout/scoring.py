@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.records import Rollout, ScoredRollout
 from prefixrl_mcore.rewards.base import Verifier, VerifyRequest
+from prefixrl_mcore.rewards.build import verify
 
 
 def score_groups(
@@ -12,7 +13,7 @@ def score_groups(
 ) -> list[list[ScoredRollout]]:
     """Verify every rollout; the shape of the nested list is kept."""
     flat = [rollout for rollouts in sampled for rollout in rollouts]
-    verdicts = iter(verifier.verify([verify_request(rollout, renderer) for rollout in flat]))
+    verdicts = iter(verify(verifier, [verify_request(rollout, renderer) for rollout in flat]))
     return [
         [ScoredRollout(rollout=rollout, verdict=next(verdicts)) for rollout in rollouts]
         for rollouts in sampled

@@ -14,7 +14,7 @@ from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.setup import read_training_problems
 from prefixrl_mcore.observability.run_folder import RunFolder
-from prefixrl_mcore.rewards.math_answer import MathVerifier
+from prefixrl_mcore.rewards.build import build_verifier
 
 
 def cut(config: RunConfig) -> PrefixStats:
@@ -36,7 +36,7 @@ def cut(config: RunConfig) -> PrefixStats:
         chat_template_hash=renderer.chat_template_hash,
     )
     with ExitStack() as stack:
-        verifier = MathVerifier(config.reward)
+        verifier = build_verifier(config.reward)
         stack.callback(verifier.close)
         prefixed, stats = cut_prefixes(
             [record.as_trace() for record in store.traces()],

@@ -21,7 +21,7 @@ from prefixrl_mcore.data.verification import verify_store
 from prefixrl_mcore.eval.setup import read_training_problems
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.observability.run_folder import RunFolder
-from prefixrl_mcore.rewards.math_answer import MathVerifier
+from prefixrl_mcore.rewards.build import build_verifier
 
 _SHOWN_ROWS = 10
 
@@ -38,7 +38,7 @@ def import_traces(
     folder.check(config)
     renderer = PromptRenderer(config.model.path, config.data.prompt)
     with ExitStack() as stack:
-        verifier = MathVerifier(config.reward)
+        verifier = build_verifier(config.reward)
         stack.callback(verifier.close)
         store = TraceStore.open_or_create(
             config.traces_folder,
@@ -74,7 +74,7 @@ def verify_traces(config: RunConfig) -> bool:
         chat_template_hash=renderer.chat_template_hash,
     )
     with ExitStack() as stack:
-        verifier = MathVerifier(config.reward)
+        verifier = build_verifier(config.reward)
         stack.callback(verifier.close)
         report = verify_store(store, read_training_problems(config), verifier, renderer)
     console.print(

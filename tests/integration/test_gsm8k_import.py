@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prefixrl_mcore.config.data import PrefixConfig, PromptConfig
-from prefixrl_mcore.config.rollout import RewardConfig
+from prefixrl_mcore.config.reward import RewardConfig
 from prefixrl_mcore.data.prefixes import answer_finder, cut_prefixes, read_prefixes, write_prefixes
 from prefixrl_mcore.data.problems import read_problems
 from prefixrl_mcore.data.prompts import PromptRenderer

@@ -23,6 +23,9 @@ class FakeVerifier:
     def find_answer(self, texts: Sequence[tuple[str, str]]) -> list[bool]:
         return [f"A: {answer}" in text for answer, text in texts]
 
+    def check_references(self, answers: Sequence[str]) -> list[str | None]:
+        return [None for _ in answers]
+
     def close(self) -> None:
         pass
 

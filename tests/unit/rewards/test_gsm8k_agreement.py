@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixrl_mcore.config.rollout import RewardConfig
+from prefixrl_mcore.config.reward import RewardConfig
 from prefixrl_mcore.rewards.base import VerifyRequest
 from prefixrl_mcore.rewards.math_answer import MathVerifier
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from prefixrl_mcore.config.rollout import RewardConfig
+from prefixrl_mcore.config.reward import RewardConfig
 from prefixrl_mcore.records import Verdict
 from prefixrl_mcore.rewards.base import Verifier, VerifyRequest
 from prefixrl_mcore.rewards.math_answer import MathVerifier

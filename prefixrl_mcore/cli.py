@@ -20,7 +20,8 @@ from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.commands.doctor import add_doctor_command
 from prefixrl_mcore.commands.model_files import add_checkpoint_commands, add_convert_commands
 from prefixrl_mcore.commands.slurm import add_jobs_commands, add_launch_command
-from prefixrl_mcore.config.load import load_config
+from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.config.load import load_config, print_settings
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.slurm.states import SlurmError
 from prefixrl_mcore.rewards.build import find_verifier
@@ -33,7 +34,8 @@ _LOG_WIDTH = 200
 
 _SETTINGS_HELP = (
     "Any setting of the config can be given as a flag, for example "
-    "--policy.optimizer.lr 1e-5 or --run-folder runs/second; --help-settings lists them all."
+    "--policy.optimizer.lr 1e-5 or --run-folder runs/second; --help-settings lists them all, with "
+    "the values of CONFIG, or without CONFIG with the program's defaults."
 )
 
 
@@ -322,9 +324,34 @@ def _add_config_command(
         name, help=summary, description=f"{summary} {details}", epilog=_SETTINGS_HELP
     )
     command.add_argument("config", type=Path, metavar="CONFIG", help="TOML file, see configs/")
-    command.add_argument("--help-settings", action="store_true", help="list all settings")
-    command.set_defaults(run=run)
+    command.add_argument(
+        "--help-settings",
+        action=_HelpSettings,
+        nargs="?",
+        type=Path,
+        metavar="CONFIG",
+        help="list all settings and the values of CONFIG, or without one the program's defaults",
+    )
+    command.set_defaults(run=run, prog=command.prog)
     return command
+
+
+class _HelpSettings(argparse.Action):
+    """``--help-settings``: ends the command like ``--help``, wherever CONFIG stands, or without."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        path = values if isinstance(values, Path) else namespace.config
+        try:
+            print_settings(RunConfig, path, prog=f"{parser.prog} {path or 'CONFIG'}")
+        except ConfigError as error:
+            parser.error(str(error))
+        parser.exit()
 
 
 def _set_up_logging(*, verbose: bool) -> None:
@@ -354,14 +381,13 @@ def _load(arguments: argparse.Namespace, rest: list[str]) -> RunConfig:
     """Read CONFIG with the flags on top."""
     if getattr(arguments, "init", None) and any(f.startswith("--model.path") for f in rest):
         raise ValueError("--init and --model.path say the same thing; give one of them")
-    if arguments.help_settings:
-        rest = [*rest, "--help"]
     if arguments.config.suffix not in (".toml", ".json") and not arguments.config.exists():
         raise ValueError(
             f"CONFIG {arguments.config}: does not exist and is no TOML file; CONFIG comes first, "
             "flags after it"
         )
-    config = load_config(RunConfig, arguments.config, rest)
+    prog = f"{arguments.prog} {arguments.config}"
+    config = load_config(RunConfig, arguments.config, rest, prog=prog)
     find_verifier(config.reward)
     if config.rollout.engine != "transformers":
         find_api_key(config.rollout.sglang)  # a missing one is refused before anything is started

@@ -1,5 +1,6 @@
 """From a TOML file and command-line flags to one frozen ``RunConfig``."""
 
+import contextlib
 import copy
 import tomllib
 from collections.abc import Sequence
@@ -13,13 +14,16 @@ from prefixrl_mcore.config.base import Config, ConfigError, read_toml, validate
 from prefixrl_mcore.config.json_files import read_json_object
 
 
-def load_config[T: Config](config_cls: type[T], path: Path, overrides: list[str]) -> T:
+def load_config[T: Config](
+    config_cls: type[T], path: Path, overrides: list[str], *, prog: str = "prefixrl"
+) -> T:
     """Read ``path``, then apply dotted command-line ``overrides`` on top.
 
     Args:
         config_cls: the tree to build, normally ``RunConfig``.
         path: TOML file, or the JSON that ``dump_json`` wrote.
         overrides: flags such as ``["--policy.optimizer.lr", "1e-5"]``.
+        prog: how the program was called, for messages about flags.
 
     Raises:
         ConfigError: if the file, a key, a value or a cross-field rule is wrong.
@@ -29,16 +33,39 @@ def load_config[T: Config](config_cls: type[T], path: Path, overrides: list[str]
     if not overrides:
         return from_file
     try:
-        return tyro.cli(
-            config_cls,
-            default=from_file,
-            args=overrides,
-            prog="prefixrl",
-            config=(tyro.conf.AvoidSubcommands,),
-        )
+        return _parse_flags(config_cls, from_file, overrides, prog)
     except ValidationError as error:
         problems = [str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors()]
         raise ConfigError("flags: " + "; ".join(problems)) from None
+
+
+def print_settings(config_cls: type[Config], path: Path | None, *, prog: str) -> None:
+    """Print every setting as a flag, with its meaning and its value in ``path``.
+
+    Args:
+        config_cls: the tree.
+        path: a config; None prints the program's defaults.
+        prog: how the program was called.
+
+    Raises:
+        ConfigError: if the config is wrong.
+    """
+    known = tyro.MISSING_NONPROP
+    if path is not None:
+        known = validate(config_cls, read_config_file(path), where=str(path))
+    with contextlib.suppress(SystemExit):  # tyro's way to end a help
+        _parse_flags(config_cls, known, ["--help"], prog)
+
+
+def _parse_flags[T: Config](config_cls: type[T], default: T, flags: Sequence[str], prog: str) -> T:
+    """Return ``default`` with flags on top."""
+    return tyro.cli(
+        config_cls,
+        default=default,
+        args=flags,
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

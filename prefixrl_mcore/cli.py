@@ -190,37 +190,49 @@ def _add_machine_options(check: argparse.ArgumentParser) -> None:
         "--rollout-gpus",
         type=int,
         metavar="N",
-        help="GPUs of rollout nodes, which only sample (default: servers share the trainer's)",
+        help="GPUs of nodes that only sample (default: as the config says: after the trainer's on "
+        "its node, or with rollout.colocated the same ones)",
     )
     check.add_argument(
-        "--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU (80)"
+        "--gpu-memory",
+        type=float,
+        default=80.0,
+        metavar="GIB",
+        help="memory of one GPU, GiB (default: 80)",
     )
     check.add_argument(
         "--reserved",
         type=float,
         default=0.1,
         metavar="FRACTION",
-        help="of it kept free for CUDA, NCCL and fragmentation (0.1)",
+        help="share of a GPU's memory kept free for CUDA, NCCL and fragmentation (default: 0.1)",
     )
     check.add_argument("--suggest", action="store_true", help="search all layouts of the GPUs")
     check.add_argument(
-        "--gpu", default="H100", metavar="NAME", help="whose peak and bandwidth are taken (H100)"
+        "--gpu",
+        default="H100",
+        metavar="NAME",
+        help="GPU model, for its peak FLOPs and its memory's bandwidth (default: H100)",
     )
     check.add_argument(
-        "--update-efficiency", type=float, default=0.4, metavar="FRACTION", help="of the peak (0.4)"
+        "--update-efficiency",
+        type=float,
+        default=0.4,
+        metavar="FRACTION",
+        help="share of the peak FLOPs that the update reaches (default: 0.4)",
     )
     check.add_argument(
         "--rollout-efficiency",
         type=float,
         default=0.1,
         metavar="FRACTION",
-        help="of the peak (0.1)",
+        help="share of the peak FLOPs that sampling reaches (default: 0.1)",
     )
     check.add_argument(
         "--mean-tokens",
         type=float,
         metavar="S",
-        help="mean length of a sequence (rollout.max_total_tokens)",
+        help="mean length of a sequence, tokens (default: rollout.max_total_tokens, the most)",
     )
 
 
@@ -243,7 +255,13 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
 
     add_doctor_command(commands)
-    report = commands.add_parser("report", help="one HTML page that compares one or more runs")
+    summary = "One HTML page that compares one or more runs."
+    report = commands.add_parser(
+        "report",
+        help=summary,
+        description=f"{summary} It has results, accuracy against FLOPs, what prefixes do, training "
+        "curves, where the time goes, and rollouts to read; it needs no network.",
+    )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, help="default: report.html in the first run folder")
     report.set_defaults(run=_report)
@@ -256,7 +274,13 @@ def _add_tool_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "convert and report. Can be started again after an interruption.",
     )
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    demo.add_argument("--configs", type=Path, default=Path("configs/demo"), metavar="FOLDER")
+    demo.add_argument(
+        "--configs",
+        type=Path,
+        default=Path("configs/demo"),
+        metavar="FOLDER",
+        help="folder with task.toml and run.toml (default: configs/demo)",
+    )
     demo.add_argument("--fresh", action="store_true", help="delete the folder's results first")
     demo.add_argument("--engine", choices=("sglang", "transformers"), help="rollout engine")
     demo.set_defaults(run=_demo)

@@ -58,7 +58,7 @@ def add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:
     actions = checkpoint.add_subparsers(title="actions", required=True, metavar="ACTION")
     for name, run, text in (
         ("ls", _checkpoint_ls, "one line per checkpoint: size, layout, age, complete or why not"),
-        ("show", _checkpoint_show, "all that a checkpoint says of itself"),
+        ("show", _checkpoint_show, "a checkpoint's step, layout, settings and files"),
         ("verify", _checkpoint_verify, "compare every file with its checksum; exit code 1 if bad"),
     ):
         action = actions.add_parser(name, help=text, description=text)

@@ -10,7 +10,7 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     """Add ``launch CONFIG --site SITE [key=value ...]``."""
     launch = commands.add_parser(
         "launch",
-        help="train on a Slurm cluster: check, submit, follow, exit as the job did",
+        help="train on a Slurm cluster: check, submit, follow, exit with the job's exit code",
         description="Check a config against a site, submit it to Slurm through NeMo-Run, show its "
         "state and log until it ends, requeues included. Exit code 0 only if the job completed.",
         epilog="Settings follow as key=value, for example trainer.num_steps=100. See "
@@ -28,7 +28,9 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         help="rollouts on the trainer's nodes (default), on others of the same job, or on "
         "others of a heterogeneous job",
     )
-    launch.add_argument("--nodes", type=int, metavar="N", help="refuse a config of another number")
+    launch.add_argument(
+        "--nodes", type=int, metavar="N", help="fail unless the run needs exactly N nodes"
+    )
     launch.add_argument(
         "--rollout-nodes",
         type=int,
@@ -36,7 +38,7 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         help="nodes with rollout servers alone, of --shape split or heterogeneous (default: 1)",
     )
     launch.add_argument("--name", help="of the job (default: the run folder's)")
-    launch.add_argument("--resume", action="store_true", help="continue the run of the folder")
+    launch.add_argument("--resume", action="store_true", help="continue the run in run_folder")
     launch.add_argument(
         "--dry-run", action="store_true", help="print the batch script, submit nothing"
     )
@@ -79,7 +81,9 @@ def add_jobs_commands(jobs: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "--start", type=int, help="which start (default: the last; with --follow all)"
             )
-            action.add_argument("--follow", action="store_true", help="until the job ends")
+            action.add_argument(
+                "--follow", action="store_true", help="print what is written until the job ends"
+            )
 
 
 def _launch(arguments: argparse.Namespace, rest: list[str]) -> int:

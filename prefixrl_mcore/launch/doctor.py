@@ -26,7 +26,7 @@ MIN_DISK_BYTES = 12 * _GIB
 """For both environments; a run needs its checkpoints on top."""
 
 _REQUIRED_PACKAGES = ("torch", "megatron-core", "transformers", "triton", "math-verify")
-_SETUP_REMEDY = "make setup, or pip install prefixrl-mcore"
+_SETUP_REMEDY = "make setup, or pip install . in a checkout"
 _PROBE_SECONDS = 300.0
 
 _PROBE = """

@@ -7,7 +7,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := .venv/bin/python -m
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-sglang setup-sglang-next setup-router setup-launch slurm-up slurm-down demo test test-all \
+.PHONY: help setup setup-te setup-sglang setup-sglang-next setup-router setup-launch slurm-up slurm-down demo test test-all \
     check format gpu clean
 
 help:  ## list the targets
@@ -18,10 +18,17 @@ help:  ## list the targets
 	.uv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
 
 .venv/.locked: pyproject.toml uv.lock .python-version | $(filter .uv/bin/uv,$(UV))
-	$(UV) sync --locked
+	$(UV) sync --locked $(if $(wildcard .venv/.te),--extra te)
 	@touch $@
 
 setup: .venv/.locked  ## the trainer's environment, from uv.lock, in .venv
+
+# uv makes an environment exactly what it is asked for: the mark lets a later setup ask for the same.
+.venv/.te: pyproject.toml uv.lock .python-version | setup
+	$(UV) sync --locked --extra te
+	@touch $@
+
+setup-te: .venv/.te  ## Transformer Engine in .venv, for GPUs: compiled here, which takes nvcc and minutes
 
 SGLANG_ENV := prefixrl_mcore/rollout/sglang/env
 .venv-sglang/.locked: $(wildcard $(SGLANG_ENV)/*.lock) $(SGLANG_ENV)/setup.sh | setup

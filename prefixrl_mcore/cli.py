@@ -24,6 +24,7 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.load import load_config, print_settings
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.slurm.states import SlurmError
+from prefixrl_mcore.observability.metrics import check_packages
 from prefixrl_mcore.rewards.build import find_verifier
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 
@@ -451,6 +452,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.overlap:
         rest = [*_OVERLAP_FLAGS, *rest]
     config = _load(arguments, rest)
+    check_packages(config.metrics)
     if _needs_ranks(config):
         return _start_ranks(config, arguments.argv)
     from prefixrl_mcore.launch.check import predict_rank_bytes

@@ -27,6 +27,7 @@ MIN_DISK_BYTES = 12 * _GIB
 
 _REQUIRED_PACKAGES = ("torch", "megatron-core", "transformers", "triton", "math-verify")
 _SETUP_REMEDY = "make setup, or pip install . in a checkout"
+_TE_REMEDY = "on GPUs: make setup-te, or pip install '.[te]' in a checkout (compiled with nvcc)"
 _PROBE_SECONDS = 300.0
 
 _PROBE = """
@@ -53,7 +54,7 @@ class Finding:
     """What was found."""
 
     remedy: str = ""
-    """What to do; empty where nothing needs to be done."""
+    """What to do, or what could be done; empty where there is nothing."""
 
 
 def examine(sglang_python: Path, folder: Path) -> list[Finding]:
@@ -128,9 +129,16 @@ def _package(name: str) -> Finding:
 
 
 def _transformer_engine() -> Finding:
+    """Tell of it; a trainer without it is complete."""
     found = _package("transformer-engine")
-    detail = found.detail if found.is_ok else "not installed; the local layers are used"
-    return Finding(subject="transformer-engine", is_ok=True, detail=detail)
+    if found.is_ok:
+        return found
+    return Finding(
+        subject=found.subject,
+        is_ok=True,
+        detail="not installed; the local layers are used",
+        remedy=_TE_REMEDY,
+    )
 
 
 def _imports() -> Finding:

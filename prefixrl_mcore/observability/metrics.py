@@ -5,16 +5,19 @@ describes step ``s``; an ``eval`` or ``outside`` line of step ``s`` the policy a
 resumed run drops the lines that lie beyond its checkpoint, so that each step stands once.
 """
 
+import importlib.util
 import json
 import logging
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import MetricsConfig
 from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
 from prefixrl_mcore.observability.run_folder import RunFolder
@@ -23,6 +26,29 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["train", "eval", "sft", "outside"]
 """``outside``: times before the first and after the last step of a start."""
+
+
+def check_packages(config: MetricsConfig) -> None:
+    """Refuse to log where the optional package for it is missing, before a run finds out.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    for package, setting, is_wanted in (
+        ("wandb", "metrics.wandb", config.wandb is not None),
+        ("tensorboard", "metrics.tensorboard", config.tensorboard),
+    ):
+        if is_wanted and not _is_installed(package):
+            raise ConfigError(
+                f"{setting} is set, and {package} is not installed in {sys.prefix}; pip install "
+                f"{package}, or leave {setting} out (metrics.jsonl is written in any case)"
+            )
+
+
+def _is_installed(package: str) -> bool:
+    """Return whether a package can be imported; a folder such as W&B's ``wandb/`` is none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 class MetricsWriter:

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections import namedtuple
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,23 @@ def test_broken_import_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = doctor._imports()
 
     assert (found.is_ok, found.detail) == (False, "imports fail: no such symbol")
+
+
+def test_without_transformer_engine_all_is_there_and_it_is_told_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(_name: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = doctor._transformer_engine()
+
+    assert found.is_ok
+    assert found.remedy.startswith("on GPUs: make setup-te, or pip install '.[te]'")
+    monkeypatch.setattr(metadata, "version", lambda _name: "2.20.2")
+    assert doctor._transformer_engine() == Finding(
+        subject="transformer-engine", is_ok=True, detail="2.20.2"
+    )
 
 
 @pytest.mark.slow

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from prefixrl_mcore.cli import main
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import MetricsConfig, WandbConfig
-from prefixrl_mcore.observability.metrics import MetricsWriter, truncate_metrics
+from prefixrl_mcore.observability import metrics
+from prefixrl_mcore.observability.metrics import MetricsWriter, check_packages, truncate_metrics
 from prefixrl_mcore.observability.run_folder import RunFolder
 from tests.support.wandb_records import offline_runs
 
@@ -136,3 +139,32 @@ def test_a_run_that_is_killed_while_wandb_starts_keeps_its_id(
         with pytest.raises(KeyboardInterrupt):
             MetricsWriter(folder, MetricsConfig(wandb=WandbConfig()), num_steps_done=0)
     assert ids[0] == ids[1]
+
+
+def test_a_missing_package_is_named_before_a_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics, "_is_installed", lambda package: package != "wandb")
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'run_folder = "{tmp_path}/run"\n[model]\npath = "m"\n[data]\nproblems = "p"\n'
+        "[policy.parallel]\ntensor_model_parallel_size = 2\n[metrics]\nwandb = {}\n"
+    )
+    assert main(["train", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "error: metrics.wandb is set, and wandb is not installed in" in said
+    assert "pip install wandb, or leave metrics.wandb out" in said
+    assert not (tmp_path / "run").exists()
+    check_packages(MetricsConfig(tensorboard=True))  # that one is there
+    monkeypatch.setattr(metrics, "_is_installed", lambda package: package == "wandb")
+    with pytest.raises(ConfigError, match=r"^metrics\.tensorboard is set, and tensorboard is not"):
+        check_packages(MetricsConfig(tensorboard=True))
+    check_packages(MetricsConfig())
+
+
+def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes_of_wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not metrics._is_installed("notes_of_wandb")
+    assert not metrics._is_installed("no_such_package")
+    assert metrics._is_installed("wandb")

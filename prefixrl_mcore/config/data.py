@@ -85,6 +85,10 @@ class CollectConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Seed of the sampler."""
 
+    def most_completions(self, num_problems: int) -> int:
+        """Return how many completions the collection samples if it solves no problem."""
+        return num_problems * self.max_tries
+
 
 class PrefixConfig(Config):
     """How prefixes are cut from recorded traces."""

@@ -1,5 +1,6 @@
 """Rollout engine and sampling."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -275,6 +276,16 @@ class ScheduleConfig(Config):
     """Updates between the weights that sampled a token and those that are trained on it, at most;
     0 is strictly on-policy. Older tokens of a carried group are thrown away and sampled again;
     any other rollout beyond it is refused."""
+
+    @property
+    def num_rounds(self) -> int:
+        """Times that a step samples at most."""
+        return self.max_rounds if self.dynamic_sampling else 1
+
+    def num_begun(self, num_wanted: int) -> int:
+        """Return how many groups are begun in a round that wants ``num_wanted`` finished ones."""
+        # Rounded first: 1.1 x 50 is 55.00000000000001 in binary.
+        return math.ceil(round(self.oversampling * num_wanted, 9))
 
     @property
     def is_off_policy(self) -> bool:

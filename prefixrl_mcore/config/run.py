@@ -151,7 +151,11 @@ class EvaluationConfig(Config):
     """Sampling temperature of evaluations."""
 
     num_samples: int = Field(default=256, ge=1)
-    """Samples per problem of ``prefixrl eval``."""
+    """Samples per held-out problem of ``prefixrl eval``, as the paper's for its benchmarks."""
+
+    train_set_num_samples: int = Field(default=8, ge=1)
+    """Samples per training problem of ``prefixrl eval``: there are many of them, and their accuracy
+    is a mean over all. More are needed for pass@k with a larger k, and to screen problems."""
 
     training_num_samples: int = Field(default=4, ge=1)
     """Samples per problem of evaluations inside training."""
@@ -170,6 +174,14 @@ class EvaluationConfig(Config):
 
     unlock_fractions: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     """Prefix fractions of the unlock curve."""
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the policy after ``step`` steps is evaluated; the last one always is."""
+        return step % self.every_steps == 0
+
+    def num_in_training(self, num_steps: int) -> int:
+        """Return how many evaluations a run of ``num_steps`` steps has."""
+        return sum(self.is_due(step) for step in range(num_steps)) + 1
 
 
 class WandbConfig(Config):
@@ -234,6 +246,13 @@ class RunConfig(Config):
         """Least length of a stream that holds the longest sequence and that the layout can cut."""
         multiple = self.policy.stream_multiple
         return -(-self.rollout.max_total_tokens // multiple) * multiple
+
+    @property
+    def most_completions_per_step(self) -> int:
+        """Completions that a step samples, or begins, at most."""
+        schedule, batch = self.rollout.schedule, self.batch
+        num_groups = schedule.num_rounds * schedule.num_begun(batch.prompts_per_step)
+        return num_groups * batch.group_size
 
     @property
     def traces_folder(self) -> Path:

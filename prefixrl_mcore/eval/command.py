@@ -26,9 +26,11 @@ from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.prefix_cuts import check_room
+from prefixrl_mcore.data.problem_sets import read_evaluation_sets
+from prefixrl_mcore.eval.parts import Part, parts_of_checkpoint
 from prefixrl_mcore.eval.pass_at_k import bootstrap_mean, mean_pass_at_k, prefix_bins
 from prefixrl_mcore.eval.runner import EvaluationResult, Evaluator
-from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets
+from prefixrl_mcore.eval.setup import build_evaluator
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
@@ -80,16 +82,19 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
         progress = stack.enter_context(
             Progress(f"eval {name}", total=len(plan), file=progress_file(folder.path, which))
         )
-        for starts in plan.values():
+        for _, starts in plan:
             check_room(starts, config.rollout.max_total_tokens)
-        for index, (label, starts) in enumerate(plan.items()):
-            progress.update(index, waiting_for=label)
-            if label in parts:
+        for index, (part, starts) in enumerate(plan):
+            progress.update(index, waiting_for=part.name)
+            if part.name in parts:
                 continue
             result = evaluator.evaluate(
-                starts, num_samples=_num_samples(config, label), label=f"{name}/{label}"
+                starts, num_samples=part.num_samples, label=f"{name}/{part.name}"
             )
-            parts[label] = {"num_correct": result.num_correct, "num_samples": result.num_samples}
+            parts[part.name] = {
+                "num_correct": result.num_correct,
+                "num_samples": result.num_samples,
+            }
             write_json_atomic(out, {"is_complete": False, "settings": settings, "parts": parts})
             progress.update(index + 1, accuracy=result.accuracy)
     summary = _summarise(config, step, checkpoint, parts)
@@ -155,30 +160,15 @@ def _read_parts(out: Path, settings: dict[str, Any]) -> Parts:
 
 def _plan(
     config: RunConfig, evaluator: Evaluator, sets: dict[str, list[Problem]]
-) -> dict[str, list[PrefixedProblem]]:
-    """Return part label → contexts to sample from; parts without any context are left out."""
-    evaluation = config.evaluation
-    plan = {
-        f"set/{name}": evaluator.plain_starts(problems[: evaluation.max_problems])
-        for name, problems in sets.items()
-    }
-    training = sets["train"][: evaluation.max_problems]
+) -> list[tuple[Part, list[PrefixedProblem]]]:
+    """Return each part and its contexts; parts without any context are left out."""
     if not evaluator.traces:
         logger.warning("no trace store: prefix bins and the unlock curve are left out")
-    for prefix_bin in prefix_bins(evaluation.prefix_bins):
-        label = f"bin/{prefix_bin.name}"
-        plan[label] = evaluator.starts_in_bin(training, prefix_bin, label=label)
-    for fraction in evaluation.unlock_fractions:
-        plan[f"unlock/{fraction:.2f}"] = evaluator.starts_at(training, fraction)
-    return {label: starts for label, starts in plan.items() if starts}
-
-
-def _num_samples(config: RunConfig, label: str) -> int:
-    """Return the samples per context: all of them for sets, a few for bins and unlock curve."""
-    evaluation = config.evaluation
-    if label.startswith("set/"):
-        return evaluation.num_samples
-    return min(evaluation.num_samples, evaluation.unlock_num_samples)
+    planned = [
+        (part, evaluator.starts(part, label=part.name))
+        for part in parts_of_checkpoint(config.evaluation, sets)
+    ]
+    return [(part, starts) for part, starts in planned if starts]
 
 
 def _summarise(
@@ -206,7 +196,7 @@ def _summarise(
         "checkpoint": str(checkpoint or config.model.path),
         "temperature": config.evaluation.temperature,
         "sets": {
-            label.removeprefix("set/"): _set_summary(result, config.evaluation.pass_at)
+            label.removeprefix("set/"): _set_summary(label, result, config.evaluation.pass_at)
             for label, result in results.items()
             if label.startswith("set/")
         },
@@ -226,11 +216,17 @@ def _proportion(result: EvaluationResult) -> dict[str, float]:
     }
 
 
-def _set_summary(result: EvaluationResult, pass_at: Sequence[int]) -> dict[str, Any]:
+def _set_summary(label: str, result: EvaluationResult, pass_at: Sequence[int]) -> dict[str, Any]:
     """Return accuracy and pass@k of one problem set."""
     too_large = [k for k in pass_at if k > result.num_samples]
     if too_large:
-        logger.warning("pass@k left out for k = %s: only %d samples", too_large, result.num_samples)
+        logger.warning(
+            "%s: pass@k left out for k = %s: only %d samples (evaluation.train_set_num_samples of "
+            "training problems, num_samples of the others)",
+            label,
+            too_large,
+            result.num_samples,
+        )
     num_samples = [result.num_samples] * len(result.num_correct)
     estimates = {
         str(k): mean_pass_at_k(num_samples, result.num_correct, k)

@@ -3,12 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from prefixrl_mcore.config.run import EvaluationConfig
-from prefixrl_mcore.eval.pass_at_k import prefix_bins
-from prefixrl_mcore.eval.runner import Evaluator
+from prefixrl_mcore.eval.parts import parts_in_training
+from prefixrl_mcore.eval.runner import EvaluationResult, Evaluator
 from prefixrl_mcore.records import Problem
-
-BIN_SAMPLES = 1
-"""Completions per problem and prefix bin; the bins' curves are means over problems."""
 
 
 def evaluate_in_training(
@@ -27,22 +24,23 @@ def evaluate_in_training(
         label: names the evaluation in rollout ids and seeds.
     """
     values: dict[str, float] = {}
-    for name, problems in sets.items():
-        starts = evaluator.plain_starts(problems[: config.max_problems])
-        result = evaluator.evaluate(
-            starts, num_samples=config.training_num_samples, label=f"{label}/{name}"
-        )
-        values[f"eval/{name}/accuracy"] = result.accuracy
-        values[f"eval/{name}/accuracy_stderr"] = result.accuracy_stderr
-        values[f"eval/{name}/all_negative_fraction"] = result.all_negative_fraction
-        values[f"eval/{name}/completion_tokens_mean"] = result.completion_tokens / (
-            len(starts) * result.num_samples
-        )
-    for prefix_bin in prefix_bins(config.prefix_bins):
-        bin_label = f"{label}/bins/{prefix_bin.name}"
-        problems = sets["train"][: config.max_problems]
-        starts = evaluator.starts_in_bin(problems, prefix_bin, label=bin_label)
-        if starts:
-            result = evaluator.evaluate(starts, num_samples=BIN_SAMPLES, label=bin_label)
-            values[f"eval/bins/{prefix_bin.name}/accuracy"] = result.accuracy
+    for part in parts_in_training(config, sets):
+        part_label = f"{label}/{part.name}"
+        starts = evaluator.starts(part, label=part_label)
+        if not starts and part.prefix is not None:
+            continue  # no trace reaches into the bin
+        result = evaluator.evaluate(starts, num_samples=part.num_samples, label=part_label)
+        values[f"eval/{part.name}/accuracy"] = result.accuracy
+        if part.prefix is None:
+            values |= _of_set(part.name, result)
     return values
+
+
+def _of_set(name: str, result: EvaluationResult) -> dict[str, float]:
+    """Return what is told of a set beside its accuracy."""
+    num_completions = len(result.num_correct) * result.num_samples
+    return {
+        f"eval/{name}/accuracy_stderr": result.accuracy_stderr,
+        f"eval/{name}/all_negative_fraction": result.all_negative_fraction,
+        f"eval/{name}/completion_tokens_mean": result.completion_tokens / num_completions,
+    }

@@ -9,6 +9,7 @@ import numpy as np
 
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import original_problems
+from prefixrl_mcore.eval.parts import Part
 from prefixrl_mcore.eval.pass_at_k import PrefixBin, accuracy_with_stderr
 from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
 from prefixrl_mcore.rewards.base import Verifier
@@ -104,6 +105,16 @@ class Evaluator:
                 len(rollout.completion.token_ids) for group in sampled for rollout in group
             ),
         )
+
+    def starts(self, part: Part, *, label: str) -> list[PrefixedProblem]:
+        """Return the contexts of a part; ``label`` decides where traces are cut at random."""
+        match part.prefix:
+            case None:
+                return self.plain_starts(part.problems)
+            case PrefixBin() as prefix_bin:
+                return self.starts_in_bin(part.problems, prefix_bin, label=label)
+            case fraction:
+                return self.starts_at(part.problems, fraction)
 
     def plain_starts(self, problems: Sequence[Problem]) -> list[PrefixedProblem]:
         """Return the problems without a prefix."""

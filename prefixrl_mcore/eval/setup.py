@@ -8,7 +8,6 @@ from pathlib import Path
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
-from prefixrl_mcore.data.problems import read_problems
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.traces import TraceStore
 from prefixrl_mcore.eval.runner import Evaluator
@@ -121,45 +120,3 @@ def check_references(problems: Sequence[Problem], verifier: Verifier) -> None:
             f"{len(lines)} of {len(problems)} reference answers cannot be verified:\n{shown}\n"
             "Correct them in the problem file, or see reward.answer_form and data.answer_format."
         )
-
-
-def read_training_problems(config: RunConfig) -> list[Problem]:
-    """Return the training problems of the config."""
-    data = config.data
-    return read_problems(
-        data.problems,
-        id_field=data.id_field,
-        text_field=data.text_field,
-        answer_field=data.answer_field,
-        answer_format=data.answer_format,
-        max_problems=data.max_problems,
-    )
-
-
-def read_evaluation_sets(config: RunConfig) -> dict[str, list[Problem]]:
-    """Return name → problems: ``train`` first, then the held-out sets.
-
-    Raises:
-        ConfigError: if a held-out set is named ``train``, or shares a problem with training.
-    """
-    data = config.data
-    sets = {"train": read_training_problems(config)}
-    training_texts = {problem.text for problem in sets["train"]}
-    for name, path in data.held_out.items():
-        if name in sets:
-            raise ConfigError("data.held_out: the name 'train' is taken; choose another")
-        sets[name] = read_problems(
-            path,
-            id_field=data.id_field,
-            text_field=data.text_field,
-            answer_field=data.answer_field,
-            answer_format=data.answer_format,
-            max_problems=None,
-        )
-        shared = [p.problem_id for p in sets[name] if p.text in training_texts]
-        if shared:
-            raise ConfigError(
-                f"data.held_out.{name} ({path}): {len(shared)} problems are also trained on "
-                f"(first: {shared[0]}); remove them from one of the files"
-            )
-    return sets

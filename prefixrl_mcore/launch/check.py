@@ -34,6 +34,7 @@ from prefixrl_mcore.config.model_shape import (
 from prefixrl_mcore.config.precision import check_precision
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.config.server_gpus import check_server_gpus
+from prefixrl_mcore.launch.completions import completions_text
 from prefixrl_mcore.launch.knobs import knobs
 from prefixrl_mcore.launch.machine import Machine
 from prefixrl_mcore.launch.plan_report import (
@@ -348,6 +349,7 @@ def _rows(config: RunConfig, shape: ModelShape, size: ModelSize) -> list[tuple[s
             f"{config.trainer.num_steps}: at most "
             f"{config.trainer.num_steps * most_flops:.3g} FLOPs",
         ),
+        ("completions, at most", completions_text(config)),
         ("prefixes", _prefix_row(config)),
         ("rollout engine", rollout.engine or "sglang, or transformers where it does not start"),
         ("run folder", str(config.run_folder)),

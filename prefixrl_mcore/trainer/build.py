@@ -15,10 +15,11 @@ from prefixrl_mcore.config.rollout import RolloutConfig
 from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
 from prefixrl_mcore.config.server_gpus import check_server_gpus
 from prefixrl_mcore.data.prefixes import read_prefixes
+from prefixrl_mcore.data.problem_sets import read_evaluation_sets
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import MixtureSource, original_problems, union
 from prefixrl_mcore.data.traces import TraceStore
-from prefixrl_mcore.eval.setup import build_evaluator, read_evaluation_sets, read_traces
+from prefixrl_mcore.eval.setup import build_evaluator, read_traces
 from prefixrl_mcore.observability.phases import Phases
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder

@@ -17,10 +17,11 @@ from rich.console import Console
 from prefixrl_mcore.accounting.flops import count_parameters, sampling_flops
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import CollectConfig, RunConfig
+from prefixrl_mcore.data.problem_sets import read_training_problems
 from prefixrl_mcore.data.trace_schema import AttemptRecord, TraceRecord
 from prefixrl_mcore.data.traces import TraceStore, build_trace_id
 from prefixrl_mcore.eval.runner import Evaluator
-from prefixrl_mcore.eval.setup import build_evaluator, read_training_problems
+from prefixrl_mcore.eval.setup import build_evaluator
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.records import PrefixedProblem, ScoredRollout
@@ -44,6 +45,11 @@ def collect(config: RunConfig) -> None:
     training_problems = read_training_problems(config)
     folder.check(config)
     with ExitStack() as stack:
+        logger.info(
+            "%d problems, at most %d completions",
+            len(training_problems),
+            config.collect.most_completions(len(training_problems)),
+        )
         evaluator = stack.enter_context(
             build_evaluator(
                 config,

@@ -10,9 +10,9 @@ from rich.table import Table
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.prefix_cuts import PrefixStats, answer_finder, cut_prefixes
 from prefixrl_mcore.data.prefixes import write_prefixes
+from prefixrl_mcore.data.problem_sets import read_training_problems
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.traces import TraceStore
-from prefixrl_mcore.eval.setup import read_training_problems
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.rewards.build import build_verifier
 

@@ -4,7 +4,6 @@
 it keeps, and what happens with the rest.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,8 +152,7 @@ class Generator:
         """Do the work of ``generate``."""
         start = time.perf_counter()
         wanted = self._run.batch.prompts_per_step
-        max_rounds = self._schedule.max_rounds if self._schedule.dynamic_sampling else 1
-        while len(tally.kept) < wanted and tally.num_rounds < max_rounds:
+        while len(tally.kept) < wanted and tally.num_rounds < self._schedule.num_rounds:
             label = f"{step}+{tally.num_rounds}" if tally.num_rounds else str(step)
             on_wait("rollouts")
             finished = self._sample_round(wanted - len(tally.kept), label, tally)
@@ -182,8 +180,7 @@ class Generator:
 
     def _sample_round(self, num_wanted: int, label: str, tally: _Tally) -> list[StartedGroup]:
         """Return ``num_wanted`` finished groups, in the order in which they were begun."""
-        # Rounded first: 1.1 x 50 is 55.00000000000001 in binary.
-        num_begun = math.ceil(round(self._schedule.oversampling * num_wanted, 9))
+        num_begun = self._schedule.num_begun(num_wanted)
         started = self._take(num_begun, label, tally)
         start = time.perf_counter()
         sampled = sample_started(

@@ -362,7 +362,7 @@ class Session:
 
     def is_evaluation_due(self, step: int) -> bool:
         """Return whether the policy after ``step`` steps is evaluated in training."""
-        return step % self.config.evaluation.every_steps == 0
+        return self.config.evaluation.is_due(step)
 
     def is_last(self, step: int) -> bool:
         """Return whether the run ends after ``step`` steps; equal on all ranks."""

@@ -12,13 +12,13 @@ from rich.text import Text
 from prefixrl_mcore.config.data import PromptConfig
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.import_report import ImportReport
+from prefixrl_mcore.data.problem_sets import read_training_problems
 from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.trace_files import TraceFormat
 from prefixrl_mcore.data.trace_import import Keep
 from prefixrl_mcore.data.trace_import import import_traces as import_file
 from prefixrl_mcore.data.traces import TraceStore, check_hash
 from prefixrl_mcore.data.verification import verify_store
-from prefixrl_mcore.eval.setup import read_training_problems
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.rewards.build import build_verifier

@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM
 from prefixrl_mcore.accounting.flops import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.cli import main
+from prefixrl_mcore.data.problem_sets import read_evaluation_sets
 from prefixrl_mcore.data.traces import TraceStore
+from prefixrl_mcore.eval.parts import parts_of_checkpoint
 from prefixrl_mcore.loss.row_metrics import metric_names
 from prefixrl_mcore.observability.phases import TIMED
+from prefixrl_mcore.observability.run_folder import RunFolder
 from prefixrl_mcore.policy import router
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
@@ -354,6 +357,16 @@ def test_eval_convert_and_report(tiny_task: TinyTask, trained: Path, tmp_path: P
     assert set(result["sets"]) == {"train", "held-out"}
     assert set(result["sets"]["train"]["pass_at_k"]) == {"1", "4"}
     assert [row["fraction"] for row in result["unlock"]][:2] == [0.0, 0.1]
+    config = RunFolder(trained).read_config()
+    counted = parts_of_checkpoint(config.evaluation, read_evaluation_sets(config))
+    for part in counted:
+        found = result["parts"].get(part.name, {"num_correct": [], "num_samples": part.num_samples})
+        assert found["num_samples"] == part.num_samples
+        if part.name.startswith("bin/"):  # short traces have no token in some of them
+            assert len(found["num_correct"]) <= len(part.problems)
+        else:
+            assert len(found["num_correct"]) == len(part.problems)
+    assert {part.name for part in counted} >= set(result["parts"])
 
     checkpoint = latest_checkpoint(trained / "checkpoints")
     out = tmp_path / "hf"

@@ -24,6 +24,7 @@ from prefixrl_mcore.accounting.step_time import Assumptions
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.check import check_layout, gpu_flops, read_shape, step_work
+from prefixrl_mcore.launch.completions import count_completions
 from prefixrl_mcore.launch.machine import Machine
 from prefixrl_mcore.launch.plan_report import layout_name
 from prefixrl_mcore.launch.server_plan import (
@@ -32,6 +33,7 @@ from prefixrl_mcore.launch.server_plan import (
     with_sampling,
     with_servers_of_all_nodes,
 )
+from prefixrl_mcore.records import Problem
 from tests.support.recipe_layouts import (
     ELSEWHERE,
     GPUS_PER_NODE,
@@ -58,6 +60,12 @@ MARGIN_GIB = 0.9 * USABLE_GIB
 
 HOST_GIB = 900.0
 """What a recipe may need of a node's host memory in a save: nodes have 1 TiB, or more."""
+
+PROBLEMS = {
+    name: [Problem(problem_id="", text="", answer="", source="")] * num
+    for name, num in (("train", 1000), ("aime25", 30), ("hmmt_feb25", 30), ("imo", 200))
+}
+"""As many as the paper's."""
 
 CONTEXT_GAIN = 0.1
 """Share of the GPU-hours that each doubling of context parallelism has to save: its attention runs
@@ -274,8 +282,8 @@ def _demands(other: Prediction, chosen: Prediction) -> dict[str, float]:
 
 
 def tables() -> str:
-    """Return all three tables."""
-    return "\n".join([*_chosen(), "", *_neighbours(), "", *_elsewhere()])
+    """Return all four tables."""
+    return "\n".join([*_chosen(), "", *_sampling(), "", *_neighbours(), "", *_elsewhere()])
 
 
 _PHASES = "sampling | sync | update"
@@ -299,6 +307,22 @@ def _chosen() -> Iterator[str]:
         link = f"[{recipe.name}](../configs/recipes/{recipe.name}.toml)"
         cells = f"{found.layout} | {found.phases} | {found.host_gib:.0f} | {found.cost}"
         yield f"| {link} | {billions:.1f}e9 | {cells} |"
+
+
+def _sampling() -> Iterator[str]:
+    """Yield the table of what is sampled beside the training, at the speed of its rollouts."""
+    stages = "evaluation in training | `prefixrl eval` | collection, at most"
+    yield from _header("recipe | completions of training", stages)
+    for recipe in RECIPES:
+        found = predict(recipe)
+        count = count_completions(found.config, PROBLEMS)
+        num_gpus = found.num_nodes * GPUS_PER_NODE
+        hours = found.plan.time.rollout * num_gpus / found.config.most_completions_per_step / 3600
+        cells = (
+            f"{number:,}: {number * hours:,.0f} GPU-hours"
+            for number in (count.in_training, count.checkpoint, count.collection)
+        )
+        yield f"| {recipe.name} | {count.training:,} | {' | '.join(cells)} |"
 
 
 def _neighbours() -> Iterator[str]:

@@ -56,7 +56,7 @@ class TinyTask:
             *("--trainer.num-steps", "4", "--trainer.rollouts-every-steps", "1"),
             *("--checkpoint.every-steps", "2", "--evaluation.every-steps", "2"),
             *("--evaluation.num-samples", "4", "--evaluation.training-num-samples", "2"),
-            *("--evaluation.unlock-num-samples", "2"),
+            *("--evaluation.unlock-num-samples", "2", "--evaluation.train-set-num-samples", "4"),
             *more,
         ]
 

@@ -304,7 +304,7 @@ def test_the_training_step_waits_less_for_a_save_in_the_background(
 ) -> None:
     """Prints how long a step waits, and how much longer the steps beside the writer take.
 
-    The ratio of the waits is in docs/architecture.md and EXPERIMENTS.md.
+    The ratio of the waits is in docs/checkpoints.md and EXPERIMENTS.md.
     """
     model = build_tiny_qwen3(hidden_size=512, ffn_size=2048, num_layers=8, vocab_size=4096)
     policy = build_policy(write_model_folder(model, tmp_path / "model"))

@@ -282,8 +282,8 @@ def _demands(other: Prediction, chosen: Prediction) -> dict[str, float]:
 
 
 def tables() -> str:
-    """Return all four tables."""
-    return "\n".join([*_chosen(), "", *_sampling(), "", *_neighbours(), "", *_elsewhere()])
+    """Return all four tables: the longest one last."""
+    return "\n".join([*_chosen(), "", *_sampling(), "", *_elsewhere(), "", *_neighbours()])
 
 
 _PHASES = "sampling | sync | update"

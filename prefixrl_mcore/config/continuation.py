@@ -28,7 +28,7 @@ MAY_CHANGE = (
     "rollout.sglang.host",
     "rollout.sglang.api_key_file",
     "rollout.sglang.num_servers",
-    "rollout.sglang.url",  # and urls
+    "rollout.sglang.urls",
     "rollout.sglang.router_url",
     "rollout.sglang.min_servers",
     "rollout.sglang.max_restarts",

@@ -176,19 +176,6 @@ class SGLangConfig(Config):
     extra_args: tuple[str, ...] = ()
     """Further arguments of ``sglang.launch_server``: none that has a setting or opens a port."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _url_is_now_urls(cls, values: object) -> object:
-        """Earlier versions wrote ``url = null`` into the config.json of every run."""
-        if not isinstance(values, dict) or "url" not in values:
-            return values
-        if values["url"] is not None:
-            raise ValueError(
-                f"rollout.sglang.url is now rollout.sglang.urls, a list, got url = "
-                f"{values['url']!r}; write urls = [{values['url']!r}]"
-            )
-        return {key: value for key, value in values.items() if key != "url"}
-
     @model_validator(mode="after")
     def _servers_are_child_processes_or_run_already(self) -> "SGLangConfig":
         if self.urls and self.num_servers != 1:

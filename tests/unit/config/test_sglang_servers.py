@@ -25,14 +25,9 @@ def test_more_servers_may_be_wanted_than_one_machine_starts() -> None:
         config.check_min_servers(2)
 
 
-def test_settings_that_an_earlier_version_wrote_are_read() -> None:
-    assert servers(url=None) == servers()
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        pytest.param({"url": "http://a"}, r"write urls = \['http://a'\]", id="the old key"),
         pytest.param(
             {"num_servers": 2, "urls": ["http://a"]}, "leave one of them out", id="both kinds"
         ),

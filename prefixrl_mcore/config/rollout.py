@@ -143,7 +143,8 @@ class SGLangConfig(Config):
     """GPUs of each server."""
 
     memory_fraction: float = Field(default=0.8, gt=0.0, lt=1.0)
-    """``--mem-fraction-static``: share of GPU memory for weights and KV cache."""
+    """``--mem-fraction-static``: share of the GPU memory that is free when the server starts
+    (beside a trainer: after its weights and gradients), for weights and KV cache."""
 
     deterministic: bool = False
     """Equal seeds and weights give equal completions (``--enable-deterministic-inference``).

@@ -1,9 +1,10 @@
-"""What the Markdown files lead to is there: links, anchors, commands and their options."""
+"""What the Markdown files show is there: links, anchors, commands, options, configs."""
 
 import contextlib
 import io
 import re
 import subprocess
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.config.base import Config
+from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import RunConfig
+from tests.support.released_configs import RELEASED, write_shape
 
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
@@ -137,3 +140,35 @@ def test_commands_are_found_and_unknown_words_too() -> None:
     train = ["train", "my.toml", "--policy.optimizer.lr", "1", "--polcy.x", "2"]
     assert list(unknown_words(train)) == ["--polcy.x"]
     assert list(unknown_words(["jobs", "list", "--folder", "x"])) == ["--folder"]
+
+
+_CONFIG = re.compile(r"^ {4}(?:#.*\n {4})?run_folder = .*\n(?: {4}.*\n)+", re.MULTILINE)
+
+
+def _shown_config(name: str, folder: Path) -> Path:
+    """Write the one run config that a document shows into a file."""
+    (block,) = _CONFIG.findall((ROOT / name).read_text(encoding="utf-8"))
+    file = folder / "my.toml"
+    file.write_text(textwrap.dedent(block), encoding="utf-8")
+    return file
+
+
+def test_the_config_in_the_readme_leaves_the_rest_at_its_defaults(tmp_path: Path) -> None:
+    config = load_config(RunConfig, _shown_config("README.md", tmp_path), [])
+    assert config.model.path.name in RELEASED
+    assert list(config.data.held_out) == ["aime25"]
+    named = {"run_folder": config.run_folder, "model": config.model, "data": config.data}
+    assert config == RunConfig(**named)
+
+
+def test_the_config_of_the_first_run_fits_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _shown_config("docs/first_run.md", tmp_path)
+    model = write_shape("Qwen3-4B-Instruct-2507", tmp_path)
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main(["check", str(file), "--model.path", str(model)]) == 0
+    said = capsys.readouterr().out
+    assert "TP 4 x PP 1 x CP 1 x DP 2" in said
+    assert re.search(r"4 server\(s\) on GPUs of the trainer: .* of 72.00, .* fits$", said, re.M)
+    assert "does not fit" not in said

@@ -27,7 +27,7 @@ config, `policy.optimizer.lr` is `lr` in the section `[policy.optimizer]`; on th
 
 *Resume* says whether a run that goes on may change the setting: `free` settings say how long, where
 and with how much memory (`trainer.num_steps` is one under a constant learning rate only), the
-others what is computed ([architecture](architecture.md)). `prefixrl check CONFIG --help-settings`
+others what is computed ([checkpoints](checkpoints.md)). `prefixrl check CONFIG --help-settings`
 shows the values of a config.
 
 Made by `python -m tests.support.settings_page --write docs/settings.md`; a test compares the two.

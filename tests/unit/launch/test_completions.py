@@ -15,7 +15,7 @@ from prefixrl_mcore.eval.runner import EvaluationResult
 from prefixrl_mcore.launch.completions import Completions, completions_text, count_completions
 from prefixrl_mcore.records import Problem
 
-RECIPES = Path(__file__).parents[3] / "docs" / "recipes.md"
+FIRST_RUN = Path(__file__).parents[3] / "docs" / "first_run.md"
 
 
 def problems(name: str, count: int) -> list[Problem]:
@@ -160,13 +160,13 @@ def test_check_counts_when_the_problem_files_are_there(tmp_path: Path) -> None:
 def test_screening_as_the_page_has_it_keeps_the_unsolved_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", RECIPES.read_text(), re.MULTILINE | re.DOTALL)
+    (code,) = re.findall(r"^```python\n(.*?)^```", FIRST_RUN.read_text(), re.MULTILINE | re.DOTALL)
     results = tmp_path / "runs" / "screen" / "eval"
     results.mkdir(parents=True)
     (tmp_path / "data").mkdir()
     parts = {"set/train": {"num_correct": [0, 3, 0], "num_samples": 512}}
     (results / "base.json").write_text(json.dumps({"parts": parts}))
-    (tmp_path / "data" / "candidates.jsonl").write_text('{"a": 1}\n\n{"b": 2}\n{"c": 3}\n')
+    (tmp_path / "data" / "all.jsonl").write_text('{"a": 1}\n\n{"b": 2}\n{"c": 3}\n')
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, RECIPES, "exec"), {})
-    assert (tmp_path / "data" / "hard_problems.jsonl").read_text() == '{"a": 1}\n{"c": 3}\n'
+    exec(compile(code, FIRST_RUN, "exec"), {})
+    assert (tmp_path / "data" / "problems.jsonl").read_text() == '{"a": 1}\n{"c": 3}\n'

@@ -13,6 +13,7 @@ from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.demo.settings import TaskConfig
 from prefixrl_mcore.demo.task import build_task
+from tests.support.signal_handlers import restored_stop_signals
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "demo" / "run.toml"
@@ -63,7 +64,8 @@ class TinyTask:
     def run(self, command: str, run_folder: Path, *more: str) -> int:
         """Run ``prefixrl COMMAND`` in this process; return the exit code."""
         name, *options = command.split()
-        return main([name, str(CONFIG), *options, *self.flags(run_folder, *more)])
+        with restored_stop_signals():
+            return main([name, str(CONFIG), *options, *self.flags(run_folder, *more)])
 
     def start(self, command: str, run_folder: Path, *more: str) -> "subprocess.Popen[str]":
         """Start ``prefixrl COMMAND`` in a process of its own, with its output in one pipe."""

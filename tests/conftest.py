@@ -31,6 +31,13 @@ import pytest
 if TYPE_CHECKING:
     from tests.support.tiny_run import TinyTask
 
+_PROMISES = {
+    "gpu": "PREFIXRL_REQUIRE_GPU",
+    "slurm": "PREFIXRL_REQUIRE_SLURM",
+    "mount": "PREFIXRL_REQUIRE_SLURM",  # the cluster needs the same rights
+}
+"""Marker of a test, and the variable that is 1 where the machine has what the test needs."""
+
 CAPABILITY_SKIP = "Skipped: this GPU has no "
 """How pytest tells of a skip whose reason is the compute capability."""
 
@@ -52,8 +59,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ``CAPABILITY_SKIP`` stays a skip.
     """
     report = yield
-    for marker in ("gpu", "slurm"):
-        variable = f"PREFIXRL_REQUIRE_{marker.upper()}"
+    for marker, variable in _PROMISES.items():
         is_required = (
             item.get_closest_marker(marker) is not None and os.environ.get(variable) == "1"
         )

@@ -10,6 +10,7 @@ from prefixrl_mcore.launch.slurm.first_call import wait_for_call
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import ApiKey
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from tests.support.ports import free_port
 from tests.support.waiting import wait_until
 
 KEY = ApiKey("0123456789abcdef")
@@ -17,9 +18,7 @@ KEY = ApiKey("0123456789abcdef")
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as one:
-        one.bind(("", 0))
-        return one.getsockname()[1]
+    return free_port()
 
 
 def _client(port: int, key: ApiKey | None) -> SGLangClient:

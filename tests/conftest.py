@@ -1,9 +1,22 @@
-"""Fixtures that several folders share, and the rule that a promised GPU or Slurm is no skip."""
+"""What all tests share: an environment that is nobody's, fixtures, and what may not be skipped."""
 
-# ruff: noqa: E402 - Triton and cuBLAS read these variables when they are first used
+# ruff: noqa: E402 - OpenMP, Triton and cuBLAS read these variables when they are first used
 
 import os
 from pathlib import Path
+
+_OF_THE_USER = {
+    *("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "WANDB_RUN_ID"),
+    *("PREFIXRL_SITES", "PREFIXRL_SGLANG_API_KEY"),
+}
+"""What a shell, a job or a terminal may have set, and what is printed or started depends on."""
+
+for _name in list(os.environ):
+    if _name in _OF_THE_USER or _name.startswith("SLURM_"):
+        del os.environ[_name]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, whatever ran before
 
 _HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))  # without torch, which would import Triton
 if not _HAS_GPU or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
@@ -17,6 +30,13 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.support.tiny_run import TinyTask
+
+_PROMISES = {
+    "gpu": "PREFIXRL_REQUIRE_GPU",
+    "slurm": "PREFIXRL_REQUIRE_SLURM",
+    "mount": "PREFIXRL_REQUIRE_SLURM",  # the cluster needs the same rights
+}
+"""Marker of a test, and the variable that is 1 where the machine has what the test needs."""
 
 CAPABILITY_SKIP = "Skipped: this GPU has no "
 """How pytest tells of a skip whose reason is the compute capability."""
@@ -39,8 +59,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     ``CAPABILITY_SKIP`` stays a skip.
     """
     report = yield
-    for marker in ("gpu", "slurm"):
-        variable = f"PREFIXRL_REQUIRE_{marker.upper()}"
+    for marker, variable in _PROMISES.items():
         is_required = (
             item.get_closest_marker(marker) is not None and os.environ.get(variable) == "1"
         )

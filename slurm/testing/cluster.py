@@ -1,6 +1,7 @@
 """A Slurm cluster of several nodes on this machine, for trying and testing launches.
 
     python3 slurm/testing/cluster.py up [--nodes 4 ...]    starts it and waits until it is idle
+                                     check                 only says why ``up`` would refuse
     eval "$(python3 slurm/testing/cluster.py env)"         lets srun, sbatch, ... of a shell find it
     python3 slurm/testing/cluster.py fail --node n2        as if its power went; mend: it is back
                                      ... --daemon-only     what it runs lives on, unseen by Slurm
@@ -38,13 +39,11 @@ def main() -> int:
     arguments = _parse()
     folder = arguments.dir.resolve()
     try:
-        if arguments.command == "up":
+        if arguments.command in ("check", "up"):
             _check_machine(arguments, folder)
             cluster = _cluster(arguments, folder)
-            if cluster.has_cgroups:
-                cgroups.check_unused(cluster.node_names)
-                cgroups.remove(cluster.node_names)  # of a cluster that died
-            _up(cluster)
+            if arguments.command == "up":
+                _up(cluster)
             return 0
         cluster = read_cluster(folder)
         if cluster is None:
@@ -74,7 +73,7 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="A Slurm cluster on this machine.")
-    commands = ("up", "env", "status", "fail", "mend", "down", "wipe")
+    commands = ("check", "up", "env", "status", "fail", "mend", "down", "wipe")
     parser.add_argument("command", choices=commands)
     parser.add_argument("--dir", type=Path, default=Path("runs/slurm-cluster"), help="its folder")
     parser.add_argument("--nodes", type=int, default=4, help="nodes n1, n2, ... (4)")
@@ -98,9 +97,13 @@ def _parse() -> argparse.Namespace:
 
 
 def _cluster(arguments: argparse.Namespace, folder: Path) -> Cluster:
-    """Return the cluster to start."""
+    """Return the cluster to start.
+
+    Raises:
+        RuntimeError: if another one has the control groups that it needs.
+    """
     ports = _free_ports(3 + arguments.nodes)
-    return Cluster(
+    cluster = Cluster(
         folder=folder,
         nodes=arguments.nodes,
         cpus=arguments.cpus,
@@ -114,6 +117,9 @@ def _cluster(arguments: argparse.Namespace, folder: Path) -> Cluster:
         mariadb_port=ports + 2,
         node_port=6818 if not arguments.no_networks else ports + 3,
     )
+    if cluster.has_cgroups:
+        cgroups.check_unused(cluster.node_names)
+    return cluster
 
 
 def _free_ports(number: int) -> int:
@@ -159,6 +165,8 @@ def _check_machine(arguments: argparse.Namespace, folder: Path) -> None:
 def _up(cluster: Cluster) -> None:
     """Start all daemons, each when the one before answers; nothing is left if one does not."""
     folder = cluster.folder
+    if cluster.has_cgroups:
+        cgroups.remove(cluster.node_names)  # of a cluster that died
     for name in ("etc", "run", "log", "state", "spool", "dev", "lib", "root"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number in range(cluster.gpus):

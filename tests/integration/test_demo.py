@@ -7,6 +7,7 @@ import pytest
 
 from prefixrl_mcore.cli import main
 from tests.support.sglang_environments import sglang_python
+from tests.support.signal_handlers import restored_stop_signals
 from tests.support.tiny_run import CONFIG, TASK
 
 METHODS = ("prefixrl", "rl", "sft_then_rl")
@@ -43,7 +44,8 @@ def test_the_demo_runs_every_stage_once_and_ends_with_report_and_summary(
     folder = tmp_path / "demo"
     arguments = ["demo", "--folder", str(folder), "--configs", str(configs)]
     arguments += ["--engine", engine]
-    assert main(arguments) == 0
+    with restored_stop_signals():
+        assert main(arguments) == 0
     out = capsys.readouterr().out
     assert str(folder / "report.html") in out
     assert str(folder / "summary.json") in out

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_run import TinyTask, course_of, metrics_of, without_clock
+from tests.support.waiting import beside
 
 pytestmark = pytest.mark.slow
 
@@ -67,20 +67,15 @@ def stopped_in(
         The exit code.
     """
 
-    def strike() -> None:
-        deadline = time.monotonic() + 500
-        while time.monotonic() < deadline:
+    def strike(is_over: threading.Event) -> None:
+        while not is_over.wait(0.002):
             if len(metrics_of(run, "train")) == after_steps and is_inside(function):
-                time.sleep(seconds)
-                os.kill(os.getpid(), signal.SIGUSR1)
+                if not is_over.wait(seconds):
+                    os.kill(os.getpid(), signal.SIGUSR1)
                 return
-            time.sleep(0.002)
 
-    thread = threading.Thread(target=strike)
-    thread.start()
-    code = tiny_task.run("train", run, *flags)
-    thread.join()
-    return code
+    with beside(strike):
+        return tiny_task.run("train", run, *flags)
 
 
 def assert_is_interrupted_once(run: Path, expected: Lines, *, step: int) -> None:

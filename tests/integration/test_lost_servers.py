@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.rollout.sglang.batch import Batch
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_run import TinyTask, metrics_of
+from tests.support.waiting import beside
 
 pytestmark = pytest.mark.slow
 
@@ -59,11 +61,9 @@ def test_run_that_lost_its_only_server_saves_its_step_and_resumes(
     assert [line["step"] for line in after] == list(range(len(lines) + 1))
 
 
-def kill_one_that_samples(run: Path, killed: list[str]) -> None:
+def kill_one_that_samples(run: Path, killed: list[str], is_over: threading.Event) -> None:
     """Kill a server of this process in the middle of a generation, once a step is done."""
-    deadline = time.monotonic() + 500
-    while time.monotonic() < deadline:
-        time.sleep(0.005)
+    while not is_over.wait(0.005):
         batch = batch_under_way() if len(metrics_of(run, "train")) == 1 else None
         if batch is None or not 1 <= len(batch._done) <= 8:
             continue
@@ -92,11 +92,7 @@ def test_one_of_two_servers_is_killed_while_it_samples_beside_an_update(
 ) -> None:
     run = tmp_path / "run"
     killed: list[str] = []
-    thread = threading.Thread(target=kill_one_that_samples, args=(run, killed))
-    thread.start()
-    code = tiny_task.run(
-        "train",
-        run,
+    flags = (
         *("--overlap", "--rollout.engine", "sglang", "--rollout.sglang.num-servers", "2"),
         *("--rollout.sglang.python", str(sglang_python())),
         # One request at a time: a generation has eight rounds.
@@ -104,7 +100,8 @@ def test_one_of_two_servers_is_killed_while_it_samples_beside_an_update(
         *("--evaluation.every-steps", "1000", "--evaluation.max-problems", "1"),
         *("--checkpoint.every-steps", "1000"),
     )
-    thread.join()
+    with beside(partial(kill_one_that_samples, run, killed)):
+        code = tiny_task.run("train", run, *flags)
 
     assert code == 0
     assert killed == ["server 0"]

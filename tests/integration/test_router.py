@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,18 +15,13 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import SampleRequest
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from tests.support.pool_requests import params_of, requests_of
+from tests.support.ports import free_port
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
 
 pytestmark = pytest.mark.slow
 
 START_SECONDS = 300.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @contextmanager

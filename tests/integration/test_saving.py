@@ -14,6 +14,7 @@ import pytest
 
 from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint, read_trainer_state
 from prefixrl_mcore.cli import main
+from tests.support.disks import small_disk_at
 from tests.support.tiny_run import TinyTask, metrics_of, without_clock
 
 NUM_STEPS = ("--trainer.num-steps", "4", "--checkpoint.every-steps", "1")
@@ -186,14 +187,9 @@ def test_a_supervised_phase_fails_if_its_last_epoch_cannot_be_saved(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A run's folder of checkpoints on a file system of its own; needs the right to mount."""
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    """A run's folder of checkpoints on a file system of its own."""
+    with small_disk_at(tmp_path / "run" / "checkpoints", mebibytes=64) as folder:
+        yield folder
 
 
 def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]") -> None:
@@ -205,6 +201,7 @@ def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]") 
 
 
 @pytest.mark.slow
+@pytest.mark.mount
 @pytest.mark.parametrize("in_background", ["no-in-background", "in-background"])
 def test_a_run_outlives_a_full_disk(
     tiny_task: TinyTask, small_disk: Path, in_background: str

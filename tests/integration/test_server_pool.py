@@ -20,7 +20,7 @@ from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
 from tests.support.pool_requests import CONTEXT_TOKENS, params_of, requests_of
-from tests.support.processes import wait_until_gone
+from tests.support.processes import pids_of_groups, wait_until_gone
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
 
@@ -247,7 +247,7 @@ def test_what_is_not_needed_any_more_comes_back_as_far_as_it_got(engine: SGLangE
 def test_closed_pool_leaves_no_process(engine: SGLangEngine) -> None:
     """The last test with the pool of all others."""
     groups = [server.supervisor_pid for server in engine.servers]
-    before = [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) in groups]
+    before = pids_of_groups(groups)
     assert len(before) >= 3 * NUM_SERVERS  # supervisor, HTTP process, scheduler
 
     engine.close()
@@ -269,7 +269,7 @@ def test_killed_trainer_leaves_no_process(model_folder: Path, tmp_path: Path) ->
             assert trainer.poll() is None
             time.sleep(0.1)
         groups = [int(pid) for pid in done_file.read_text().split()]
-        before = [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) in groups]
+        before = pids_of_groups(groups)
         assert len(before) >= 6
     finally:
         trainer.kill()

@@ -1,7 +1,5 @@
 """One local Slurm cluster for all tests of this folder."""
 
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,40 +23,29 @@ def run_cluster(command: str, folder: Path, *options: str) -> "subprocess.Comple
     )
 
 
-def missing_for_slurm() -> str | None:
-    """Return why no local cluster can run here; None if one can."""
-    if os.geteuid() != 0:
-        return "the local Slurm cluster needs root"
-    programs = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "unshare")
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed: run slurm/testing/install.sh"
-    if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode:
-        return "this machine has no network namespaces"
-    return None
+def skip_unless_it_can_run(folder: Path, *options: str) -> None:
+    """Skip the test where ``up`` would refuse the machine, and say why."""
+    done = run_cluster("check", folder, *options)
+    if done.returncode:
+        pytest.skip(done.stderr.strip())
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Path]:
     """Start four nodes with two pretended GPUs each; return the cluster's folder."""
-    reason = missing_for_slurm()
-    if reason is not None:
-        pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    folder.chmod(0o755)
-    done = run_cluster("up", folder, "--gpus", "2")
-    assert done.returncode == 0, done.stderr
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
-    try:
-        yield folder
-    finally:
-        if before is None:
-            del os.environ["SLURM_CONF"]
-        else:
-            os.environ["SLURM_CONF"] = before
-        down = run_cluster("wipe", folder)
-        assert down.returncode == 0, down.stderr
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        skip_unless_it_can_run(folder)
+        folder.chmod(0o755)
+        done = run_cluster("up", folder, "--gpus", "2")
+        assert done.returncode == 0, done.stderr  # and nothing is left of it
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("SLURM_CONF", str(folder / "etc" / "slurm.conf"))
+                yield folder
+        finally:
+            down = run_cluster("wipe", folder)
+            assert down.returncode == 0, down.stderr
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import CLUSTER, missing_for_slurm, run_cluster
+from tests.slurm.conftest import CLUSTER, run_cluster, skip_unless_it_can_run
 
 pytestmark = pytest.mark.slurm
 
@@ -60,10 +60,8 @@ def test_a_job_gets_the_gpus_that_it_asks_for(slurm: Path) -> None:
 
 
 def test_down_leaves_no_process_and_no_network(tmp_path: Path) -> None:
-    reason = missing_for_slurm()
-    if reason is not None:
-        pytest.skip(reason)
     folder = tmp_path / "c"
+    skip_unless_it_can_run(folder, "--no-cgroups")
     up = run_cluster("up", folder, "--nodes", "2", "--no-cgroups")
     assert up.returncode == 0, up.stderr
     assert "2 nodes are idle" in up.stderr
@@ -89,15 +87,16 @@ def test_down_leaves_no_process_and_no_network(tmp_path: Path) -> None:
 
 
 def test_a_second_cluster_with_control_groups_is_refused(slurm: Path, tmp_path: Path) -> None:
-    second = run_cluster("up", tmp_path / "second")
-    assert second.returncode == 1
-    assert "another cluster with control groups runs here: slurmd of n" in second.stderr
-    assert f"of {slurm}/etc/slurm.conf" in second.stderr
-    assert not (tmp_path / "second").exists()
+    for command in ("check", "up"):
+        second = run_cluster(command, tmp_path / "second")
+        assert second.returncode == 1
+        assert "another cluster with control groups runs here: slurmd of n" in second.stderr
+        assert f"of {slurm}/etc/slurm.conf" in second.stderr
+        assert not (tmp_path / "second").exists()
 
 
-@pytest.mark.skipif(missing_for_slurm() is not None, reason="no local cluster can run here")
-def test_what_a_dead_cluster_left_blocks_only_while_its_tasks_run(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("slurm")  # the machine can do it
+def test_what_a_dead_cluster_left_blocks_only_while_its_tasks_run() -> None:
     root = Path("/sys/fs/cgroup")
     controller = root / "freezer" if (root / "freezer").is_dir() else root
     group = controller / "slurm_n9" / "uid_0" / "job_1"
@@ -125,10 +124,11 @@ def _mark(folder: Path) -> str:
     return f"{zlib.crc32(str(folder).encode()) & 0xFFFF:04x}"
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["check", "up"])
+def test_what_is_missing_is_named(tmp_path: Path, command: str) -> None:
     environment = {"PATH": str(tmp_path)}
     done = subprocess.run(
-        [os.path.realpath("/proc/self/exe"), "slurm/testing/cluster.py", "up", "--dir", "x"],
+        [os.path.realpath("/proc/self/exe"), "slurm/testing/cluster.py", command, "--dir", "x"],
         capture_output=True,
         text=True,
         check=False,

@@ -1,8 +1,12 @@
 """Watching processes from outside."""
 
+import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 
 def is_running(pid: int) -> bool:
@@ -12,6 +16,16 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def pids_of_groups(groups: Iterable[int]) -> list[int]:
+    """Return the processes of some process groups; others of the machine may come and go."""
+    wanted, found = set(groups), list[int]()
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError):
+            if os.getpgid(pid) in wanted:
+                found.append(pid)
+    return found
 
 
 def wait_until_gone(pids: Iterable[int], *, timeout_seconds: float = 20.0) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from prefixrl_mcore.config.load import load_config
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.demo.settings import TaskConfig
 from prefixrl_mcore.demo.task import build_task
+from tests.support.signal_handlers import restored_stop_signals
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "demo" / "run.toml"
@@ -63,11 +65,15 @@ class TinyTask:
     def run(self, command: str, run_folder: Path, *more: str) -> int:
         """Run ``prefixrl COMMAND`` in this process; return the exit code."""
         name, *options = command.split()
-        return main([name, str(CONFIG), *options, *self.flags(run_folder, *more)])
+        with restored_stop_signals():
+            return main([name, str(CONFIG), *options, *self.flags(run_folder, *more)])
 
     def start(self, command: str, run_folder: Path, *more: str) -> "subprocess.Popen[str]":
-        """Start ``prefixrl COMMAND`` in a process of its own, with its output in one pipe."""
-        return subprocess.Popen(
+        """Start ``prefixrl COMMAND`` in a process of its own, with its output in one pipe.
+
+        It is ended with the test, if that has not seen to it.
+        """
+        process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "prefixrl_mcore.cli", command, str(CONFIG)),
                 *self.flags(run_folder, *more),
@@ -78,6 +84,20 @@ class TinyTask:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
             start_new_session=True,
         )
+        _started.append(process)
+        return process
+
+
+_started: list["subprocess.Popen[str]"] = []
+
+
+def end_started_runs() -> None:
+    """Kill the runs that a failed test has left, with all their ranks."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 _CHARGES = {

@@ -2,11 +2,10 @@
 
 import fcntl
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError, Stora
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.resumable import ResumableFolder
 from prefixrl_mcore.trainer.convert_commands import _Work
+from tests.support.disks import no_file_above
 from tests.support.policies import max_difference
 from tests.support.tiny_models import write_tiny_qwen3
 from tests.support.weights import weights_in
@@ -232,6 +232,7 @@ convert_to_hf(checkpoint, out)
 """
 
 
+@pytest.mark.mount
 def test_a_bind_mount_is_refused_before_anything_is_written(
     checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -428,26 +429,9 @@ def test_a_file_that_cannot_be_copied_is_told_before_any_weight_is_written(
     assert sorted(tmp_path.rglob("*")) == before  # above all the finished files
 
 
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[], None]]:
-    """A storage that refuses files beyond 200,000 bytes, until the fixture's value is called."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def mend() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-    yield mend
-    mend()
-
-
 @pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
 def test_a_storage_that_refuses_is_named_and_what_is_finished_is_kept(
-    checkpoint: Path,
-    tmp_path: Path,
-    direction: str,
-    small_disk: Callable[[], None],
-    caplog: pytest.LogCaptureFixture,
+    checkpoint: Path, tmp_path: Path, direction: str
 ) -> None:
     convert, source, suffix = {
         "to-hf": (convert_to_hf, checkpoint, ".safetensors"),
@@ -455,12 +439,12 @@ def test_a_storage_that_refuses_is_named_and_what_is_finished_is_kept(
     }[direction]
     out = tmp_path / "out"
     # One file of half the size fits, and one of all weights does not.
-    with pytest.raises(SaveError, match=rf"{suffix}: the storage refused: .*File too large"):
-        convert(source, out, max_file_bytes=10**9)
-    assert not out.exists()
-    convert(source, out, max_file_bytes=100_000)
+    with no_file_above(200_000):
+        with pytest.raises(SaveError, match=rf"{suffix}: the storage refused: .*File too large"):
+            convert(source, out, max_file_bytes=10**9)
+        assert not out.exists()
+        convert(source, out, max_file_bytes=100_000)
     assert out.is_dir()
-    small_disk()
 
 
 def test_an_error_of_the_storage_keeps_the_finished_files(tmp_path: Path) -> None:

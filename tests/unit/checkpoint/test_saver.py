@@ -1,10 +1,8 @@
 """Saving beside training: snapshots, read-back, refusing storage, one save at a time."""
 
 import errno
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ from prefixrl_mcore.checkpoint.saver import CheckpointSaver, save_checkpoint
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
 from prefixrl_mcore.config.policy import OptimizerConfig
 from prefixrl_mcore.policy.policy import MegatronPolicy
+from tests.support.disks import no_file_above, small_disk_at
 from tests.support.policies import build_policy, make_batch, max_difference, weights_of
 from tests.support.tiny_models import build_tiny_qwen3, write_model_folder, write_tiny_qwen3
 
@@ -52,17 +51,6 @@ def held_writer() -> Iterator[threading.Event]:
     finally:
         _gate.set()
         _gate = None
-
-
-@contextmanager
-def no_file_above(size_bytes: int) -> Iterator[None]:
-    """Let the kernel refuse longer files, as a full disk would (EFBIG instead of ENOSPC)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save(saver: CheckpointSaver, step: int, policy: MegatronPolicy) -> Path | None:
@@ -258,17 +246,12 @@ def test_a_refusing_storage_keeps_the_old_checkpoint_and_a_retry_succeeds(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB; needs the right to mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk_at(tmp_path / "disk", mebibytes=3) as folder:
+        yield folder
 
 
 @BOTH
+@pytest.mark.mount
 def test_a_full_disk_keeps_the_old_checkpoint_wherever_the_space_ends(
     source: Path, small_disk: Path, in_background: bool
 ) -> None:

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,15 +10,15 @@ from prefixrl_mcore.launch.slurm.first_call import wait_for_call
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import ApiKey
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
+from tests.support.ports import free_port
+from tests.support.waiting import wait_until
 
 KEY = ApiKey("0123456789abcdef")
 
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as one:
-        one.bind(("", 0))
-        return one.getsockname()[1]
+    return free_port()
 
 
 def _client(port: int, key: ApiKey | None) -> SGLangClient:
@@ -28,15 +27,17 @@ def _client(port: int, key: ApiKey | None) -> SGLangClient:
 
 def test_the_trainers_look_at_the_server_is_a_call_and_no_health(port: int) -> None:
     strangers = (None, ApiKey("another-key-of-others"))
+    is_over = threading.Event()
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(wait_for_call, port, KEY, is_ending=lambda: False)
-        deadline = time.monotonic() + 5
-        while not waiting.running() or not _is_open(port):
-            assert time.monotonic() < deadline
-        assert not any(_client(port, key).is_healthy() for key in strangers)
-        assert not waiting.done()  # a port scanner starts no server
-        assert not _client(port, KEY).is_healthy()
-        assert waiting.result(5)
+        waiting = thread.submit(wait_for_call, port, KEY, is_ending=is_over.is_set)
+        try:
+            wait_until(lambda: _is_open(port))
+            assert not any(_client(port, key).is_healthy() for key in strangers)
+            assert not waiting.done()  # a port scanner starts no server
+            assert not _client(port, KEY).is_healthy()
+            assert waiting.result(20)
+        finally:
+            is_over.set()  # the executor waits for its thread
     with socket.socket() as server:  # as the server does it, at once
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(("", port))

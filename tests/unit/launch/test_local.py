@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from prefixrl_mcore.launch.local import launch_ranks
+from tests.support.processes import is_running
+from tests.support.waiting import wait_until
 
 LAUNCHER = """
 import sys
@@ -50,22 +51,8 @@ def _start(folder: Path, handler: str) -> tuple["subprocess.Popen[bytes]", list[
     command = [sys.executable, "-c", LAUNCHER, str(folder), RANK.replace("HANDLER", handler)]
     launcher = subprocess.Popen(command)
     files = [folder / f"pid-{rank}" for rank in range(2)]
-    _wait_until(lambda: all(file.exists() for file in files))
+    wait_until(lambda: all(file.exists() for file in files))
     return launcher, [int(file.read_text()) for file in files]
-
-
-def _wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_ranks_get_what_a_launcher_sets_and_the_arguments(tmp_path: Path) -> None:
@@ -121,7 +108,7 @@ def test_a_signal_reaches_all_ranks(tmp_path: Path, number: signal.Signals) -> N
     launcher, pids = _start(tmp_path, "stop")
     launcher.send_signal(number)
     assert launcher.wait(20) == 128 + number
-    assert not any(_is_alive(pid) for pid in pids)
+    assert not any(is_running(pid) for pid in pids)
 
 
 def test_a_second_interrupt_kills(tmp_path: Path) -> None:
@@ -129,10 +116,10 @@ def test_a_second_interrupt_kills(tmp_path: Path) -> None:
     launcher.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert launcher.poll() is None
-    assert all(_is_alive(pid) for pid in pids)
+    assert all(is_running(pid) for pid in pids)
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(20) == 128 + signal.SIGINT
-    assert not any(_is_alive(pid) for pid in pids)
+    assert not any(is_running(pid) for pid in pids)
 
 
 def test_ranks_die_with_the_launcher(tmp_path: Path) -> None:
@@ -140,4 +127,4 @@ def test_ranks_die_with_the_launcher(tmp_path: Path) -> None:
     assert all(os.getsid(pid) == pid for pid in pids)
     launcher.kill()
     launcher.wait()
-    _wait_until(lambda: not any(_is_alive(pid) for pid in pids))
+    wait_until(lambda: not any(is_running(pid) for pid in pids))

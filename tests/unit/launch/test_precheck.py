@@ -23,6 +23,7 @@ from prefixrl_mcore.launch.slurm.precheck.node import (
 )
 from prefixrl_mcore.launch.slurm.precheck.verdict import Finding, Verdict, decide
 from prefixrl_mcore.launch.slurm.rank_environment import master_port
+from tests.support.ports import free_port
 
 NODES = ["a", "b", "c"]
 
@@ -112,14 +113,8 @@ def test_a_job_leaves_out_so_many_nodes_and_no_more() -> None:
     assert "precheck.max_excluded_nodes" in verdict.why
 
 
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
-
-
 def test_a_clock_that_is_behind_is_measured_and_strangers_get_no_answer() -> None:
-    port = _port()
+    port = free_port()
     with Listener(port, "t0ken", lambda _: {"unix_seconds": time.time() + 100}) as listener:
         threading.Thread(target=listener.serve_forever, daemon=True).start()
         deadline = time.monotonic() + 10
@@ -150,7 +145,7 @@ def test_a_port_in_use_and_a_full_disk_are_named(tmp_path: Path) -> None:
     assert check_free(tmp_path / "not" / "there", "job_folder", 0) == []
 
 
-JOB_ID = "374"
+JOB_ID = str(os.getpid())  # the port is made of it: another test run has another
 
 
 def _run_tasks(

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 from prefixrl_mcore.config.operations import PhaseLimitsConfig, StallConfig
 from prefixrl_mcore.observability.heartbeat import Heartbeat, last_request
 from prefixrl_mcore.observability.phases import Phases
+from tests.support.waiting import wait_until
 
 CONFIG = StallConfig(
     limit_seconds=0.3, phases=PhaseLimitsConfig(start=None, rollout=60.0), answer_seconds=0.6
@@ -42,19 +43,12 @@ def _ranks(
         yield alive
 
 
-def _wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_silent_rank_0_is_named_alone_in_one_report(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "rank-00000.json").write_text('{"rank": ')  # cannot be read
     with _ranks(tmp_path, [1, 2, 3], world_size=4):
-        _wait_until((tmp_path / "stall-00001.txt").exists)
+        wait_until((tmp_path / "stall-00001.txt").exists)
     headline, *lines = (tmp_path / "stall-00001.txt").read_text().splitlines()
     assert headline == "stall: rank 0 never gave a sign of life"
     assert lines[0] == "  rank 0: no heartbeat"
@@ -72,11 +66,11 @@ def test_the_next_rank_reports_if_the_lowest_that_answered_dies(tmp_path: Path) 
                 (tmp_path / "rank-00001.json").read_text()
             )["answers"] == 1
 
-        _wait_until(has_answered)
+        wait_until(has_answered)
         answered = json.loads((tmp_path / "rank-00001.json").read_text())
         beat.write_text(json.dumps(answered | {"rank": 0}))  # rank 0 answers and is gone
         start = time.monotonic()
-        _wait_until((tmp_path / "stall-00001.txt").exists)
+        wait_until((tmp_path / "stall-00001.txt").exists)
     assert time.monotonic() - start > CONFIG.answer_seconds  # rank 0 was waited for
 
 
@@ -105,13 +99,14 @@ def test_watching_outlives_trouble_and_tells_it_once(
     caplog.set_level(logging.WARNING)
     beat = tmp_path / "rank-00000.json"
     with _ranks(tmp_path, [0], world_size=1) as (phases,), phases.phase("rollout"):
-        _wait_until(beat.exists)
+        wait_until(beat.exists)
         beat.unlink()
         beat.mkdir()  # nothing can be written there
         (beat / "x").touch()
-        time.sleep(0.5)
+        wait_until(lambda: caplog.records)
+        time.sleep(0.2)  # for a second one
         (beat / "x").unlink()
         beat.rmdir()
-        _wait_until(beat.is_file)
+        wait_until(beat.is_file)
     (record,) = caplog.records
     assert record.getMessage().startswith("heartbeat of rank 0: IsADirectoryError")

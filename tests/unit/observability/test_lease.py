@@ -13,6 +13,7 @@ import pytest
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.observability.lease import Lease
+from tests.support.waiting import beside, wait_until
 
 QUICK = {"renewal_seconds": 0.05, "stale_seconds": 0.4}
 
@@ -56,19 +57,17 @@ def test_another_hosts_lease_is_respected_as_long_as_it_is_renewed(tmp_path: Pat
         text = file.read_text()
     file.write_text(text)
     rewrite(file, host="elsewhere", token="other")
-    theirs = file.read_text()
-    end = threading.Event()
 
-    def renew() -> None:
-        while not end.wait(0.05):
-            file.write_text(theirs)
+    def renew(is_over: threading.Event) -> None:
+        while not is_over.wait(0.05):
+            os.utime(file)
 
-    thread = threading.Thread(target=renew)
-    thread.start()
-    with pytest.raises(ConfigError, match="on elsewhere writes to this run folder"):
-        Lease(file, **QUICK).__enter__()
-    end.set()
-    thread.join()
+    patient = {"renewal_seconds": 0.05, "stale_seconds": 20.0}
+    with (
+        beside(renew),
+        pytest.raises(ConfigError, match="on elsewhere writes to this run folder"),
+    ):
+        Lease(file, **patient).__enter__()
     begin = time.monotonic()
     with Lease(file, **QUICK):  # silent now
         assert time.monotonic() - begin >= 0.4
@@ -81,9 +80,9 @@ def test_a_lease_is_renewed_and_one_that_was_taken_is_left_alone(
     file = tmp_path / "lease.json"
     with Lease(file, **QUICK):
         first = file.stat().st_mtime_ns
-        time.sleep(0.3)
-        assert file.stat().st_mtime_ns > first
-        rewrite(file, token="other")
-        time.sleep(0.3)
+        wait_until(lambda: file.stat().st_mtime_ns > first)
+        theirs = json.dumps(json.loads(file.read_text()) | {"token": "other"})
+        (tmp_path / "theirs").write_text(theirs)
+        (tmp_path / "theirs").replace(file)
+        wait_until(lambda: "another trainer took this run folder" in caplog.text)
     assert json.loads(file.read_text())["token"] == "other"
-    assert "another trainer took this run folder" in caplog.text

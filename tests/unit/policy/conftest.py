@@ -11,7 +11,6 @@ from tests.support.tiny_models import write_tiny_qwen3
 
 @pytest.fixture(scope="package", autouse=True)
 def _leave_the_process_group() -> Iterator[None]:
-    torch.set_num_threads(1)
     yield
     topology.shut_down()
 

@@ -10,6 +10,7 @@ import pytest
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, TrainerConfig
 from prefixrl_mcore.trainer import signals
 from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
+from tests.support.signal_handlers import restored_stop_signals
 
 
 class Clock:
@@ -98,13 +99,18 @@ def test_a_step_that_takes_longer_than_its_time_is_noticed_within_it() -> None:
     assert not limit.is_missed(5.0)
 
 
+def test_a_run_in_this_process_leaves_pytest_its_own_handlers() -> None:
+    before = [signal.getsignal(number) for number in signals._SIGNALS]
+    with restored_stop_signals():
+        StopSignal(TimeLimit(TrainerConfig(), started=0.0))
+        assert [signal.getsignal(number) for number in signals._SIGNALS] != before
+    assert [signal.getsignal(number) for number in signals._SIGNALS] == before
+
+
 @pytest.fixture
 def stop() -> Iterator[StopSignal]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    yield StopSignal(TimeLimit(TrainerConfig(), started=0.0))
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+    with restored_stop_signals():
+        yield StopSignal(TimeLimit(TrainerConfig(), started=0.0))
 
 
 def test_the_exit_code_is_what_the_ranks_agreed_on(stop: StopSignal) -> None:
@@ -136,13 +142,10 @@ def test_a_signal_interrupts_what_is_sampled_and_the_ranks_agree_next(stop: Stop
 
 
 def test_a_limit_that_interrupted_stops_the_run_whatever_the_clock_says_next() -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
     clock = Clock()
     config = TrainerConfig(max_seconds=100.0, stop_margin_seconds=10.0)
-    stop = StopSignal(TimeLimit(config, started=1000.0, clock=clock))
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+    with restored_stop_signals():
+        stop = StopSignal(TimeLimit(config, started=1000.0, clock=clock))
     stop.begin_steps()
     clock.now += 20
     assert not stop.is_set()

@@ -20,11 +20,6 @@ from tests.support.fake_sglang import FakeSGLang, serve
 KEY = "0123456789abcdef-secret"
 
 
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
-
-
 def key_file(folder: Path, text: str = f"{KEY}\n", mode: int = 0o600) -> Path:
     path = folder / "key"
     path.write_text(text)

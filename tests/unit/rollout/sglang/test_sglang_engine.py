@@ -1,7 +1,6 @@
 import json
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleReque
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from tests.support.fake_sglang import SAMPLED_LOGPROB, SAMPLED_TOKEN, Answer, FakeSGLang, serve
 from tests.support.tiny_models import EOS_ID, build_tiny_qwen3, write_tiny_qwen3
+from tests.support.waiting import once
 
 
 @pytest.fixture(scope="module")
@@ -319,8 +319,6 @@ def test_engine_that_samples_is_not_changed_by_another_thread(
     messages: list[str] = []
 
     def change_it() -> None:
-        while "/generate" not in fake.calls:
-            time.sleep(0.01)
         try:
             getattr(engine, change)()
         except EngineError as error:
@@ -328,10 +326,8 @@ def test_engine_that_samples_is_not_changed_by_another_thread(
         assert fake.hold is not None
         fake.hold.set()
 
-    changer = threading.Thread(target=change_it)
-    changer.start()
-    (group,) = engine.sample([request_of()], params_of())
-    changer.join()
+    with once(lambda: "/generate" in fake.calls, change_it):
+        (group,) = engine.sample([request_of()], params_of())
 
     assert [len(one.token_ids) for one in group] == [6, 6]
     assert [f"cannot {change} while completions are sampled" in one for one in messages] == [True]

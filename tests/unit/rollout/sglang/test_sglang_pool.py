@@ -6,6 +6,7 @@ import queue
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from prefixrl_mcore.rollout.interruption import (
     SamplingInterrupted,
     never_interrupted,
 )
-from prefixrl_mcore.rollout.sglang import batch, health
+from prefixrl_mcore.rollout.sglang import batch, health, retries
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
@@ -36,6 +37,7 @@ from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
 from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
 from tests.support.fake_sglang import SAMPLED_TOKEN, Answer, FakeSGLang, serve
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
+from tests.support.waiting import once, wait_until
 
 PARAMS = SamplingParams(
     temperature=1.0, max_completion_tokens=6, max_total_tokens=50, stop_token_ids=()
@@ -115,10 +117,14 @@ def test_groups_are_spread_and_counted(pool: Pool) -> None:
     engine = pool.engine()
     for fake in pool.fakes:
         fake.hold = threading.Event()  # nobody is done before all have got their part
-    release = threading.Timer(0.5, lambda: [fake.hold.set() for fake in pool.fakes if fake.hold])
-    release.start()
 
-    groups = engine.sample(requests_of(9), PARAMS)
+    def release() -> None:
+        for fake in pool.fakes:
+            assert fake.hold is not None
+            fake.hold.set()
+
+    with once(lambda: sum(fake.calls.count("/generate") for fake in pool.fakes) == 9, release):
+        groups = engine.sample(requests_of(9), PARAMS)
 
     assert tokens_of(groups) == [[6, 6]] * 9
     assert [len(fake.sampled) for fake in pool.fakes] == [3, 3, 3]
@@ -139,12 +145,13 @@ def test_server_is_asked_for_no_more_than_its_bound_at_a_time(pool: Pool) -> Non
     seen: list[int] = []
 
     def look() -> None:
+        time.sleep(0.2)  # for one too many
         seen.append(fake.calls.count("/generate"))
         assert fake.hold is not None
         fake.hold.set()
 
-    threading.Timer(0.5, look).start()
-    engine.sample(requests_of(5), PARAMS)
+    with once(lambda: fake.calls.count("/generate") >= 2, look):
+        engine.sample(requests_of(5), PARAMS)
 
     assert seen == [2]
     assert fake.calls.count("/generate") == 5
@@ -313,19 +320,14 @@ def test_engine_that_is_closed_waits_for_no_server(pool: Pool, *, is_loading: bo
     fake.is_sick = True
     fake.hold = threading.Event()
 
-    def close_while_it_is_waited_for() -> None:
-        while member.life < 2:
-            time.sleep(0.01)
-        engine.close()
-
-    closer = threading.Thread(target=close_while_it_is_waited_for)
-    closer.start()
     use = partial(engine.load_weights, weights, 1)
     if not is_loading:
         use = partial(engine.sample, requests_of(1), PARAMS)
-    with pytest.raises(EngineError, match="the engine was closed while it was in use"):
+    with (
+        once(lambda: member.life == 2, engine.close),  # while it is waited for
+        pytest.raises(EngineError, match="the engine was closed while it was in use"),
+    ):
         use()
-    closer.join()
 
     assert member.life == 2  # it was not started again
 
@@ -528,8 +530,8 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_a_server_for_its_new_weigh
         urls=pool.urls[:1], max_restarts=100, start_timeout_seconds=60, is_interrupted=stop.is_set
     )
     fake.refuse_update, fake.is_sick = "out of memory", True
-    threading.Timer(0.5, stop.set).start()
     before = time.monotonic()
+    threading.Timer(0.5, stop.set).start()
 
     engine.load_weights(weights, 1)
 
@@ -583,7 +585,8 @@ def test_what_came_in_time_is_not_given_up_by_a_batch_that_looks_too_late(
     engine = pool.engine()
 
     def is_enough(index: int, completions: list[Any]) -> bool:
-        time.sleep(1.0)  # until the others have answered
+        wait_until(lambda: all(fake.sampled for fake in pool.fakes))
+        time.sleep(0.5)  # until the answers are here
         return True
 
     groups = engine.sample_until(requests_of(3), PARAMS, is_enough)
@@ -661,16 +664,27 @@ def test_requests_go_through_the_router_and_everything_else_does_not(pool: Pool)
 def test_router_that_is_busy_for_a_second_does_not_use_up_the_tries(pool: Pool) -> None:
     router = FakeSGLang()
     router.weight_version = pool.fakes[0].weight_version
-    router.fail_generate = 503
-    engine = pool.engine(router_url=pool.stack.enter_context(serve(router)), max_retries=2)
-    threading.Timer(1.0, lambda: setattr(router, "fail_generate", 0)).start()
+    tries: Counter[str] = Counter()
 
-    # Tried at 0, 0.5 and 1.5 s.
+    def refuse_twice(path: str, payload: Any) -> tuple[int, Any]:
+        context = str(payload.get("input_ids"))
+        tries[context] += path == "/generate"
+        is_busy = path == "/generate" and tries[context] <= 2
+        return (503, {"error": {}}) if is_busy else FakeSGLang.answer(router, path, payload)
+
+    router.answer = refuse_twice  # type: ignore[method-assign]
+    engine = pool.engine(router_url=pool.stack.enter_context(serve(router)), max_retries=2)
+    started = time.monotonic()
+
     assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+    assert time.monotonic() - started >= 1.5  # tried at 0, 0.5 and 1.5 s
     assert engine.take_metrics()["engine/num_reissued_requests"] == 6
 
 
-def test_request_that_rests_does_not_keep_the_others_waiting(pool: Pool) -> None:
+def test_request_that_rests_does_not_keep_the_others_waiting(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_SECONDS", 3.0)
     engine = pool.engine(urls=pool.urls[:1])
     fake = pool.fakes[0]
     first = iter([0])  # the first answer does not come
@@ -687,7 +701,7 @@ def test_request_that_rests_does_not_keep_the_others_waiting(pool: Pool) -> None
         requests_of(3), PARAMS, lambda _count, _tokens: done.append(time.monotonic() - started)
     )
 
-    assert done[1] < 0.5 <= done[2]
+    assert done[1] < 3.0 <= done[2]
 
 
 def test_server_that_was_started_anew_is_not_believed_to_have_contexts_in_its_cache() -> None:

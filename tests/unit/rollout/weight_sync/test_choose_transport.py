@@ -24,12 +24,6 @@ OURS = Path(sys.executable)
 HERE, THERE = "http://127.0.0.1:30000", "http://elsewhere.invalid:30000"
 
 
-@pytest.fixture(autouse=True)
-def no_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(variable, raising=False)
-
-
 def chosen(
     transport: str | None, device: str, *urls: str, colocated: bool = False, python: Path = OURS
 ) -> Transport:

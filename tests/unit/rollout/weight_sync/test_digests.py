@@ -1,16 +1,15 @@
 import hashlib
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from prefixrl_mcore.rollout.weight_sync import digests
-from prefixrl_mcore.rollout.weight_sync.digests import CpuDigest, GpuDigest
-
-SGLANG_PYTHON = Path(__file__).parents[4] / ".venv-sglang/bin/python"
+from prefixrl_mcore.rollout.weight_sync.digests import CpuDigest
+from tests.support.digests import gpu_digest
+from tests.support.sglang_environments import sglang_python
 
 # SGLang's own kernel, interpreted; the launching code around it asks for a GPU.
 KERNEL = """
@@ -41,13 +40,6 @@ SIZES = [1, 255, 8192, 8193, 20_000]
 def words(size: int) -> Tensor:
     values = torch.arange(size, dtype=torch.int64).mul(2654435761).remainder(2**32)
     return values.to(torch.uint32).view(torch.float32)
-
-
-def gpu_digest(*pieces: Tensor) -> str:
-    digest = GpuDigest()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.value()
 
 
 def test_digest_of_a_cpu_server_is_the_beginning_of_sha_256() -> None:
@@ -83,10 +75,8 @@ def test_last_word_of_a_gpu_servers_tensor_is_filled_with_zeros() -> None:
 
 @pytest.mark.slow
 def test_digest_of_a_gpu_server_is_what_sglangs_kernel_computes() -> None:
-    if not SGLANG_PYTHON.exists():
-        pytest.skip("SGLang's environment is missing: make setup-sglang")
     result = subprocess.run(
-        [SGLANG_PYTHON, "-c", KERNEL, json.dumps(SIZES)],
+        [sglang_python(), "-c", KERNEL, json.dumps(SIZES)],
         env={"TRITON_INTERPRET": "1", "PATH": "/usr/bin"},
         capture_output=True,
         text=True,

@@ -2,19 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from prefixrl_mcore.rollout.weight_sync.checksums import Digests
-from prefixrl_mcore.rollout.weight_sync.digests import GpuDigest
+from tests.support.digests import gpu_digest
 
 ATTENTION = "model.layers.0.self_attn."
-
-
-def digest_of(*pieces: Tensor) -> str:
-    digest = GpuDigest()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.value()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +34,7 @@ def test_ranks_beyond_the_number_of_heads_of_keys_and_values_hold_copies(
 
     held = digests.of_rank(num_ranks, rank)
 
-    expected = digest_of(weights["q"][query], weights["k"][head], weights["v"][head])
+    expected = gpu_digest(weights["q"][query], weights["k"][head], weights["v"][head])
     assert held == {f"{ATTENTION}qkv_proj.weight": expected}
 
 
@@ -60,13 +52,13 @@ def test_ranks_cut_rows_or_columns_and_pad_the_vocabulary() -> None:
     assert (
         list(digests.of_rank(2, 0).values())
         == [
-            digest_of(embedding[:32]),  # of 33 rows, padded to 64
-            digest_of(output[:, :3]),
-            digest_of(norm),
+            gpu_digest(embedding[:32]),  # of 33 rows, padded to 64
+            gpu_digest(output[:, :3]),
+            gpu_digest(norm),
         ]
     )
     assert list(digests.of_rank(2, 1).values()) == [
-        digest_of(torch.cat([embedding[32:], torch.zeros(31, 4)])),
-        digest_of(output[:, 3:]),
-        digest_of(norm),
+        gpu_digest(torch.cat([embedding[32:], torch.zeros(31, 4)])),
+        gpu_digest(output[:, 3:]),
+        gpu_digest(norm),
     ]

@@ -21,11 +21,14 @@ if [[ $* == *precheck.task* ]]; then
     eval "$PRECHECK_DOES"
     exit $PRECHECK_CODE
 fi
-# Told to end, srun kills its tasks. USR2 is here for the SIGTERM that scancel brings to them.
+# Told to end, srun kills its tasks. HUP is here for the SIGTERM that scancel brings to them.
 trap 'echo "$role killed" >>$SAID; kill $!; exit 137' TERM
-trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' USR2
+trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' HUP
 trap 'echo "$role told to save" >>$SAID; kill $!; exit 138' USR1
-[[ $role == trainer ]] || trap '' USR1
+if [[ $role == rollout ]]; then
+    trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' USR2
+    trap '' USR1 HUP
+fi
 echo $$ >>$SAID.steps
 echo "$role $PREFIXRL_TRAINER_HOSTS $PREFIXRL_ROLLOUT_HOSTS" >>$SAID
 # Who is told to end before it listens would end without a word.
@@ -42,6 +45,11 @@ case "$*" in
 "show hostnames"*) tr , '\\n' <<<"$3" ;;
 "show job"*)
     echo '   StartTime=2026-01-01T00:00:00 EndTime=2026-01-01T04:00:00 Deadline=N/A'
+    preempted=None
+    if [[ $PREEMPTED_IN == precheck || $PREEMPTED_IN == tasks && -e $SAID ]]; then
+        preempted=2026-01-01T01:00:00
+    fi
+    echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=$preempted"
     echo "   ReqNodeList=(null) ExcNodeList=$EXCLUDED"
     ;;
 *) echo "scontrol $*" >>$SAID ;;
@@ -52,7 +60,7 @@ SCANCEL = """#!/bin/bash
 # Stand-in: all tasks of a job get a signal, not its script.
 [[ $2 == 7 && -z $SCANCEL_FAILS ]] || exit 1
 signal=${1#--signal=}
-while read step; do kill -s ${signal/TERM/USR2} $step 2>/dev/null; done <$SAID.steps
+while read step; do kill -s ${signal/TERM/HUP} $step 2>/dev/null; done <$SAID.steps
 exit 0
 """
 
@@ -76,10 +84,12 @@ def _run(
     hang_seconds: int = 960,
     nodes: dict[str, str] | None = None,
     scancel_fails: bool = False,
+    preempted_in: str = "",
 ) -> tuple[int, str, str]:
     """Run a golden script; the first step to end is the trainer's unless ``rollout`` is given.
 
-    ``nodes`` is what sinfo says of each partition; else it does not answer.
+    ``nodes`` is what sinfo says of each partition; else it does not answer. ``preempted_in`` is
+    ``precheck`` or ``tasks``.
 
     Returns:
         Exit code, what the stand-ins were told, and the script's own words.
@@ -119,6 +129,7 @@ def _run(
             "PRECHECK_CODE": str(precheck),
             "PRECHECK_DOES": precheck_does,
             "EXCLUDED": excluded,
+            "PREEMPTED_IN": preempted_in,
             "SCANCEL_FAILS": "yes" if scancel_fails else "",
             "TRAINER_SECONDS": "0" if rollout is None else "30",
             "TRAINER_CODE": str(trainer),
@@ -145,6 +156,48 @@ def test_any_other_end_is_the_jobs(tmp_path: Path, code: int) -> None:
     assert result == code
     assert "requeue" not in told
     assert f"start 0 of job 7 ended with exit code {code}" in said
+
+
+@pytest.mark.parametrize(
+    ("shape", "code"),
+    [("colocated", 143), ("colocated", 1), ("split", 143), ("heterogeneous", 143)],
+)
+def test_a_preempted_job_goes_back_into_the_queue_however_it_ends(
+    tmp_path: Path, shape: str, code: int
+) -> None:
+    result, told, said = _run(tmp_path, shape, trainer=code, preempted_in="tasks")
+    assert result == code
+    assert told.splitlines()[-1] == "scontrol requeue 7"
+    assert "back into the queue, preempted, to go on from the last checkpoint" in said
+
+
+def test_a_run_that_completes_in_the_grace_of_a_preemption_is_complete(tmp_path: Path) -> None:
+    result, told, _ = _run(tmp_path, "colocated", trainer=0, preempted_in="tasks")
+    assert result == 0
+    assert "requeue" not in told
+
+
+def test_preemptions_have_an_end(tmp_path: Path) -> None:
+    result, told, said = _run(tmp_path, "split", trainer=143, restarts=20, preempted_in="tasks")
+    assert result == 143
+    assert "requeue" not in told
+    assert "error: not requeued: requeue.max_restarts = 20 of the site allows no more" in said
+
+
+@pytest.mark.parametrize("code", [0, 77, 143])
+def test_a_pre_check_that_a_preemption_interrupts_accuses_nobody(tmp_path: Path, code: int) -> None:
+    does = "touch $LOGS/precheck.json; ((PRECHECK_CODE == 0)) || touch $LOGS/precheck.end.json"
+    settings = {"precheck": code, "precheck_does": does, "preempted_in": "precheck"}
+    result, told, said = _run(tmp_path, "split", trainer=0, **settings)
+    assert (result, told) == (143, "scontrol requeue 7\n")
+    assert "back into the queue, preempted" in said
+    assert [file.name for file in (tmp_path / "logs" / "start-0").iterdir()] == ["precheck.log"]
+
+
+def test_a_hang_that_a_preemption_ends_accuses_nobody(tmp_path: Path) -> None:
+    hang = {"precheck_does": "sleep 60", "hang_seconds": 1, "preempted_in": "precheck"}
+    result, told, _ = _run(tmp_path, "split", trainer=0, **hang)
+    assert (result, told) == (143, "scontrol requeue 7\n")
 
 
 def test_restarts_have_an_end(tmp_path: Path) -> None:

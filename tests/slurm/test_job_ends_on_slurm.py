@@ -35,6 +35,23 @@ def test_a_job_that_runs_out_of_memory_says_so(
     assert "n1: task 0: Out Of Memory" in caplog.text
 
 
+def test_a_kill_for_memory_that_the_run_outlives_does_not_decide_how_the_job_ends(
+    jobs: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "ci-local.toml"
+    site.write_text(site.read_text().replace('memory = "4000"', 'memory = "100"'))
+    command = [sys.executable, "-m", "tests.support.outlives_kill_for_memory", "JOB_FOLDER"]
+    job, job_id = submit_program(colocated(1, 1), command)
+    assert follow(job, job_id, out=io.StringIO()) == 0
+    said = job.batch_log.read_text()
+    # Of both starts; what the tasks said themselves counts.
+    assert said.count("n1: task 0: Out Of Memory") == 2
+    assert f"start 0 of job {job_id} ended with exit code 75" in said
+    assert f"start 1 of job {job_id} ended with exit code 0" in said
+    state = job_state(job_id)
+    assert (state.state, state.num_restarts) == ("COMPLETED", 1)
+
+
 def test_a_job_that_a_better_one_displaces_is_signalled_and_runs_again(
     jobs: Path, tmp_path: Path
 ) -> None:

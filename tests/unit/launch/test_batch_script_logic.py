@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "batch_scripts"
 
@@ -85,11 +85,12 @@ def _run(
     nodes: dict[str, str] | None = None,
     scancel_fails: bool = False,
     preempted_in: str = "",
+    say: dict[str, list[int]] | None = None,
 ) -> tuple[int, str, str]:
     """Run a golden script; the first step to end is the trainer's unless ``rollout`` is given.
 
     ``nodes`` is what sinfo says of each partition; else it does not answer. ``preempted_in`` is
-    ``precheck`` or ``tasks``.
+    ``precheck`` or ``tasks``. ``say`` has, by role, the exit codes that tasks write down.
 
     Returns:
         Exit code, what the stand-ins were told, and the script's own words.
@@ -108,6 +109,10 @@ def _run(
     script = golden.replace("/jobs/golden-1", str(folder))
     script = script.replace("960", str(hang_seconds)).replace("--kill-after=60", "--kill-after=1")
     (folder / ".prefixrl-secrets").write_text("")
+    for role, codes in (say or {}).items():
+        for task, code in enumerate(codes):
+            end = TaskEnd(task=f"{role}-{task}", node="node-a", exit_code=code, unix_seconds=1.0)
+            JobFolder(folder).write_end(restarts, end)
     said = folder / "said"
     done = subprocess.run(
         ["bash", "-c", script],
@@ -270,6 +275,41 @@ def test_lost_servers_let_the_trainer_save_and_send_the_job_back_into_the_queue(
     result, told, _ = _run(tmp_path, "split", trainer=0, rollout=75)
     assert result == 75
     assert told.splitlines()[-2:] == ["trainer told to save", "scontrol requeue 7"]
+
+
+@pytest.mark.parametrize(
+    ("srun_says", "tasks_say", "code"),
+    [
+        pytest.param(1, [75] * 8, 75, id="saved"),
+        pytest.param(1, [0] * 8, 0, id="completed"),
+        pytest.param(1, [0, 9, 138, 0, 0, 9, 0, 0], 138, id="the-highest"),
+        pytest.param(1, [75] * 7, 1, id="one-was-killed"),
+        pytest.param(1, [], 1, id="none-has-a-word"),
+        pytest.param(143, [75] * 8, 143, id="nothing-was-killed-for-memory"),
+    ],
+)
+def test_a_kill_for_memory_that_all_tasks_outlive_does_not_decide_the_job(
+    tmp_path: Path, srun_says: int, tasks_say: list[int], code: int
+) -> None:
+    say = {"trainer": tasks_say}
+    result, told, said = _run(tmp_path, "colocated", trainer=srun_says, say=say)
+    assert result == code
+    assert ("scontrol requeue 7" in told) == (code in (75, 138))
+    assert f"start 0 of job 7 ended with exit code {code}\n" in said
+
+
+def test_servers_that_are_killed_for_memory_too_often_are_lost_ones(tmp_path: Path) -> None:
+    say = {"rollout": [75] * 8}
+    result, told, said = _run(tmp_path, "split", trainer=0, rollout=1, say=say)
+    assert result == 75
+    assert told.splitlines()[-2:] == ["trainer told to save", "scontrol requeue 7"]
+    assert "the rollout servers ended before the trainer, with exit code 75" in said
+
+
+def test_a_split_run_outlives_a_kill_for_memory(tmp_path: Path) -> None:
+    result, told, _ = _run(tmp_path, "split", trainer=1, say={"trainer": [75] * 16})
+    assert result == 75
+    assert told.splitlines()[-2:] == ["rollout told to end", "scontrol requeue 7"]
 
 
 def test_a_step_that_no_signal_reaches_is_killed(tmp_path: Path) -> None:

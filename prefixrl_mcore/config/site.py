@@ -113,7 +113,7 @@ class RequeueConfig(Config):
     exit_codes: tuple[int, ...] = (TIME_LIMIT_EXIT_CODE, USR1_EXIT_CODE)
     """Exit codes of the trainer that requeue the job: by default those that say that everything
     was saved, before the time limit (75) and after SIGUSR1 (138). Adding 76 starts a stalled run
-    again from its last checkpoint."""
+    again from its last checkpoint. A preempted job goes back whatever its exit code but 0."""
 
     signal_seconds: int | None = Field(default=180, ge=1)
     """Seconds before the end at which Slurm sends SIGUSR1 to all tasks (it may be up to a minute

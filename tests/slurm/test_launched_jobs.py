@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.support.launched_jobs import (
     prepare_program,
     submit_program,
     tiny_settings,
+    wait_for,
 )
 from tests.support.tiny_run import CONFIG, ROOT, TinyTask, course_of, metrics_of, without_clock
 from tests.support.wandb_records import offline_runs
@@ -82,14 +82,6 @@ def _wait_for_steps(run: Path, number: int, *, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while len(metrics_of(run, "train")) < number:
         assert time.monotonic() < deadline, f"{run}: no step {number} in {seconds:g} s"
-        time.sleep(0.1)
-
-
-def _wait_for(happens: Callable[[], bool], *, seconds: float = 60) -> None:
-    """Wait until something happens."""
-    deadline = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
@@ -188,7 +180,7 @@ def test_a_start_that_slurm_has_lost_ends_before_the_next_one_writes(
     written = run / "written"
     program = [sys.executable, "-m", "tests.support.slurm_writer", "JOB_FOLDER", str(run)]
     job, job_id = submit_program(colocated(1, 1), program)
-    _wait_for(written.exists)
+    wait_for(written.exists)
     assert run_cluster("fail", slurm, "--node", "n1", "--daemon-only").returncode == 0
     try:
         assert follow(job, job_id, out=io.StringIO()) == 0
@@ -259,8 +251,8 @@ def test_a_run_that_hangs_ends_and_shows_where_its_ranks_were(
     late = _pid_of_task(job.job_id, 1)
     os.kill(late, signal.SIGSTOP)
     try:
-        _wait_for(lambda: stall_reports(run / "heartbeats") != [])
-        _wait_for(lambda: "task 0: Exited with exit code 76" in job.batch_log.read_text())
+        wait_for(lambda: stall_reports(run / "heartbeats") != [])
+        wait_for(lambda: "task 0: Exited with exit code 76" in job.batch_log.read_text())
     finally:
         os.kill(late, signal.SIGCONT)  # else srun ends it, two minutes later
     assert end_of(job)[0] == 76
@@ -394,10 +386,10 @@ def test_a_signal_while_the_servers_start_sends_the_job_back_into_the_queue(
     number = job.job_id
     assert number is not None
     logs = job.start_folder(0)
-    _wait_for(lambda: (logs / "begin.json").exists() and (logs / "sglang-0-0.log").exists())
+    wait_for(lambda: (logs / "begin.json").exists() and (logs / "sglang-0-0.log").exists())
     assert not job.server_file(0, 0).exists()
     subprocess.run(["scancel", "--signal=USR1", number], check=True)
-    _wait_for(lambda: job_state(number).num_restarts == 1)
+    wait_for(lambda: job_state(number).num_restarts == 1)
     assert main(["jobs", "cancel", "--jobs", str(jobs), "early"]) == 0
     said = job.batch_log.read_text()
     assert f"start 0 of job {number} ended with exit code 138" in said
@@ -409,7 +401,7 @@ def test_a_signal_while_the_servers_start_sends_the_job_back_into_the_queue(
 def _wait_for_late_weights(log: Path) -> int:
     """Wait until a server that came up late is sent weights; return their policy version."""
     late = re.compile(r"server 0: starting -> updating: to\s+'[0-9a-f]+:(\d+)'")
-    _wait_for(lambda: late.search(log.read_text()) is not None, seconds=180)
+    wait_for(lambda: late.search(log.read_text()) is not None, seconds=180)
     found = late.search(log.read_text())
     assert found is not None
     return int(found[1])
@@ -471,53 +463,6 @@ def _urls(job: JobFolder, start: int, number: int) -> list[str]:
 def _busy_servers(line: dict[str, Any]) -> list[int]:
     """Return which servers answered requests of a step."""
     return [index for index in range(2) if line[f"engine/server_{index}/num_requests"]]
-
-
-def test_a_job_that_runs_out_of_memory_says_so(
-    jobs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    site = tmp_path / "ci-local.toml"
-    site.write_text(site.read_text().replace('memory = "4000"', 'memory = "100"'))
-    command = [sys.executable, "-c", "print(len(bytearray(400 * 2**20)))"]
-    job, job_id = submit_program(colocated(1, 1), command)
-    assert follow(job, job_id, out=io.StringIO()) == 1
-    assert "n1: task 0: Out Of Memory" in caplog.text
-
-
-def test_a_job_that_a_better_one_displaces_is_signalled_and_runs_again(
-    jobs: Path, tmp_path: Path
-) -> None:
-    site = tmp_path / "ci-local.toml"
-    site.write_text(site.read_text().replace('"batch"', '"preemptible"'))
-    ready = tmp_path / "ready"
-    program = (
-        "if ((SLURM_RESTART_COUNT)); then exit 0; fi; "
-        f'trap "exit 138" USR1; touch {ready}; sleep 600 & wait'
-    )
-    job, job_id = submit_program(colocated(4, 1), ["bash", "-c", program])
-    _wait_for(ready.exists)
-    better = ["srun", "--partition=batch", "--nodes=4", "--exclusive", "hostname"]
-    displacing = subprocess.run(better, capture_output=True, text=True, check=True, timeout=60)
-    assert sorted(displacing.stdout.split()) == ["n1", "n2", "n3", "n4"]
-    assert follow(job, job_id, out=io.StringIO()) == 0
-    assert job_state(job_id).num_restarts == 1
-    assert "start 0 of job" in job.batch_log.read_text()
-    assert "ended with exit code 138" in job.batch_log.read_text()
-
-
-def test_a_job_that_slurm_requeues_more_often_than_it_may_ends_and_says_so(
-    jobs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    site = tmp_path / "ci-local.toml"
-    site.write_text(site.read_text().replace("max_restarts = 3", "max_restarts = 0"))
-    ran = tmp_path / "ran"
-    job, job_id = submit_program(colocated(1, 1), ["bash", "-c", f"echo >>{ran}; sleep 600"])
-    _wait_for(ran.exists)
-    subprocess.run(["scontrol", "requeue", job_id], check=True)
-    assert follow(job, job_id, out=io.StringIO()) == 78
-    assert job_state(job_id).num_restarts == 1
-    assert "started more often than requeue.max_restarts = 0 of the site allows" in caplog.text
-    assert ran.read_text() == "\n"  # once
 
 
 def test_the_job_behind_one_that_is_requeued_waits_for_its_completion(

@@ -1,6 +1,8 @@
 """Jobs of any program, submitted to the local cluster as ``prefixrl launch`` submits a run."""
 
 import io
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from prefixrl_mcore.config.site import SiteConfig
@@ -59,19 +61,21 @@ def prepare_program(
     *commands: list[str],
     name: str = "program",
     after: JobFolder | None = None,
+    config: str = "",
 ) -> JobFolder:
     """Write a job of other programs than the trainer's, which waits for ``after``.
 
-    A word ``JOB_FOLDER`` of a command becomes the job's folder.
+    A word ``JOB_FOLDER`` of a command becomes the job's folder. ``config`` is for tasks of a role.
     """
     job = JobFolder.make(site.job_folder, name)
     task = TaskFile(
-        config="",
+        config=config,
         run_folder="",
         working_directory=str(ROOT),
         is_resumed=False,
-        num_servers=0,
+        num_servers=layout.server_nodes * layout.servers_per_node,
         gpus_per_server=0,
+        shares_nodes=layout.shares_nodes,
     )
     submission = describe(name, site, layout, job, dry_run=False, after=after)
     for step, command in zip(submission["tasks"], commands, strict=True):
@@ -85,3 +89,11 @@ def end_of(job: JobFolder) -> tuple[int, str]:
     assert job.job_id is not None
     said = io.StringIO()
     return follow(job, job.job_id, out=said), said.getvalue()
+
+
+def wait_for(happens: Callable[[], bool], *, seconds: float = 60) -> None:
+    """Wait until something happens."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

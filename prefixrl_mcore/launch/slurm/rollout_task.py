@@ -84,16 +84,23 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
 
 
 def _told_to_end() -> threading.Event:
-    """Return what is set when this task is told to end."""
+    """Return what is set when this task is told to end: by SIGUSR2, after the trainer's end.
+
+    All tasks get SIGTERM at the beginning of a preemption's grace, and SIGUSR1 before the time
+    limit: the trainer saves, and needs its servers until it has.
+    """
     ending = threading.Event()
 
     def end(_number: int, _frame: FrameType | None) -> None:
         # In a thread, because this one may be inside the event and hold its lock.
         threading.Thread(target=ending.set).start()
 
-    signal.signal(signal.SIGTERM, end)
-    # It is the trainer that saves; the server inherits this, and serves until the trainer ends.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    def serve_on(_number: int, _frame: FrameType | None) -> None:
+        """Do nothing. Servers would inherit SIG_IGN, and are ended by SIGTERM."""
+
+    signal.signal(signal.SIGUSR2, end)
+    signal.signal(signal.SIGTERM, serve_on)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the server inherits this
     return ending
 
 

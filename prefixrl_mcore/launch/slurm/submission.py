@@ -82,6 +82,10 @@ def describe(
         "template": {
             "logs": str(folder.logs),
             "trainer_nodes": layout.trainer_nodes,
+            "num_tasks": [
+                (role, layout.trainer_nodes * layout.ranks_per_node),
+                (ROLLOUT, layout.server_nodes * layout.servers_per_node),
+            ],
             "requeue_codes": list(site.requeue.exit_codes) if site.requeue.max_restarts else [],
             "max_restarts": site.requeue.max_restarts,
             "give_up_code": FAIL,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefixrl_mcore.launch.slurm.job_folder import JobFolder
+from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "batch_scripts"
 
@@ -21,11 +21,14 @@ if [[ $* == *precheck.task* ]]; then
     eval "$PRECHECK_DOES"
     exit $PRECHECK_CODE
 fi
-# Told to end, srun kills its tasks. USR2 is here for the SIGTERM that scancel brings to them.
+# Told to end, srun kills its tasks. HUP is here for the SIGTERM that scancel brings to them.
 trap 'echo "$role killed" >>$SAID; kill $!; exit 137' TERM
-trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' USR2
+trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' HUP
 trap 'echo "$role told to save" >>$SAID; kill $!; exit 138' USR1
-[[ $role == trainer ]] || trap '' USR1
+if [[ $role == rollout ]]; then
+    trap 'echo "$role told to end" >>$SAID; kill $!; exit 0' USR2
+    trap '' USR1 HUP
+fi
 echo $$ >>$SAID.steps
 echo "$role $PREFIXRL_TRAINER_HOSTS $PREFIXRL_ROLLOUT_HOSTS" >>$SAID
 # Who is told to end before it listens would end without a word.
@@ -42,6 +45,11 @@ case "$*" in
 "show hostnames"*) tr , '\\n' <<<"$3" ;;
 "show job"*)
     echo '   StartTime=2026-01-01T00:00:00 EndTime=2026-01-01T04:00:00 Deadline=N/A'
+    preempted=None
+    if [[ $PREEMPTED_IN == precheck || $PREEMPTED_IN == tasks && -e $SAID ]]; then
+        preempted=2026-01-01T01:00:00
+    fi
+    echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=$preempted"
     echo "   ReqNodeList=(null) ExcNodeList=$EXCLUDED"
     ;;
 *) echo "scontrol $*" >>$SAID ;;
@@ -52,7 +60,7 @@ SCANCEL = """#!/bin/bash
 # Stand-in: all tasks of a job get a signal, not its script.
 [[ $2 == 7 && -z $SCANCEL_FAILS ]] || exit 1
 signal=${1#--signal=}
-while read step; do kill -s ${signal/TERM/USR2} $step 2>/dev/null; done <$SAID.steps
+while read step; do kill -s ${signal/TERM/HUP} $step 2>/dev/null; done <$SAID.steps
 exit 0
 """
 
@@ -76,10 +84,13 @@ def _run(
     hang_seconds: int = 960,
     nodes: dict[str, str] | None = None,
     scancel_fails: bool = False,
+    preempted_in: str = "",
+    say: dict[str, list[int]] | None = None,
 ) -> tuple[int, str, str]:
     """Run a golden script; the first step to end is the trainer's unless ``rollout`` is given.
 
-    ``nodes`` is what sinfo says of each partition; else it does not answer.
+    ``nodes`` is what sinfo says of each partition; else it does not answer. ``preempted_in`` is
+    ``precheck`` or ``tasks``. ``say`` has, by role, the exit codes that tasks write down.
 
     Returns:
         Exit code, what the stand-ins were told, and the script's own words.
@@ -98,6 +109,10 @@ def _run(
     script = golden.replace("/jobs/golden-1", str(folder))
     script = script.replace("960", str(hang_seconds)).replace("--kill-after=60", "--kill-after=1")
     (folder / ".prefixrl-secrets").write_text("")
+    for role, codes in (say or {}).items():
+        for task, code in enumerate(codes):
+            end = TaskEnd(task=f"{role}-{task}", node="node-a", exit_code=code, unix_seconds=1.0)
+            JobFolder(folder).write_end(restarts, end)
     said = folder / "said"
     done = subprocess.run(
         ["bash", "-c", script],
@@ -119,6 +134,7 @@ def _run(
             "PRECHECK_CODE": str(precheck),
             "PRECHECK_DOES": precheck_does,
             "EXCLUDED": excluded,
+            "PREEMPTED_IN": preempted_in,
             "SCANCEL_FAILS": "yes" if scancel_fails else "",
             "TRAINER_SECONDS": "0" if rollout is None else "30",
             "TRAINER_CODE": str(trainer),
@@ -145,6 +161,48 @@ def test_any_other_end_is_the_jobs(tmp_path: Path, code: int) -> None:
     assert result == code
     assert "requeue" not in told
     assert f"start 0 of job 7 ended with exit code {code}" in said
+
+
+@pytest.mark.parametrize(
+    ("shape", "code"),
+    [("colocated", 143), ("colocated", 1), ("split", 143), ("heterogeneous", 143)],
+)
+def test_a_preempted_job_goes_back_into_the_queue_however_it_ends(
+    tmp_path: Path, shape: str, code: int
+) -> None:
+    result, told, said = _run(tmp_path, shape, trainer=code, preempted_in="tasks")
+    assert result == code
+    assert told.splitlines()[-1] == "scontrol requeue 7"
+    assert "back into the queue, preempted, to go on from the last checkpoint" in said
+
+
+def test_a_run_that_completes_in_the_grace_of_a_preemption_is_complete(tmp_path: Path) -> None:
+    result, told, _ = _run(tmp_path, "colocated", trainer=0, preempted_in="tasks")
+    assert result == 0
+    assert "requeue" not in told
+
+
+def test_preemptions_have_an_end(tmp_path: Path) -> None:
+    result, told, said = _run(tmp_path, "split", trainer=143, restarts=20, preempted_in="tasks")
+    assert result == 143
+    assert "requeue" not in told
+    assert "error: not requeued: requeue.max_restarts = 20 of the site allows no more" in said
+
+
+@pytest.mark.parametrize("code", [0, 77, 143])
+def test_a_pre_check_that_a_preemption_interrupts_accuses_nobody(tmp_path: Path, code: int) -> None:
+    does = "touch $LOGS/precheck.json; ((PRECHECK_CODE == 0)) || touch $LOGS/precheck.end.json"
+    settings = {"precheck": code, "precheck_does": does, "preempted_in": "precheck"}
+    result, told, said = _run(tmp_path, "split", trainer=0, **settings)
+    assert (result, told) == (143, "scontrol requeue 7\n")
+    assert "back into the queue, preempted" in said
+    assert [file.name for file in (tmp_path / "logs" / "start-0").iterdir()] == ["precheck.log"]
+
+
+def test_a_hang_that_a_preemption_ends_accuses_nobody(tmp_path: Path) -> None:
+    hang = {"precheck_does": "sleep 60", "hang_seconds": 1, "preempted_in": "precheck"}
+    result, told, _ = _run(tmp_path, "split", trainer=0, **hang)
+    assert (result, told) == (143, "scontrol requeue 7\n")
 
 
 def test_restarts_have_an_end(tmp_path: Path) -> None:
@@ -217,6 +275,41 @@ def test_lost_servers_let_the_trainer_save_and_send_the_job_back_into_the_queue(
     result, told, _ = _run(tmp_path, "split", trainer=0, rollout=75)
     assert result == 75
     assert told.splitlines()[-2:] == ["trainer told to save", "scontrol requeue 7"]
+
+
+@pytest.mark.parametrize(
+    ("srun_says", "tasks_say", "code"),
+    [
+        pytest.param(1, [75] * 8, 75, id="saved"),
+        pytest.param(1, [0] * 8, 0, id="completed"),
+        pytest.param(1, [0, 9, 138, 0, 0, 9, 0, 0], 138, id="the-highest"),
+        pytest.param(1, [75] * 7, 1, id="one-was-killed"),
+        pytest.param(1, [], 1, id="none-has-a-word"),
+        pytest.param(143, [75] * 8, 143, id="nothing-was-killed-for-memory"),
+    ],
+)
+def test_a_kill_for_memory_that_all_tasks_outlive_does_not_decide_the_job(
+    tmp_path: Path, srun_says: int, tasks_say: list[int], code: int
+) -> None:
+    say = {"trainer": tasks_say}
+    result, told, said = _run(tmp_path, "colocated", trainer=srun_says, say=say)
+    assert result == code
+    assert ("scontrol requeue 7" in told) == (code in (75, 138))
+    assert f"start 0 of job 7 ended with exit code {code}\n" in said
+
+
+def test_servers_that_are_killed_for_memory_too_often_are_lost_ones(tmp_path: Path) -> None:
+    say = {"rollout": [75] * 8}
+    result, told, said = _run(tmp_path, "split", trainer=0, rollout=1, say=say)
+    assert result == 75
+    assert told.splitlines()[-2:] == ["trainer told to save", "scontrol requeue 7"]
+    assert "the rollout servers ended before the trainer, with exit code 75" in said
+
+
+def test_a_split_run_outlives_a_kill_for_memory(tmp_path: Path) -> None:
+    result, told, _ = _run(tmp_path, "split", trainer=1, say={"trainer": [75] * 16})
+    assert result == 75
+    assert told.splitlines()[-2:] == ["rollout told to end", "scontrol requeue 7"]
 
 
 def test_a_step_that_no_signal_reaches_is_killed(tmp_path: Path) -> None:

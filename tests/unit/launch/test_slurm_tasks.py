@@ -1,8 +1,11 @@
 """What a task makes of Slurm's variables, and what is made of Slurm's words."""
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,6 +293,35 @@ def test_each_server_of_a_node_has_gpus_of_its_own() -> None:
     assert own_gpus(whole, 2) == ("6", "7")
     assert own_gpus({"SLURM_LOCALID": "3"}, 2) == ("6", "7")
     assert own_gpus({"SLURM_LOCALID": "3"}, 0) == ()
+
+
+def test_a_rollout_task_serves_on_at_sigterm_and_ends_at_sigusr2(tmp_path: Path) -> None:
+    job = JobFolder.make(tmp_path, "job")
+    beside_ranks = replace(_task_with_servers(1), config=str(DEMO), shares_nodes=True)
+    job.write(beside_ranks, {})
+    environment = {
+        "SLURMD_NODENAME": "node-b",
+        "PREFIXRL_SGLANG_API_KEY": "k3y-0f-th3-s3rv3rs",
+        **SLURM,
+    }
+    task = subprocess.Popen(
+        [sys.executable, "-m", "prefixrl_mcore.launch.slurm.task", str(job.path), "rollout"],
+        env={**os.environ, **environment},
+    )
+    with task:
+        deadline = time.monotonic() + 60
+        while not job.server_file(0, 9).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            task.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            task.wait(1.5)
+        task.send_signal(signal.SIGUSR2)
+        assert task.wait(30) == 0
+    end = job.read_end(0, "rollout-9")
+    assert end is not None
+    assert end.exit_code == 0
 
 
 def test_a_server_is_started_again_so_often_within_a_window() -> None:

@@ -155,7 +155,9 @@ def _decide_for_all(job: Job, seconds: float) -> int:
     def end(_number: int, _frame: FrameType | None) -> None:
         is_ending.set()
 
-    signal.signal(signal.SIGTERM, end)  # srun gives up when a node cannot start its task
+    # srun gives up when a node cannot start its task. In a preemption, which SIGTERM says too, the
+    # batch script does not act upon what is decided.
+    signal.signal(signal.SIGTERM, end)
     with listener:
         threading.Thread(target=listener.serve_forever, daemon=True).start()
         threading.Thread(target=_tell, args=(job, seconds), daemon=True).start()

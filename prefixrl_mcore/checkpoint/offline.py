@@ -17,6 +17,7 @@ from prefixrl_mcore.checkpoint.convert import layout
 from prefixrl_mcore.checkpoint.convert.checkpoint_weights import (
     CheckpointWeights,
     checkpoint_facts,
+    refuse_changed_checkpoint,
 )
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
     CONFIG_NAME,
@@ -77,12 +78,13 @@ def convert_to_hf(
         on_kept: called with the bytes of each file that a killed conversion had finished.
 
     Raises:
-        CheckpointError: if the checkpoint is missing, incomplete or damaged, a weight is
-            missing or of the wrong shape, or ``out`` holds something.
+        CheckpointError: if the checkpoint is missing, incomplete or damaged, or was replaced
+            meanwhile, a weight is missing or of the wrong shape, or ``out`` holds something.
         SaveError: if the storage refuses.
     """
     refuse_unless_sealing(out)
     path = resolve_checkpoint(checkpoint)
+    facts = checkpoint_facts(path)
     weights = CheckpointWeights(path)
     sizes = (info.as_type(dtype).num_bytes for info in weights.infos.values())
     write_hf_folder(
@@ -91,8 +93,9 @@ def convert_to_hf(
         out,
         dtype=dtype,
         max_file_bytes=max_file_bytes,
-        task=checkpoint_facts(path),
+        task=facts,
         more_files=more_files,
+        before_sealing=lambda: refuse_changed_checkpoint(path, facts),
         on_bytes=None if on_start is None else on_start(sum(sizes)),
         on_kept=on_kept,
     )

@@ -132,5 +132,39 @@ class CheckpointWeights:
 
 
 def checkpoint_facts(path: Path) -> Mapping[str, Any]:
-    """Return what tells this checkpoint's content from any other's, JSON."""
-    return {"manifest": manifest.hash_file(path / manifest.MANIFEST_NAME)}
+    """Return what tells this checkpoint's content from any other's, JSON.
+
+    Raises:
+        CheckpointError: if it has no manifest (any more).
+    """
+    manifest_path = path / manifest.MANIFEST_NAME
+    try:
+        return {"manifest": manifest.hash_file(manifest_path)}
+    except OSError as error:
+        raise CheckpointError(
+            f"{manifest_path}: cannot be read ({error}), so {path} is incomplete or no "
+            "checkpoint; use another one"
+        ) from None
+
+
+def refuse_changed_checkpoint(path: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse what was read of a checkpoint that was replaced or deleted meanwhile.
+
+    Its data files are opened one by one, so that the weights may be of two checkpoints.
+
+    Args:
+        path: the checkpoint, from which everything has been read.
+        facts: ``checkpoint_facts`` before anything was read.
+
+    Raises:
+        CheckpointError: if it is not the same any more.
+    """
+    try:
+        is_same = checkpoint_facts(path) == facts
+    except CheckpointError:
+        is_same = False
+    if not is_same:
+        raise CheckpointError(
+            f"{path}: was replaced or deleted while it was converted, so that the result would "
+            "mix two models; name a checkpoint that stays, and repeat"
+        )

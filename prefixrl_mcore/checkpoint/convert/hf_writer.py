@@ -54,6 +54,7 @@ def write_hf_folder(
     max_file_bytes: int = MAX_FILE_BYTES,
     task: Mapping[str, Any] | None = None,
     more_files: Mapping[str, str] | None = None,
+    before_sealing: Callable[[], object] = lambda: None,
     on_bytes: Callable[[int], object] | None = None,
     on_kept: Callable[[int], object] | None = None,
 ) -> None:
@@ -70,6 +71,7 @@ def write_hf_folder(
         max_file_bytes: size of weights above which a new file is begun.
         task: what decides the content of ``source``, JSON; see ``ResumableFolder``.
         more_files: text of further files, by name.
+        before_sealing: called when everything is written; an error leaves no folder.
         on_bytes: called with the size of each block that was written.
         on_kept: called with the size of each file that a killed call had finished.
 
@@ -101,6 +103,7 @@ def write_hf_folder(
                 )
                 folder.finish(name, size_bytes=size_bytes, sha256=sha256)
             _write_rest(folder.path, files, infos, assets, more_files or {})
+            before_sealing()
             folder.seal(with_manifest=False)
     _warn_of_other_dtype(hf_config, {info.dtype for info in infos.values()}, out)
 

@@ -224,3 +224,22 @@ def test_metadata_that_would_run_code_is_refused_without_running_it(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"not to be trusted \(names "):
         TorchDistReader(tmp_path)
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_converted_is_refused(tmp_path: Path) -> None:
+    """As a save of the same step does: the index fits the files of both, and so do checksums."""
+    checkpoint, other = tmp_path / "step-000001", tmp_path / "other"
+    convert_from_hf(write_tiny_qwen3(tmp_path / "a"), checkpoint, max_file_bytes=60_000)
+    convert_from_hf(write_tiny_qwen3(tmp_path / "b", seed=9), other, max_file_bytes=60_000)
+    done: list[int] = []
+
+    def replace(num_bytes: int) -> None:
+        done.append(num_bytes)
+        if sum(done) > 100_000 and other.exists():
+            checkpoint.rename(tmp_path / "gone")
+            other.rename(checkpoint)
+
+    with pytest.raises(CheckpointError, match="step-000001: was replaced or deleted while"):
+        convert_to_hf(checkpoint, tmp_path / "out", on_start=lambda _total: replace)
+    assert sum(done) > 200_000, "all weights were written"
+    assert not (tmp_path / "out").exists()

@@ -20,11 +20,10 @@ from prefixrl_mcore.checkpoint.convert.checkpoint_weights import (
     refuse_changed_checkpoint,
 )
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
-    CONFIG_NAME,
     HfWeights,
-    asset_files,
-    copy_assets,
+    read_assets,
     read_hf_config,
+    write_assets,
 )
 from prefixrl_mcore.checkpoint.convert.hf_writer import MAX_FILE_BYTES, write_hf_folder
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
@@ -135,12 +134,12 @@ def convert_from_hf(
     """
     refuse_unless_sealing(out)
     hf_config = read_hf_config(source)
-    asset_files(source)  # refuses what cannot be copied, before hours of writing weights
+    assets = read_assets(source)  # refuses what cannot be read, before hours of writing weights
     read_model_shape(hf_config)  # refuses what training would refuse, above all unknown fields
     with HfWeights(source) as weights:
         weights.check(hf_config)
         conversion = _FromHf(weights, hf_config, dtype)
-        facts = _hf_facts(source, weights)
+        facts = _hf_facts(weights, assets)
         task = {
             "of": facts,
             "dtype": str(dtype),
@@ -153,7 +152,7 @@ def convert_from_hf(
             (folder.path / MEGATRON_FOLDER).mkdir(exist_ok=True)
             conversion.write(folder, max_file_bytes, on_start)
             try:
-                copy_assets(source, folder.path / HF_FOLDER)
+                write_assets(assets, folder.path / HF_FOLDER)
                 write_trainer_state(
                     folder.path,
                     TrainerState(
@@ -262,7 +261,7 @@ class _FromHf:
         )
 
 
-def _hf_facts(source: Path, weights: HfWeights) -> dict[str, Any]:
+def _hf_facts(weights: HfWeights, assets: Mapping[str, bytes]) -> dict[str, Any]:
     """Return what tells this model folder's content from any other's, JSON.
 
     Weight files by place, size and times: hashing them would take as long as converting them. The
@@ -275,15 +274,15 @@ def _hf_facts(source: Path, weights: HfWeights) -> dict[str, Any]:
             name: [path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
             for name, (path, s) in stats.items()
         },
-        "config": hashlib.sha256((source / CONFIG_NAME).read_bytes()).hexdigest(),
+        "assets": {n: hashlib.sha256(content).hexdigest() for n, content in assets.items()},
     }
 
 
 def _refuse_changed(source: Path, weights: HfWeights, facts: Mapping[str, Any]) -> None:
     """Raise CheckpointError if the folder is not what it was at the beginning."""
     try:
-        is_same = _hf_facts(source, weights) == facts
-    except OSError:
+        is_same = _hf_facts(weights, read_assets(source)) == facts
+    except (OSError, CheckpointError):
         is_same = False
     if not is_same:
         raise CheckpointError(

@@ -7,7 +7,6 @@ templates are copied byte for byte: a library that reads and writes them again c
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +35,7 @@ _TEMPLATES = "additional_chat_templates"
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 )
+_MAX_ASSET_BYTES = 1 << 30
 _DIGEST_BYTES = 1 << 20
 
 
@@ -81,31 +81,56 @@ def asset_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: if one is a link to a file that is not there.
     """
-    paths = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
-    dangling = sorted(path for path in paths if path.is_symlink() and not path.exists())
-    if dangling:
-        raise CheckpointError(
-            f"{dangling[0]}: is a link to {dangling[0].readlink()}, which does not exist; download "
-            "the model folder again"
-        )
-    return sorted(
+    paths = sorted(
         path
-        for path in paths
-        if path.is_file()
-        and path.suffix not in _WEIGHT_SUFFIXES
+        for path in (*folder.iterdir(), *(folder / _TEMPLATES).glob("*"))
+        if path.suffix not in _WEIGHT_SUFFIXES
         and not path.name.startswith(".")
         and not path.name.endswith(".index.json")
         and path.name != "manifest.json"
     )
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{path}: is a link to {path.readlink()}, which does not exist; download the model "
+                "folder again"
+            )
+    return [path for path in paths if path.is_file()]
 
 
-def copy_assets(source: Path, target: Path) -> None:
-    """Copy config, generation config, tokenizer and template files, byte for byte."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in asset_files(source):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+def read_assets(folder: Path) -> dict[str, bytes]:
+    """Return config, generation config, tokenizer and template files, by path in the folder.
+
+    Read once and kept, some megabytes, where they are written later: the folder may be changed or
+    removed in the meantime.
+
+    Raises:
+        CheckpointError: if one cannot be read, or is too large to be what it should be.
+    """
+    assets: dict[str, bytes] = {}
+    try:
+        for path in asset_files(folder):
+            size_bytes = path.stat().st_size
+            if size_bytes > _MAX_ASSET_BYTES:
+                raise CheckpointError(
+                    f"{path}: has {size_bytes} bytes, expected a config, tokenizer or template "
+                    f"file of at most {_MAX_ASSET_BYTES}; move it out of the model folder"
+                )
+            assets[path.relative_to(folder).as_posix()] = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: config and tokenizer files cannot be read ({error}); look at the storage, "
+            "or download the model folder again"
+        ) from None
+    return assets
+
+
+def write_assets(assets: Mapping[str, bytes], folder: Path) -> None:
+    """Write what ``read_assets`` returned into a folder, which is made if needed."""
+    for name, content in assets.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 class HfWeights:

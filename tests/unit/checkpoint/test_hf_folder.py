@@ -10,6 +10,7 @@ from torch import Tensor
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
     HfWeights,
     asset_files,
+    read_assets,
     read_hf_config,
 )
 from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
@@ -176,6 +177,20 @@ def test_a_link_to_nothing_is_named(source: Path) -> None:
     (source / "tokenizer.json").symlink_to("../blobs/1234")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link to \.\./blobs/1234"):
         asset_files(source)
+
+
+def test_a_link_to_nothing_where_nothing_is_copied_is_no_fault(source: Path) -> None:
+    names = sorted(read_assets(source))
+    for name in ("pytorch_model.bin", ".gitattributes"):
+        (source / name).symlink_to("../blobs/pruned")
+    assert sorted(read_assets(source)) == names
+
+
+def test_a_file_that_is_too_large_for_a_tokenizer_is_named(source: Path) -> None:
+    with (source / "original.tar").open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(CheckpointError, match=r"original\.tar: has 1073741825 bytes, expected a"):
+        read_assets(source)
 
 
 def test_a_chosen_dtype_is_written(source: Path, tmp_path: Path) -> None:

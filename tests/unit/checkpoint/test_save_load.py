@@ -153,9 +153,38 @@ def test_a_checkpoint_carries_config_and_tokenizer_as_bytes(source: Path, tmp_pa
 
 def test_a_policy_without_a_folder_saves_its_config(source: Path, tmp_path: Path) -> None:
     policy = build_policy(source)
-    policy.model_path = None
+    policy.model_files = {}
     path = save_checkpoint(tmp_path, 0, policy, {})
     assert json.loads((path / "hf" / "config.json").read_text()) == policy.hf_config
+
+
+def test_a_checkpoint_carries_the_files_that_were_there_at_the_start(
+    source: Path, tmp_path: Path
+) -> None:
+    """A model folder that is changed or removed in a run costs no save."""
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (folder / "pytorch_model.bin").symlink_to("blobs/pruned")  # of what is not copied
+    policy = build_policy(folder)
+    (folder / "config.json").write_text("{}")
+    first = save_checkpoint(tmp_path / "run", 1, policy, {})
+    shutil.rmtree(folder)
+    second = save_checkpoint(tmp_path / "run", 2, policy, {})
+    for path in (first, second):
+        for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (path / "hf" / name).read_bytes() == (source / name).read_bytes()
+        templates = path / "hf" / "additional_chat_templates"
+        assert (templates / "tools.jinja").read_text() == "{{ tools }}"
+
+
+def test_a_model_folder_that_could_not_be_saved_is_refused_before_the_run(
+    source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    (folder / "added.json").symlink_to("blobs/pruned")
+    with pytest.raises(CheckpointError, match=r"added\.json: is a link to blobs/pruned"):
+        build_policy(folder)
 
 
 def test_only_the_last_checkpoints_are_kept(source: Path, tmp_path: Path) -> None:

@@ -254,10 +254,21 @@ def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
     )
 
 
+def shape_differences(first: ModelShape, second: ModelShape) -> dict[str, tuple[object, object]]:
+    """Return the fields in which two models compute something else, with both values.
+
+    Longest sequence and initialisation are left out: they change no logprob.
+    """
+    return {
+        name: (getattr(first, name), getattr(second, name))
+        for name in (field.name for field in fields(ModelShape))
+        if name not in {"max_position_embeddings", "init_method_std"}
+        and getattr(first, name) != getattr(second, name)
+    }
+
+
 def check_reference(shape: ModelShape, folder: Path) -> None:
     """Refuse a reference whose weights mean something else in the policy's model.
-
-    Its longest sequence and its initialisation may differ: they change no logprob.
 
     Args:
         shape: of the policy.
@@ -268,10 +279,8 @@ def check_reference(shape: ModelShape, folder: Path) -> None:
     """
     theirs = read_model_shape(read_hf_config(folder))
     different = [
-        f"{name} {getattr(theirs, name)!r} (the policy has {getattr(shape, name)!r})"
-        for name in (field.name for field in fields(ModelShape))
-        if name not in {"max_position_embeddings", "init_method_std"}
-        and getattr(theirs, name) != getattr(shape, name)
+        f"{name} {got!r} (the policy has {expected!r})"
+        for name, (got, expected) in shape_differences(theirs, shape).items()
     ]
     if different:
         raise ConfigError(

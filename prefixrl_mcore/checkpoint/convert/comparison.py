@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, 
 from prefixrl_mcore.checkpoint.convert.safetensors_file import BLOCK_BYTES
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, resolve_checkpoint
-from prefixrl_mcore.config.model_shape import read_model_shape
+from prefixrl_mcore.config.model_shape import read_model_shape, shape_differences
 
 _BLOCK_NUMBERS = BLOCK_BYTES // 8
 
@@ -147,16 +147,10 @@ def compare_models(
 
 
 def _compare_configs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Difference]:
-    first, second = read_model_shape(ours), read_model_shape(theirs)
+    differences = shape_differences(read_model_shape(ours), read_model_shape(theirs))
     return [
-        Difference(
-            name=field.name,
-            what="config",
-            first=str(getattr(first, field.name)),
-            second=str(getattr(second, field.name)),
-        )
-        for field in fields(first)
-        if getattr(first, field.name) != getattr(second, field.name)
+        Difference(name=name, what="config", first=str(first), second=str(second))
+        for name, (first, second) in differences.items()
     ]
 
 

@@ -22,7 +22,6 @@ from prefixrl_mcore.checkpoint.convert.checkpoint_weights import (
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
     HfWeights,
     read_assets,
-    read_hf_config,
     write_assets,
 )
 from prefixrl_mcore.checkpoint.convert.hf_writer import MAX_FILE_BYTES, write_hf_folder
@@ -43,7 +42,7 @@ from prefixrl_mcore.checkpoint.torch_dist_writer import (
     TorchDistWriter,
     data_file_name,
 )
-from prefixrl_mcore.config.model_shape import read_model_shape
+from prefixrl_mcore.config.model_shape import read_hf_config, read_model_shape
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy
-from prefixrl_mcore.checkpoint.convert.hf_folder import read_hf_config
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.megatron_state import load_megatron
 from prefixrl_mcore.checkpoint.random_states import derive_rng_state
@@ -27,7 +26,7 @@ from prefixrl_mcore.checkpoint.run_checkpoints import (
     show_layout,
 )
 from prefixrl_mcore.checkpoint.saver import parallel_layout, save_checkpoint
-from prefixrl_mcore.config.model_shape import read_model_shape, shape_differences
+from prefixrl_mcore.config.model_shape import read_hf_config, read_model_shape, shape_differences
 from prefixrl_mcore.policy.topology import run_on_first
 
 __all__ = ["clean_up", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.convert import layout
-from prefixrl_mcore.checkpoint.convert.hf_folder import read_hf_config
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
 from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, MEGATRON_FOLDER
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader, is_extra_state
+from prefixrl_mcore.config.model_shape import read_hf_config
 
 _DATA_SUFFIX = ".distcp"
 _NO_WEIGHT_PREFIXES = ("optimizer.", "chained_")  # Megatron's, of the optimizer's state

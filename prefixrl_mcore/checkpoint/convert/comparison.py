@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.checkpoint_weights import CheckpointWeights
-from prefixrl_mcore.checkpoint.convert.hf_folder import CONFIG_NAME, HfWeights, read_hf_config
+from prefixrl_mcore.checkpoint.convert.hf_folder import CONFIG_NAME, HfWeights
 from prefixrl_mcore.checkpoint.convert.hf_writer import HfSource
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.convert.safetensors_file import BLOCK_BYTES
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, resolve_checkpoint
-from prefixrl_mcore.config.model_shape import read_model_shape, shape_differences
+from prefixrl_mcore.config.model_shape import read_hf_config, read_model_shape, shape_differences
 
 _BLOCK_NUMBERS = BLOCK_BYTES // 8
 

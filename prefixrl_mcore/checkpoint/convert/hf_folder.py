@@ -26,7 +26,6 @@ from prefixrl_mcore.checkpoint.convert.safetensors_file import (
     read_places,
 )
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
-from prefixrl_mcore.config.json_files import read_json_object
 
 CONFIG_NAME = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -37,19 +36,6 @@ _WEIGHT_SUFFIXES = frozenset(
 )
 _MAX_ASSET_BYTES = 1 << 30
 _DIGEST_BYTES = 1 << 20
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a model folder's ``config.json``.
-
-    Raises:
-        CheckpointError: if it is missing or is not a JSON object.
-    """
-    return read_json_object(
-        folder / CONFIG_NAME,
-        remedy="name a Hugging Face model folder, or download it again",
-        error_cls=CheckpointError,
-    )
 
 
 def digest_of_weights(folder: Path) -> str:

@@ -14,13 +14,13 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import (
     INDEX_NAME,
     SINGLE_FILE,
     read_assets,
-    read_hf_config,
     write_assets,
 )
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo, write_safetensors
 from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.checkpoint.resumable import ResumableFolder, refuse_unless_sealing
+from prefixrl_mcore.config.model_shape import read_hf_config
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, find_table
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 
 QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "hidden_size": 8,
     "num_hidden_layers": 2,
@@ -17,6 +18,9 @@ QWEN3 = {
     "intermediate_size": 6,
     "vocab_size": 5,
     "tie_word_embeddings": False,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
 }
 
 
@@ -126,8 +130,11 @@ def test_both_specs_names_lead_to_the_same_rule(name: str, expected: str) -> Non
 
 
 MIXTURE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
     "moe_intermediate_size": 4,
 }
 
@@ -173,9 +180,3 @@ def test_an_unknown_name_has_no_rule() -> None:
 def test_an_unknown_family_is_refused_with_the_known_ones(model_type: str | None) -> None:
     with pytest.raises(CheckpointError, match="expected one of llama, qwen2, qwen3, qwen3_moe"):
         find_table({"model_type": model_type})
-
-
-def test_a_config_without_sizes_names_the_missing_key() -> None:
-    config = {key: value for key, value in QWEN3.items() if key != "intermediate_size"}
-    with pytest.raises(CheckpointError, match="'intermediate_size' is missing"):
-        ModelDims.from_hf_config(config)

@@ -11,10 +11,10 @@ from prefixrl_mcore.checkpoint.convert.hf_folder import (
     HfWeights,
     asset_files,
     read_assets,
-    read_hf_config,
 )
 from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.config.model_shape import read_hf_config
 from tests.support.tiny_models import write_tiny_qwen3
 from tests.support.weights import HeldWeights, weights_in
 
@@ -81,7 +81,7 @@ def test_a_tied_head_in_the_file_must_equal_the_embedding(source: Path) -> None:
 )
 def test_an_incomplete_folder_is_refused(remove: str, message: str, source: Path) -> None:
     (source / remove).unlink()
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ValueError, match=message):
         check(source)
 
 

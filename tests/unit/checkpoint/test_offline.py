@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_makes_no_folder(source: Path, tmp_path: Path) -> N
 
 
 def test_a_failing_conversion_makes_no_checkpoint(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json: does not exist"):
+    with pytest.raises(ValueError, match=r"config\.json: does not exist"):
         convert_from_hf(tmp_path / "nowhere", tmp_path / "checkpoint")
     broken = tmp_path / "broken"
     write_hf_folder(HeldWeights(weights_in(source)), source, broken)

@@ -36,26 +36,34 @@ _WEIGHT_SUFFIXES = frozenset(
 )
 _MAX_ASSET_BYTES = 1 << 30
 _DIGEST_BYTES = 1 << 20
+_DIGEST_TENSOR_BYTES = 1 << 12
 
 
 def digest_of_weights(folder: Path) -> str:
     """Return a SHA-256 that tells the weights of a model folder from others, wherever it lies.
 
-    Hashed are name, size, first and last MiB of each file (header and names of the tensors are in
-    the first): seconds for any model, and no change of training escapes it. The same weights in
-    other files have another digest.
+    Hashed are name, size, first and last MiB of each file (the header is in the first), and the
+    bytes around the beginning of each tensor: seconds for any model. Training that leaves those of
+    every tensor as they were escapes it (of some rows of an embedding, all else frozen). The same
+    weights in other files have another digest.
 
     Raises:
-        CheckpointError: if the folder has no safetensors weights.
+        CheckpointError: if the folder has no safetensors weights, or they are damaged.
     """
     digest = hashlib.sha256()
-    for path in sorted(_weight_files(folder, _read_index(folder))):
-        size_bytes = path.stat().st_size
-        digest.update(f"{path.name} {size_bytes}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_DIGEST_BYTES))
-            file.seek(max(0, size_bytes - _DIGEST_BYTES))
-            digest.update(file.read(_DIGEST_BYTES))
+    with HfWeights(folder) as weights:
+        for path in weights.files:
+            size_bytes = path.stat().st_size
+            digest.update(f"{path.name} {size_bytes}\n".encode())
+            begins = sorted(begin for begin, _ in read_places(path).values())
+            with path.open("rb") as file:
+                for begin, length in (
+                    (0, _DIGEST_BYTES),
+                    *((begin - _DIGEST_TENSOR_BYTES, 2 * _DIGEST_TENSOR_BYTES) for begin in begins),
+                    (size_bytes - _DIGEST_BYTES, _DIGEST_BYTES),
+                ):
+                    file.seek(max(0, begin))
+                    digest.update(file.read(length))
     return digest.hexdigest()
 
 

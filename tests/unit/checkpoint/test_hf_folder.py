@@ -10,6 +10,7 @@ from torch import Tensor
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
     HfWeights,
     asset_files,
+    digest_of_weights,
     read_assets,
 )
 from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
@@ -191,6 +192,22 @@ def test_a_file_that_is_too_large_for_a_tokenizer_is_named(source: Path) -> None
         file.truncate(2**30 + 1)
     with pytest.raises(CheckpointError, match=r"original\.tar: has 1073741825 bytes, expected a"):
         read_assets(source)
+
+
+def test_the_digest_sees_one_tensor_between_larger_ones(tmp_path: Path) -> None:
+    """As merging an adapter of the query projections changes it."""
+    large, query = torch.zeros(2**19), torch.zeros(64, 64)
+
+    def digest(**changes: Tensor) -> str:
+        weights = {"a": large, "query": query, "z": large.clone()}
+        save_file(weights | changes, tmp_path / "model.safetensors")
+        return digest_of_weights(tmp_path)
+
+    assert digest() == digest()
+    assert len({digest(), digest(query=query + 1), digest(a=large + 1), digest(z=large + 1)}) == 4
+    end = large.clone()
+    end[-1] = 1
+    assert digest(a=end) != digest()
 
 
 def test_a_chosen_dtype_is_written(source: Path, tmp_path: Path) -> None:

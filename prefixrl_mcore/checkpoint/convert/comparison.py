@@ -82,7 +82,7 @@ class Comparison:
 
 @contextmanager
 def open_model(path: Path) -> Iterator[OpenModel]:
-    """Yield a Hugging Face folder, a checkpoint, or the latest of a folder of checkpoints.
+    """Yield a Hugging Face folder, a checkpoint, or the latest one of a folder or a run.
 
     Raises:
         CheckpointError: if it is neither, incomplete or damaged.
@@ -93,7 +93,10 @@ def open_model(path: Path) -> Iterator[OpenModel]:
             weights.leave_out_tied_copy(hf_config)
             yield OpenModel(path=path, assets=path, hf_config=hf_config, weights=weights)
         return
-    checkpoint = resolve_checkpoint(path)
+    try:
+        checkpoint = resolve_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; a Hugging Face folder has a {CONFIG_NAME}") from None
     weights = CheckpointWeights(checkpoint)
     yield OpenModel(
         path=checkpoint,

@@ -47,11 +47,15 @@ def test_the_folder_equals_the_live_export_bit_for_bit(
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_a_folder_of_checkpoints_stands_for_its_latest(
+def test_a_folder_of_checkpoints_and_a_run_stand_for_their_latest(
     trained: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     checkpoint, _ = trained
     assert convert_to_hf(checkpoint.parent, tmp_path / "out") == checkpoint
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(checkpoint.parent)
+    found = convert_to_hf(tmp_path / "run", tmp_path / "of run")
+    assert found == tmp_path / "run" / "checkpoints" / checkpoint.name
 
 
 def test_transformers_loads_the_folder_and_computes_the_same(

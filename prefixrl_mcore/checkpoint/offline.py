@@ -221,7 +221,7 @@ class _FromHf:
         """
         first: dict[str, tuple[str, torch.dtype]] = {}
         for rule, place in self._all:
-            stored = rule.stacked_checkpoint_names()[0]
+            stored = rule.checkpoint_name
             for name in (hf_name(weight, place) for weight in rule.hf):
                 dtype = self._weights.infos[name].dtype
                 other, expected = first.setdefault(stored, (name, dtype))
@@ -244,19 +244,12 @@ class _FromHf:
         tensors = [self._weights.read(name) for name in names]
         full = layout.hf_to_full(rule.kind, tensors, num_groups=self._dims.num_groups)
         full = full.to(dtype=self._dtype)  # after the merge: one weight in the larger type, not two
-        stacks = [
-            (index, number)
-            for index, number in (
-                (place.layer, self._dims.num_layers),
-                (place.expert, self._dims.num_experts),
-            )
-            if index is not None
-        ]
+        place_in_stack = tuple(i for i in (place.layer, place.expert) if i is not None)
         return Piece(
-            name=rule.stacked_checkpoint_names()[0],
-            full_shape=(*(number for _, number in stacks), *full.shape),
-            offsets=(*(index for index, _ in stacks), *(0,) * full.dim()),
-            tensor=full[(None,) * len(stacks)],
+            name=rule.checkpoint_name,
+            full_shape=rule.checkpoint_shape(self._dims),
+            offsets=(*place_in_stack, *(0,) * full.dim()),
+            tensor=full[(None,) * len(place_in_stack)],
         )
 
 

@@ -91,21 +91,15 @@ class CheckpointWeights:
             self._reader.prefetch(stored, *indices)
 
     def _stored_as(self, rule: Rule, place: Place) -> tuple[str, tuple[int, ...]]:
-        """Return the name of a whole Megatron weight and its place in a stack of layers."""
-        stacks = () if place.layer is None else rule.stacked_checkpoint_names()
-        shapes, num_layers = self._reader.shapes, self._dims.num_layers
-        stacked = [name for name in stacks if shapes.get(name, ())[:1] == (num_layers,)]
-        names = [name for name in rule.checkpoint_names(place) if name in shapes]
-        if not stacked and not names:
+        """Return the name of a whole Megatron weight and its place in a stack."""
+        name, shapes = rule.checkpoint_name, self._reader.shapes
+        if name not in shapes:
             raise CheckpointError(
-                f"{self.path}: lacks {rule.checkpoint_names(place)[0]}, expected a model of "
-                f"{num_layers} layers as its config.json says; use another checkpoint"
+                f"{self.path}: lacks {name}, expected it as its config.json says; use another "
+                "checkpoint"
             )
-        name = (stacked or names)[0]
-        places = (place.layer if stacked else None, place.expert)
-        indices = tuple(index for index in places if index is not None)
-        self._check_shape(rule, name, shapes[name][len(indices) :])
-        return name, indices
+        self._check_shape(rule, name, shapes[name])
+        return name, tuple(index for index in (place.layer, place.expert) if index is not None)
 
     def _refuse_unused(self, used: set[str]) -> None:
         """Refuse weights that no rule has asked for: the folder would be another model."""
@@ -121,7 +115,7 @@ class CheckpointWeights:
             )
 
     def _check_shape(self, rule: Rule, name: str, shape: tuple[int, ...]) -> None:
-        expected = rule.full_shape(self._dims)
+        expected = rule.checkpoint_shape(self._dims)
         rows = shape[0] if shape else 0
         is_padded = rule.kind == "vocab" and rows >= expected[0]
         if shape[1:] != expected[1:] or not (rows == expected[0] or is_padded):

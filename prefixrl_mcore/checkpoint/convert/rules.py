@@ -119,10 +119,9 @@ class Rule:
     hf: tuple[HfWeight, ...]
     """In the order that ``layout.hf_to_full`` takes."""
 
-    stored: tuple[str, ...] = ()
-    """Names in a checkpoint, the one that is written first; empty is the first of ``megatron``,
-    which is the name under either spec. The experts of a layer are one tensor there, with a new
-    first dimension."""
+    stored: str | None = None
+    """Name in a checkpoint of either spec; None is the first of ``megatron``. The experts of a
+    layer are one tensor there, with a new first dimension."""
 
     is_output_head: bool = False
     """The head that a model with tied embeddings does not have."""
@@ -137,13 +136,16 @@ class Rule:
         """The weight exists once for each expert; its parts are on expert tensor-parallel ranks."""
         return _EXPERT in self.hf[0].name
 
-    def checkpoint_names(self, place: Place) -> tuple[str, ...]:
-        """Return the names in a checkpoint that stores each layer under its own name."""
-        return tuple(place.fill(name) for name in self.stored or self.megatron[:1])
+    @property
+    def checkpoint_name(self) -> str:
+        """The name in a checkpoint, which stacks all layers along a new first dimension."""
+        return (self.stored or self.megatron[0]).replace(f"{_LAYER}.", "")
 
-    def stacked_checkpoint_names(self) -> tuple[str, ...]:
-        """Return the names in a checkpoint that stacks all layers along a new first dimension."""
-        return tuple(name.replace(f"{_LAYER}.", "") for name in self.stored or self.megatron[:1])
+    def checkpoint_shape(self, dims: ModelDims) -> tuple[int, ...]:
+        """Return the shape in a checkpoint: layers, experts, and the weight without padding."""
+        layers = (dims.num_layers,) if self.is_per_layer else ()
+        experts = (dims.num_experts,) if self.is_per_expert else ()
+        return (*layers, *experts, *self.full_shape(dims))
 
     def full_shape(self, dims: ModelDims) -> tuple[int, ...]:
         """Return the shape of the whole Megatron weight, without vocabulary padding."""

@@ -11,15 +11,10 @@ output layer besides the embedding. Of the experts of a mixture-of-experts layer
 that a token is routed to counts.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.records import Group
 
 
@@ -48,7 +43,7 @@ class FlopsMeter:
     """What a run has been charged so far; the same on every rank when charged alike."""
 
     num_parameters: int
-    """N, see ``count_parameters``."""
+    """N, see ``parameters.count_parameters``."""
 
     collect_flops: float = 0.0
     """Charge for the traces: the trace store's total, unsolved problems included."""
@@ -190,51 +185,3 @@ class FlopsMeter:
         """Count the tokens of a forward and backward pass."""
         self.charged_tokens += num_tokens
         self.computed_tokens += num_tokens if num_computed_tokens is None else num_computed_tokens
-
-
-def count_parameters(model_folder: Path) -> int:
-    """Return N of a Hugging Face folder from its config and the safetensors headers.
-
-    Raises:
-        ValueError: if the folder has no config or no safetensors files, or one is damaged.
-    """
-    config = _read_config(model_folder)
-    files = sorted(model_folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{model_folder}: has no *.safetensors files; set model.path to a complete Hugging "
-            "Face folder"
-        )
-    is_tied = bool(config.get("tie_word_embeddings", False))
-    num_experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
-    num_shared, num_expert = 0, 0
-    for file in files:
-        for name, size in _tensor_sizes(file).items():
-            if is_tied and name == "lm_head.weight":
-                continue  # a copy of the embedding
-            if num_experts and ".experts." in name:
-                num_expert += size
-            else:
-                num_shared += size
-    if not num_expert:
-        return num_shared
-    if "num_experts_per_tok" not in config:
-        raise ValueError(f"{model_folder}/config.json: num_experts_per_tok is missing")
-    return num_shared + num_expert * int(config["num_experts_per_tok"]) // num_experts
-
-
-def _read_config(model_folder: Path) -> dict[str, Any]:
-    """Read ``config.json``."""
-    config = read_json_object(
-        model_folder / "config.json", remedy="set model.path to a Hugging Face folder"
-    )
-    return config.get("text_config", config)
-
-
-def _tensor_sizes(file: Path) -> dict[str, int]:
-    """Return the number of elements of each tensor without reading the tensors."""
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            return {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged safetensors file: {error}") from None

@@ -7,8 +7,9 @@ to; ``tp``, ``pp``, ``cp``, ``ep``, ``etp`` (expert tensor), ``dp`` the parallel
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from prefixrl_mcore.config.model_shape import ModelShape
+from prefixrl_mcore.config.model_shape import ModelShape, read_hf_config, read_model_shape
 from prefixrl_mcore.config.policy import ParallelConfig, PolicyConfig
 
 
@@ -83,6 +84,15 @@ def model_size(shape: ModelShape) -> ModelSize:
             experts * mixture.num_experts_per_token // mixture.num_experts if mixture else 0
         ),
     )
+
+
+def count_parameters(model_folder: Path) -> int:
+    """Return N of a Hugging Face folder: the parameters by which its FLOPs are charged.
+
+    Raises:
+        ConfigError: if its ``config.json`` is not of a supported model.
+    """
+    return model_size(read_model_shape(read_hf_config(model_folder))).num_active_parameters
 
 
 def stage_layers(shape: ModelShape, parallel: ParallelConfig) -> tuple[int, ...]:

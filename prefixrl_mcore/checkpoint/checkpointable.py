@@ -1,13 +1,13 @@
 """What saving and loading need of a policy."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
-from prefixrl_mcore.checkpoint.convert.hf_folder import CONFIG_NAME, copy_assets
+from prefixrl_mcore.checkpoint.convert.hf_folder import CONFIG_NAME, write_assets
 
 
 class Trainable(Protocol):
@@ -36,8 +36,11 @@ class CheckpointablePolicy(Trainable, Protocol):
     """Content of the model's ``config.json``."""
 
     model_path: Path | None
-    """Hugging Face folder whose tokenizer and config files belong to the model; None if there is
-    none, and a checkpoint then gets only ``hf_config``."""
+    """Hugging Face folder that the weights came from, for messages; None if there is none."""
+
+    model_files: Mapping[str, bytes]
+    """Content of that folder's config and tokenizer files when it was read, by path in it; rank
+    0's go into checkpoints, which get only ``hf_config`` if there are none."""
 
     seed: int
     """Seed of the run, from which random states are derived where none fit."""
@@ -48,8 +51,5 @@ class CheckpointablePolicy(Trainable, Protocol):
 
 def write_hf_files(folder: Path, policy: CheckpointablePolicy) -> None:
     """Write what a conversion to Hugging Face will need besides the weights."""
-    if policy.model_path is not None:
-        copy_assets(policy.model_path, folder)
-        return
-    folder.mkdir()
-    (folder / CONFIG_NAME).write_text(json.dumps(policy.hf_config, indent=2), encoding="utf-8")
+    config = json.dumps(policy.hf_config, indent=2).encode()
+    write_assets(policy.model_files or {CONFIG_NAME: config}, folder)

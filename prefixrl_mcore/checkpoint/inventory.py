@@ -6,14 +6,13 @@ from pathlib import Path
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import (
+    RUN_CHECKPOINTS,
     TrainerState,
+    checkpoints_in,
     latest_checkpoint,
     read_trainer_state,
     step_of,
 )
-
-RUN_CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints inside a run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +51,7 @@ def find_checkpoints(path: Path) -> list[Path]:
         raise CheckpointError(f"{path}: no such folder; name a run, its checkpoints or one")
     if (path / manifest.MANIFEST_NAME).exists() or step_of(path) is not None:
         return [path]
-    folder = path / RUN_CHECKPOINTS if (path / RUN_CHECKPOINTS).is_dir() else path
-    steps = {path: step_of(path) for path in folder.iterdir()}
+    steps = {path: step_of(path) for path in checkpoints_in(path).iterdir()}
     found = sorted((step, path) for path, step in steps.items() if step is not None)
     if not found:
         raise CheckpointError(

@@ -18,11 +18,12 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from prefixrl_mcore.observability.atomic import sync_to_disk
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT_VERSION = 1
@@ -67,26 +68,6 @@ class Manifest:
 
     created_unix_seconds: float
     """When the folder was sealed."""
-
-
-@contextmanager
-def write_folder(final: Path, *, with_manifest: bool = True) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``final`` when the block ends without an error.
-
-    On an exception the temporary folder is removed and ``final`` is left as it was. Without a
-    manifest the folder is still made durable and renamed in one step (for folders whose format
-    belongs to others, where the atomic rename alone says that they are complete).
-
-    Raises:
-        CheckpointError: if the parent of ``final`` is not a folder that can be written.
-    """
-    temporary = begin_folder(final)
-    try:
-        yield temporary
-        seal_folder(temporary, final, with_manifest=with_manifest)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def begin_folder(final: Path) -> Path:
@@ -138,7 +119,7 @@ def seal_folder(
         replaced = _temporary_path(final, "replaced")
         final.rename(replaced)
     _rename_to_free_name(temporary, final)
-    _sync(final.parent)
+    sync_to_disk(final.parent)
     if replaced is not None:
         _remove_tree(replaced, final)
 
@@ -171,7 +152,7 @@ def clean_temporaries(parent: Path, *, name: str | None = None) -> tuple[int, in
         final = parent / match["name"]
         if match["kind"] == "replaced" and not final.exists():
             path.rename(final)
-            _sync(parent)
+            sync_to_disk(parent)
             num_restored += 1
         else:
             _remove_tree(path, final)
@@ -223,7 +204,7 @@ def verify(
     Files that the manifest does not list are left alone: nothing reads them.
 
     Args:
-        folder: a folder that ``write_folder`` made.
+        folder: a sealed folder.
         checksums: compare contents too; False compares only names and sizes, which finds
             missing and truncated files at the price of one ``stat`` each.
         on_bytes: called with the size of each block that was hashed, from several threads.
@@ -308,7 +289,7 @@ def _write_manifest(folder: Path, known: Mapping[str, ManifestEntry], now: float
         file.write(json.dumps(value, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    _sync(folder)
+    sync_to_disk(folder)
 
 
 def _hash_files(paths: list[Path], on_bytes: Callable[[int], object] | None = None) -> list[str]:
@@ -346,19 +327,11 @@ def _remove_tree(folder: Path, final: Path) -> None:
     """Rename ``folder`` to a name that nothing reads, then delete it."""
     doomed = _temporary_path(final, "deleting")
     folder.rename(doomed)
-    _sync(doomed.parent)
+    sync_to_disk(doomed.parent)
     shutil.rmtree(doomed)
 
 
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_to_disk(path)
+    sync_to_disk(folder)

@@ -30,6 +30,7 @@ from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
 from prefixrl_mcore.checkpoint.staged import StagedState, stage
 from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistReader, is_extra_state
 from prefixrl_mcore.policy.cpu_runtime import megatron_on_cpu
+from prefixrl_mcore.policy.topology import gather_objects
 
 _RNG_KEY = "rng_state"
 _OPTIMIZER_KEY = "optimizer"
@@ -347,8 +348,7 @@ def _check_keys(reader: TorchDistReader, state: dict[str, Any]) -> None:
     All ranks must call this: collective over all ranks.
     """
     wanted = {item.key for item in nested_values(state) if hasattr(item, "key")}
-    everywhere: list[set[str]] = [wanted] * dist.get_world_size()
-    dist.all_gather_object(everywhere, wanted)
+    everywhere = gather_objects(wanted)
     stored = reader.shapes.keys() | reader.objects
     needed = set[str]().union(*everywhere) - {_RNG_KEY}
     absent = sorted(needed - stored)

@@ -17,13 +17,12 @@ from prefixrl_mcore.checkpoint.convert import layout
 from prefixrl_mcore.checkpoint.convert.checkpoint_weights import (
     CheckpointWeights,
     checkpoint_facts,
+    refuse_changed_checkpoint,
 )
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
-    CONFIG_NAME,
     HfWeights,
-    asset_files,
-    copy_assets,
-    read_hf_config,
+    read_assets,
+    write_assets,
 )
 from prefixrl_mcore.checkpoint.convert.hf_writer import MAX_FILE_BYTES, write_hf_folder
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
@@ -43,7 +42,7 @@ from prefixrl_mcore.checkpoint.torch_dist_writer import (
     TorchDistWriter,
     data_file_name,
 )
-from prefixrl_mcore.config.model_shape import read_model_shape
+from prefixrl_mcore.config.model_shape import read_hf_config, read_model_shape
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +76,13 @@ def convert_to_hf(
         on_kept: called with the bytes of each file that a killed conversion had finished.
 
     Raises:
-        CheckpointError: if the checkpoint is missing, incomplete or damaged, a weight is
-            missing or of the wrong shape, or ``out`` holds something.
+        CheckpointError: if the checkpoint is missing, incomplete or damaged, or was replaced
+            meanwhile, a weight is missing or of the wrong shape, or ``out`` holds something.
         SaveError: if the storage refuses.
     """
     refuse_unless_sealing(out)
     path = resolve_checkpoint(checkpoint)
+    facts = checkpoint_facts(path)
     weights = CheckpointWeights(path)
     sizes = (info.as_type(dtype).num_bytes for info in weights.infos.values())
     write_hf_folder(
@@ -91,8 +91,9 @@ def convert_to_hf(
         out,
         dtype=dtype,
         max_file_bytes=max_file_bytes,
-        task=checkpoint_facts(path),
+        task=facts,
         more_files=more_files,
+        before_sealing=lambda: refuse_changed_checkpoint(path, facts),
         on_bytes=None if on_start is None else on_start(sum(sizes)),
         on_kept=on_kept,
     )
@@ -132,12 +133,12 @@ def convert_from_hf(
     """
     refuse_unless_sealing(out)
     hf_config = read_hf_config(source)
-    asset_files(source)  # refuses what cannot be copied, before hours of writing weights
+    assets = read_assets(source)  # refuses what cannot be read, before hours of writing weights
     read_model_shape(hf_config)  # refuses what training would refuse, above all unknown fields
     with HfWeights(source) as weights:
         weights.check(hf_config)
         conversion = _FromHf(weights, hf_config, dtype)
-        facts = _hf_facts(source, weights)
+        facts = _hf_facts(weights, assets)
         task = {
             "of": facts,
             "dtype": str(dtype),
@@ -150,7 +151,7 @@ def convert_from_hf(
             (folder.path / MEGATRON_FOLDER).mkdir(exist_ok=True)
             conversion.write(folder, max_file_bytes, on_start)
             try:
-                copy_assets(source, folder.path / HF_FOLDER)
+                write_assets(assets, folder.path / HF_FOLDER)
                 write_trainer_state(
                     folder.path,
                     TrainerState(
@@ -220,7 +221,7 @@ class _FromHf:
         """
         first: dict[str, tuple[str, torch.dtype]] = {}
         for rule, place in self._all:
-            stored = rule.stacked_checkpoint_names()[0]
+            stored = rule.checkpoint_name
             for name in (hf_name(weight, place) for weight in rule.hf):
                 dtype = self._weights.infos[name].dtype
                 other, expected = first.setdefault(stored, (name, dtype))
@@ -243,23 +244,16 @@ class _FromHf:
         tensors = [self._weights.read(name) for name in names]
         full = layout.hf_to_full(rule.kind, tensors, num_groups=self._dims.num_groups)
         full = full.to(dtype=self._dtype)  # after the merge: one weight in the larger type, not two
-        stacks = [
-            (index, number)
-            for index, number in (
-                (place.layer, self._dims.num_layers),
-                (place.expert, self._dims.num_experts),
-            )
-            if index is not None
-        ]
+        place_in_stack = tuple(i for i in (place.layer, place.expert) if i is not None)
         return Piece(
-            name=rule.stacked_checkpoint_names()[0],
-            full_shape=(*(number for _, number in stacks), *full.shape),
-            offsets=(*(index for index, _ in stacks), *(0,) * full.dim()),
-            tensor=full[(None,) * len(stacks)],
+            name=rule.checkpoint_name,
+            full_shape=rule.checkpoint_shape(self._dims),
+            offsets=(*place_in_stack, *(0,) * full.dim()),
+            tensor=full[(None,) * len(place_in_stack)],
         )
 
 
-def _hf_facts(source: Path, weights: HfWeights) -> dict[str, Any]:
+def _hf_facts(weights: HfWeights, assets: Mapping[str, bytes]) -> dict[str, Any]:
     """Return what tells this model folder's content from any other's, JSON.
 
     Weight files by place, size and times: hashing them would take as long as converting them. The
@@ -272,15 +266,15 @@ def _hf_facts(source: Path, weights: HfWeights) -> dict[str, Any]:
             name: [path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
             for name, (path, s) in stats.items()
         },
-        "config": hashlib.sha256((source / CONFIG_NAME).read_bytes()).hexdigest(),
+        "assets": {n: hashlib.sha256(content).hexdigest() for n, content in assets.items()},
     }
 
 
 def _refuse_changed(source: Path, weights: HfWeights, facts: Mapping[str, Any]) -> None:
     """Raise CheckpointError if the folder is not what it was at the beginning."""
     try:
-        is_same = _hf_facts(source, weights) == facts
-    except OSError:
+        is_same = _hf_facts(weights, read_assets(source)) == facts
+    except (OSError, CheckpointError):
         is_same = False
     if not is_same:
         raise CheckpointError(

@@ -36,6 +36,8 @@ MEGATRON_FOLDER = "megatron"
 HF_FOLDER = "hf"
 TRAINER_NAME = "trainer.json"
 LATEST_NAME = "latest"
+RUN_CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints inside a run folder."""
 
 _FORMAT_VERSION = 1
 _TIME_STEP_SECONDS = 1e-3  # beyond the resolution of a float of unix seconds
@@ -88,6 +90,12 @@ def step_folder(folder: Path, step: int) -> Path:
     if step < 0:
         raise ValueError(f"checkpoint step must be at least 0, got {step}")
     return folder / f"step-{step:06d}"
+
+
+def checkpoints_in(folder: Path) -> Path:
+    """Return where the checkpoints of a run folder lie; another folder is returned as it is."""
+    inside = folder / RUN_CHECKPOINTS
+    return inside if inside.is_dir() else folder
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -164,6 +172,9 @@ def clean_up(folder: Path) -> CleanedUp:
 def resolve_checkpoint(folder: Path) -> Path:
     """Return ``folder`` if it is a checkpoint, else the latest complete one inside it.
 
+    Args:
+        folder: a checkpoint, a folder of checkpoints, or a run folder.
+
     Raises:
         CheckpointError: if there is none.
     """
@@ -171,11 +182,12 @@ def resolve_checkpoint(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: no such checkpoint folder; check the path")
     if (folder / manifest.MANIFEST_NAME).exists() or _STEP_FOLDER.match(folder.name):
         return folder
-    latest = latest_checkpoint(folder)
+    latest = latest_checkpoint(checkpoints_in(folder))
     if latest is None:
         raise CheckpointError(
             f"{folder}: holds no complete checkpoint, expected step-<number> folders with a "
-            f"{manifest.MANIFEST_NAME}; check the path, or start from the initial model"
+            f"{manifest.MANIFEST_NAME}, here or in {RUN_CHECKPOINTS}/; check the path, or start "
+            "from the initial model"
         )
     return latest
 

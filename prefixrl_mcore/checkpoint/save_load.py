@@ -5,7 +5,6 @@ tensors.
 """
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch.distributed as dist
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.checkpointable import CheckpointablePolicy
-from prefixrl_mcore.checkpoint.convert.hf_folder import read_hf_config
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.megatron_state import load_megatron
 from prefixrl_mcore.checkpoint.random_states import derive_rng_state
@@ -28,27 +26,12 @@ from prefixrl_mcore.checkpoint.run_checkpoints import (
     show_layout,
 )
 from prefixrl_mcore.checkpoint.saver import parallel_layout, save_checkpoint
+from prefixrl_mcore.config.model_shape import read_hf_config, read_model_shape, shape_differences
 from prefixrl_mcore.policy.topology import run_on_first
 
 __all__ = ["clean_up", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
-
-_SAME_MODEL_KEYS = (
-    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"),
-    *("tie_word_embeddings", "rms_norm_eps", "attention_bias"),
-    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
-)
-"""Entries of ``config.json`` that must agree between a checkpoint and the policy."""
-
-_ROPE_SCALING_KEYS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
-"""Entries of its rope scaling that must agree."""
 
 
 def load_checkpoint(folder: Path, policy: CheckpointablePolicy) -> tuple[int, dict[str, Any]]:
@@ -105,12 +88,11 @@ def _check(folder: Path, policy: CheckpointablePolicy) -> tuple[Path, TrainerSta
     """Find and verify a checkpoint, and refuse one of another model."""
     path = resolve_checkpoint(folder)
     manifest.verify(path)
-    theirs = _identity(read_hf_config(path / HF_FOLDER))
-    ours = _identity(policy.hf_config)
+    theirs = read_model_shape(read_hf_config(path / HF_FOLDER))
+    ours = read_model_shape(policy.hf_config)
     differing = [
-        f"{key} got {theirs[key]!r}, expected {value!r}"
-        for key, value in ours.items()
-        if theirs[key] != value
+        f"{name} got {got!r}, expected {expected!r}"
+        for name, (got, expected) in shape_differences(theirs, ours).items()
     ]
     if differing:
         raise CheckpointError(
@@ -118,14 +100,3 @@ def _check(folder: Path, policy: CheckpointablePolicy) -> tuple[Path, TrainerSta
             f"{'; '.join(differing)}; load a checkpoint of the same model, or correct model.path"
         )
     return path, read_trainer_state(path)
-
-
-def _identity(hf_config: Mapping[str, Any]) -> dict[str, object]:
-    """Return what two configs of the same model agree on, whichever transformers wrote them."""
-    rope = hf_config.get("rope_parameters") or {}  # since transformers 5
-    scaling = rope or hf_config.get("rope_scaling") or {}
-    return {
-        **{key: hf_config.get(key) or None for key in _SAME_MODEL_KEYS},  # absent means off
-        "rope_theta": rope.get("rope_theta", hf_config.get("rope_theta")),
-        **{key: scaling.get(key) for key in _ROPE_SCALING_KEYS},
-    }

@@ -246,8 +246,7 @@ class CheckpointSaver:
 
     def _seal(self, pending: _Pending) -> None:
         """Write the index, read back, and give the checkpoint its name."""
-        written: list[dict[str, ManifestEntry]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(written, pending.written)
+        written = topology.gather_objects(pending.written)
         known = {f"{MEGATRON_FOLDER}/{n}": e for rank in written for n, e in rank.items()}
         try:
             pending.staged.finish()

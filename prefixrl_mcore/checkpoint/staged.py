@@ -44,7 +44,7 @@ from prefixrl_mcore.checkpoint.manifest import (
     StorageReadError,
 )
 from prefixrl_mcore.checkpoint.torch_dist import SHARDING_METADATA, TorchDistReader
-from prefixrl_mcore.policy.topology import run_on_first
+from prefixrl_mcore.policy.topology import gather_objects, run_on_first
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +141,8 @@ class StagedState:
             problem = self._read_back()
         except StorageReadError as error:  # kept: raised here, it would hang the other ranks
             refusal = OSError(str(error))
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        wrong = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
+        problems = enumerate(gather_objects(problem))
+        wrong = [f"rank {rank}: {text}" for rank, text in problems if text]
         if wrong:
             raise ReadBackError(
                 f"{self._folder}: what was read back is not what was saved, so the checkpoint was "
@@ -311,9 +310,8 @@ def agree_on_errors(error: BaseException | None, what: str) -> None:
     mine = (
         None if error is None else (isinstance(error, OSError), f"{type(error).__name__}: {error}")
     )
-    everywhere: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
-    failed = {rank: outcome for rank, outcome in enumerate(everywhere) if outcome is not None}
+    everywhere = enumerate(gather_objects(mine))
+    failed = {rank: outcome for rank, outcome in everywhere if outcome is not None}
     if not failed:
         return
     message = f"{what}: " + "; ".join(f"rank {rank}: {text}" for rank, (_, text) in failed.items())

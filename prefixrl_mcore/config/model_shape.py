@@ -14,6 +14,7 @@ from typing import Any
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.json_files import read_json_object
+from prefixrl_mcore.config.rotary import Llama3Scaling, read_rotary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,23 +30,6 @@ class MixtureShape:
     is_renormalized: bool
     """The weights of a token's experts sum to 1; otherwise they are their shares of a softmax over
     all experts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Llama3Scaling:
-    """Rotary frequencies of Llama 3: low ones divided by ``factor``, with a smooth transition."""
-
-    factor: float
-    """Divisor of low frequencies."""
-
-    low_freq_factor: float
-    """Wavelengths above ``original_max_position_embeddings`` / this are scaled in full."""
-
-    high_freq_factor: float
-    """Wavelengths below ``original_max_position_embeddings`` / this are left alone."""
-
-    original_max_position_embeddings: int
-    """Positions before the extension, tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +101,7 @@ class Family:
     """The family normalises query and key heads."""
 
     has_qkv_bias: bool = False
-    """The family's query, key and value projections have biases, whatever the config says."""
+    """The family's query, key and value projections have biases."""
 
     is_mixture: bool = False
     """Every feed-forward layer is a mixture of experts."""
@@ -157,6 +141,7 @@ _NOT_COMPUTED = frozenset(
         *("transformers_version", "use_cache", "max_window_layers", "return_dict"),
         *("output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
         *("is_encoder_decoder", "id2label", "label2id", "problem_type"),
+        "_attn_implementation_autoset",
     }
 )
 """Bookkeeping, generation and loading fields."""
@@ -164,20 +149,22 @@ _NOT_COMPUTED = frozenset(
 _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("architectures", "layer_types"), (list,)),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), (dict,)),
-    **dict.fromkeys(("head_dim", "num_key_value_heads"), (int,)),
-    **dict.fromkeys(("initializer_range", "rms_norm_eps", "rope_theta"), (int, float)),
+    **dict.fromkeys(("initializer_range", "rms_norm_eps"), (int, float)),
     **dict.fromkeys(
         ("attention_bias", "norm_topk_prob", "tie_word_embeddings", "use_sliding_window"), (bool,)
     ),
 }
 """What a field is if it is not null; ``_integer`` looks at the others that are read."""
 
+_INTEGERS_OR_NULL = ("head_dim", "num_key_value_heads")
+"""Fields that have a default, which null stands for."""
+
 _COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
 
 FAMILIES: Mapping[str, Family] = {
     "Qwen3ForCausalLM": Family(
         qk_layernorm=True,
-        required={"model_type": "qwen3", **_COMMON},
+        required={"model_type": "qwen3", "attention_bias": False, **_COMMON},
         ignored=_NOT_COMPUTED,
     ),
     "Qwen3MoeForCausalLM": Family(
@@ -243,8 +230,8 @@ def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
     _refuse_sliding_window(hf_config)
     hidden_size = _integer(hf_config, "hidden_size")
     num_heads = _integer(hf_config, "num_attention_heads")
-    head_dim, spread = hf_config.get("head_dim"), hf_config.get("initializer_range")
-    rotary_base, rotary_scaling = _rotary(hf_config, family)
+    spread = hf_config.get("initializer_range")
+    rotary_base, rotary_scaling = read_rotary(hf_config, family.rope_types)
     ffn_field = "moe_intermediate_size" if family.is_mixture else "intermediate_size"
     return ModelShape(
         architecture=architecture,
@@ -252,8 +239,8 @@ def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
         hidden_size=hidden_size,
         ffn_hidden_size=_integer(hf_config, ffn_field),
         num_attention_heads=num_heads,
-        num_query_groups=int(hf_config.get("num_key_value_heads") or num_heads),
-        kv_channels=int(head_dim) if head_dim is not None else hidden_size // num_heads,
+        num_query_groups=hf_config.get("num_key_value_heads") or num_heads,
+        kv_channels=hf_config.get("head_dim") or hidden_size // num_heads,
         vocab_size=_integer(hf_config, "vocab_size"),
         rotary_base=rotary_base,
         layernorm_epsilon=float(_present(hf_config, "rms_norm_eps")),
@@ -261,16 +248,27 @@ def read_model_shape(hf_config: Mapping[str, Any]) -> ModelShape:
         init_method_std=0.02 if spread is None else float(spread),
         tie_word_embeddings=bool(_present(hf_config, "tie_word_embeddings")),
         qk_layernorm=family.qk_layernorm,
-        add_qkv_bias=family.has_qkv_bias or bool(hf_config.get("attention_bias", False)),
+        add_qkv_bias=family.has_qkv_bias,
         mixture=_mixture(hf_config) if family.is_mixture else None,
         rotary_scaling=rotary_scaling,
     )
 
 
+def shape_differences(first: ModelShape, second: ModelShape) -> dict[str, tuple[object, object]]:
+    """Return the fields in which two models compute something else, with both values.
+
+    Longest sequence and initialisation are left out: they change no logprob.
+    """
+    return {
+        name: (getattr(first, name), getattr(second, name))
+        for name in (field.name for field in fields(ModelShape))
+        if name not in {"max_position_embeddings", "init_method_std"}
+        and getattr(first, name) != getattr(second, name)
+    }
+
+
 def check_reference(shape: ModelShape, folder: Path) -> None:
     """Refuse a reference whose weights mean something else in the policy's model.
-
-    Its longest sequence and its initialisation may differ: they change no logprob.
 
     Args:
         shape: of the policy.
@@ -281,10 +279,8 @@ def check_reference(shape: ModelShape, folder: Path) -> None:
     """
     theirs = read_model_shape(read_hf_config(folder))
     different = [
-        f"{name} {getattr(theirs, name)!r} (the policy has {getattr(shape, name)!r})"
-        for name in (field.name for field in fields(ModelShape))
-        if name not in {"max_position_embeddings", "init_method_std"}
-        and getattr(theirs, name) != getattr(shape, name)
+        f"{name} {got!r} (the policy has {expected!r})"
+        for name, (got, expected) in shape_differences(theirs, shape).items()
     ]
     if different:
         raise ConfigError(
@@ -303,6 +299,9 @@ def _refuse_other_kinds(hf_config: Mapping[str, Any]) -> None:
                 f"config.json: {name} = {value!r} is of type {type(value).__name__}, expected "
                 + " or ".join(kind.__name__ for kind in kinds)
             )
+    for name in _INTEGERS_OR_NULL:
+        if hf_config.get(name) is not None:
+            _integer(hf_config, name)
 
 
 def _architecture(hf_config: Mapping[str, Any]) -> str:
@@ -332,7 +331,8 @@ def _refuse_unknown_fields(hf_config: Mapping[str, Any], architecture: str, fami
         listed = ", ".join(f"{name} = {hf_config[name]!r}" for name in unknown)
         raise ConfigError(
             f"config.json: unknown field(s) for {architecture}: {listed}; the model may compute "
-            "something that is not implemented here"
+            "something that is not implemented here; remove a field of which you know that it "
+            "changes nothing"
         )
 
 
@@ -351,32 +351,6 @@ def _refuse_sliding_window(hf_config: Mapping[str, Any]) -> None:
             f"config.json: layer_types = {sorted(set(layer_types))!r} is not implemented; only "
             "'full_attention' is"
         )
-
-
-def _rotary(hf_config: Mapping[str, Any], family: Family) -> tuple[float, Llama3Scaling | None]:
-    """Return rotary base and scaling of a transformers 4 or 5 file; refuse unknown scaling."""
-    parameters = hf_config.get("rope_parameters")
-    scaling = hf_config.get("rope_scaling")
-    theta = (parameters or {}).get("rope_theta", hf_config.get("rope_theta"))
-    if theta is None:
-        raise ConfigError("config.json: rope_theta is missing (also in rope_parameters)")
-    found: Llama3Scaling | None = None
-    names = {field.name for field in fields(Llama3Scaling)}
-    for field, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        if not value:
-            continue
-        kind = value.get("rope_type", value.get("type", "default"))
-        given = set(value) - {"rope_type", "type", "rope_theta"}
-        if kind not in family.rope_types or given != (names if kind == "llama3" else set()):
-            raise ConfigError(
-                f"config.json: {field} = {value!r} is not implemented; only rope_type "
-                f"{' or '.join(map(repr, sorted(family.rope_types)))} is"
-                + (f", 'llama3' with exactly {sorted(names)}" if kind == "llama3" else "")
-                + (" with no further entries" if kind == "default" else "")
-            )
-        if kind == "llama3":
-            found = Llama3Scaling(**{name: value[name] for name in names})
-    return float(theta), found
 
 
 def _mixture(hf_config: Mapping[str, Any]) -> MixtureShape:

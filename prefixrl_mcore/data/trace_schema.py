@@ -44,7 +44,7 @@ class TraceRecord:
     """Optimizer steps applied to those weights; -1 for the engine's initial weights and imports."""
 
     weights_hash: str
-    """Hash of those weights; empty when unknown."""
+    """``digest_of_weights`` of their folder; empty when unknown."""
 
     temperature: float | None
     """Sampling temperature; None when unknown."""

@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prefixrl_mcore.checkpoint.manifest import MANIFEST_NAME
+from prefixrl_mcore.checkpoint.manifest import MANIFEST_NAME, hash_file
 from prefixrl_mcore.checkpoint.offline import convert_to_hf
-from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state
+from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state, step_folder
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
@@ -60,7 +60,7 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
     folder.claim(config)
     out = folder.eval / f"{name}.json"
     step = 0 if checkpoint is None else read_trainer_state(checkpoint).step
-    settings = _settings(config, checkpoint)
+    settings = _settings(config, checkpoint, sets)
     parts = _read_parts(out, settings)
     with ExitStack() as stack:
         model_folder = config.model.path
@@ -125,7 +125,7 @@ def find_checkpoint(folder: RunFolder, which: str) -> tuple[str, Path | None]:
                 "--checkpoint base"
             )
         return latest.name, latest
-    path = folder.checkpoints / f"step-{int(which):06d}" if which.isdigit() else Path(which)
+    path = step_folder(folder.checkpoints, int(which)) if which.isdigit() else Path(which)
     if not path.is_dir():
         known = sorted(p.name for p in folder.checkpoints.glob("step-*") if p.is_dir())
         raise ConfigError(
@@ -134,17 +134,25 @@ def find_checkpoint(folder: RunFolder, which: str) -> tuple[str, Path | None]:
     return path.name, path
 
 
-def _settings(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:
+def _settings(
+    config: RunConfig, checkpoint: Path | None, sets: dict[str, list[Problem]]
+) -> dict[str, Any]:
     """Return what decides the parts; results of other settings are not mixed."""
     chosen = config.evaluation.model_dump(mode="json", exclude={"every_steps", "pass_at"})
     manifest = None if checkpoint is None else checkpoint / MANIFEST_NAME
     return chosen | {
         "seed": config.seed,
-        "problems": str(config.data.problems),
+        "problems": {name: _digest(problems) for name, problems in sets.items()},
         "traces": str(config.traces_folder),
         "model": str(config.model.path) if checkpoint is None else str(checkpoint.resolve()),
-        "manifest": None if manifest is None else hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        "manifest": None if manifest is None else hash_file(manifest),
     }
+
+
+def _digest(problems: list[Problem]) -> str:
+    """Return what tells a set of problems from others, wherever its file lies."""
+    contents = [(problem.problem_id, problem.text, problem.answer) for problem in problems]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def _read_parts(out: Path, settings: dict[str, Any]) -> Parts:

@@ -31,7 +31,7 @@ def write_bytes_atomic(path: Path, content: bytes, *, durable: bool = True) -> N
             os.fsync(file.fileno())
     temporary.replace(path)
     if durable:
-        sync_folder(path.parent)
+        sync_to_disk(path.parent)
 
 
 def write_folder_atomic(
@@ -53,19 +53,19 @@ def write_folder_atomic(
         write(path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    sync_folder(temporary)
+    sync_to_disk(temporary)
     try:
         temporary.rename(folder)
     except FileNotFoundError:
         raise
     except OSError as error:  # ENOTEMPTY or EEXIST, depending on the file system
         raise FileExistsError(f"{folder}: exists already") from error
-    sync_folder(folder.parent)
+    sync_to_disk(folder.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -21,7 +21,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from prefixrl_mcore.config.model_shape import Llama3Scaling
+from prefixrl_mcore.config.rotary import Llama3Scaling
 from prefixrl_mcore.policy.context import ContextShare
 
 MIN_FILL = 0.75

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prefixrl_mcore.accounting.model_flops import ModelFlops
 from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
+from prefixrl_mcore.checkpoint.convert.hf_folder import read_assets
 from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
 from prefixrl_mcore.checkpoint.megatron_state import complete_optimizer_state
 from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
@@ -94,7 +95,9 @@ class MegatronPolicy:
         check_equal_layers(topology.gather_objects(self.layers))
         self.hf_config = dict(hf_config)
         self.model_path: Path | None = None
-        """Folder that the weights came from; its tokenizer goes into checkpoints."""
+        """Folder that the weights came from."""
+        self.model_files: Mapping[str, bytes] = {}
+        """Its config and tokenizer files as they were then, for checkpoints."""
         self.stream_tokens = stream_tokens
         self.seed = seed
         """Seed of random weights and random states."""
@@ -150,6 +153,7 @@ class MegatronPolicy:
                 incomplete, or the reference is another model or not finite.
         """
         hf_config = read_hf_config(model_path)
+        model_files = topology.run_on_first(lambda: read_assets(model_path))
         if loss.reference_path is not None:
             check_reference(read_model_shape(hf_config), loss.reference_path)
         built = cls(
@@ -163,6 +167,7 @@ class MegatronPolicy:
             logits_dtype=logits_dtype,
         )
         built.model_path = model_path
+        built.model_files = model_files
         with cpu_runtime.megatron_on_cpu():
             if loss.kl != "none":
                 folder = loss.reference_path or model_path

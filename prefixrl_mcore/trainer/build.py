@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from prefixrl_mcore.accounting.flops import FlopsMeter, count_parameters
+from prefixrl_mcore.accounting.flops import FlopsMeter
+from prefixrl_mcore.accounting.parameters import count_parameters
 from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
 from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver

@@ -4,7 +4,6 @@ Every try is charged, the failed ones too: 2ND FLOPs with D the prompt and compl
 round is written to the trace store as a whole, so a killed collection loses at most one round.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -14,7 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prefixrl_mcore.accounting.flops import count_parameters, sampling_flops
+from prefixrl_mcore.accounting.flops import sampling_flops
+from prefixrl_mcore.accounting.parameters import count_parameters
+from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import CollectConfig, RunConfig
 from prefixrl_mcore.data.problem_sets import read_training_problems
@@ -66,7 +67,7 @@ def collect(config: RunConfig) -> None:
             chat_template_hash=evaluator.renderer.chat_template_hash,
             model=str(config.model.path),
         )
-        weights_hash = hash_weights(config.model.path)
+        weights_hash = digest_of_weights(config.model.path)
         _check_same_weights(store, weights_hash, config.model.path)
         problems = evaluator.plain_starts(training_problems)
         progress = stack.enter_context(
@@ -99,16 +100,6 @@ def _check_same_weights(store: TraceStore, weights_hash: str, model_folder: Path
                 f"{record.weights_hash[:12]} ({record.source_model}), {model_folder} has "
                 f"{weights_hash[:12]}; collect into another data.traces"
             )
-
-
-def hash_weights(model_folder: Path) -> str:
-    """Return the SHA-256 over the safetensors files of a model folder, in order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(model_folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prefixrl_mcore.accounting.flops import count_parameters
+from prefixrl_mcore.accounting.parameters import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.data.problem_sets import read_evaluation_sets

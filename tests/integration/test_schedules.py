@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from prefixrl_mcore.accounting.flops import count_parameters
+from prefixrl_mcore.accounting.parameters import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
 from prefixrl_mcore.policy.nonfinite import NonFiniteError

@@ -6,6 +6,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
+from prefixrl_mcore.checkpoint.convert.hf_folder import read_assets
 from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
 from prefixrl_mcore.config.policy import OptimizerConfig, ParallelConfig, PolicyConfig
@@ -74,6 +76,7 @@ class SpecPolicy:
     scheduler: Any
     hf_config: dict[str, Any]
     model_path: Path | None
+    model_files: Mapping[str, bytes]
     seed: int = 0
     policy_version: int = 0
 
@@ -163,6 +166,7 @@ def build(folder: Path, parallel: ParallelConfig, experts: str | None) -> SpecPo
         scheduler=scheduler,
         hf_config=hf_config,
         model_path=folder,
+        model_files=read_assets(folder),
     )
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from prefixrl_mcore.checkpoint import manifest
 from prefixrl_mcore.checkpoint.convert import layout
-from prefixrl_mcore.checkpoint.convert.hf_folder import read_hf_config
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, Place, Rule, find_table, hf_name
 from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, MEGATRON_FOLDER
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader, is_extra_state
+from prefixrl_mcore.config.model_shape import read_hf_config
 
 _DATA_SUFFIX = ".distcp"
 _NO_WEIGHT_PREFIXES = ("optimizer.", "chained_")  # Megatron's, of the optimizer's state
@@ -91,21 +91,15 @@ class CheckpointWeights:
             self._reader.prefetch(stored, *indices)
 
     def _stored_as(self, rule: Rule, place: Place) -> tuple[str, tuple[int, ...]]:
-        """Return the name of a whole Megatron weight and its place in a stack of layers."""
-        stacks = () if place.layer is None else rule.stacked_checkpoint_names()
-        shapes, num_layers = self._reader.shapes, self._dims.num_layers
-        stacked = [name for name in stacks if shapes.get(name, ())[:1] == (num_layers,)]
-        names = [name for name in rule.checkpoint_names(place) if name in shapes]
-        if not stacked and not names:
+        """Return the name of a whole Megatron weight and its place in a stack."""
+        name, shapes = rule.checkpoint_name, self._reader.shapes
+        if name not in shapes:
             raise CheckpointError(
-                f"{self.path}: lacks {rule.checkpoint_names(place)[0]}, expected a model of "
-                f"{num_layers} layers as its config.json says; use another checkpoint"
+                f"{self.path}: lacks {name}, expected it as its config.json says; use another "
+                "checkpoint"
             )
-        name = (stacked or names)[0]
-        places = (place.layer if stacked else None, place.expert)
-        indices = tuple(index for index in places if index is not None)
-        self._check_shape(rule, name, shapes[name][len(indices) :])
-        return name, indices
+        self._check_shape(rule, name, shapes[name])
+        return name, tuple(index for index in (place.layer, place.expert) if index is not None)
 
     def _refuse_unused(self, used: set[str]) -> None:
         """Refuse weights that no rule has asked for: the folder would be another model."""
@@ -121,7 +115,7 @@ class CheckpointWeights:
             )
 
     def _check_shape(self, rule: Rule, name: str, shape: tuple[int, ...]) -> None:
-        expected = rule.full_shape(self._dims)
+        expected = rule.checkpoint_shape(self._dims)
         rows = shape[0] if shape else 0
         is_padded = rule.kind == "vocab" and rows >= expected[0]
         if shape[1:] != expected[1:] or not (rows == expected[0] or is_padded):
@@ -132,5 +126,39 @@ class CheckpointWeights:
 
 
 def checkpoint_facts(path: Path) -> Mapping[str, Any]:
-    """Return what tells this checkpoint's content from any other's, JSON."""
-    return {"manifest": manifest.hash_file(path / manifest.MANIFEST_NAME)}
+    """Return what tells this checkpoint's content from any other's, JSON.
+
+    Raises:
+        CheckpointError: if it has no manifest (any more).
+    """
+    manifest_path = path / manifest.MANIFEST_NAME
+    try:
+        return {"manifest": manifest.hash_file(manifest_path)}
+    except OSError as error:
+        raise CheckpointError(
+            f"{manifest_path}: cannot be read ({error}), so {path} is incomplete or no "
+            "checkpoint; use another one"
+        ) from None
+
+
+def refuse_changed_checkpoint(path: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse what was read of a checkpoint that was replaced or deleted meanwhile.
+
+    Its data files are opened one by one, so that the weights may be of two checkpoints.
+
+    Args:
+        path: the checkpoint, from which everything has been read.
+        facts: ``checkpoint_facts`` before anything was read.
+
+    Raises:
+        CheckpointError: if it is not the same any more.
+    """
+    try:
+        is_same = checkpoint_facts(path) == facts
+    except CheckpointError:
+        is_same = False
+    if not is_same:
+        raise CheckpointError(
+            f"{path}: was replaced or deleted while it was converted, so that the result would "
+            "mix two models; name a checkpoint that stays, and repeat"
+        )

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.checkpoint_weights import CheckpointWeights
-from prefixrl_mcore.checkpoint.convert.hf_folder import CONFIG_NAME, HfWeights, read_hf_config
+from prefixrl_mcore.checkpoint.convert.hf_folder import CONFIG_NAME, HfWeights
 from prefixrl_mcore.checkpoint.convert.hf_writer import HfSource
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.convert.safetensors_file import BLOCK_BYTES
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, resolve_checkpoint
-from prefixrl_mcore.config.model_shape import read_model_shape
+from prefixrl_mcore.config.model_shape import read_hf_config, read_model_shape, shape_differences
 
 _BLOCK_NUMBERS = BLOCK_BYTES // 8
 
@@ -82,7 +82,7 @@ class Comparison:
 
 @contextmanager
 def open_model(path: Path) -> Iterator[OpenModel]:
-    """Yield a Hugging Face folder, a checkpoint, or the latest of a folder of checkpoints.
+    """Yield a Hugging Face folder, a checkpoint, or the latest one of a folder or a run.
 
     Raises:
         CheckpointError: if it is neither, incomplete or damaged.
@@ -93,7 +93,10 @@ def open_model(path: Path) -> Iterator[OpenModel]:
             weights.leave_out_tied_copy(hf_config)
             yield OpenModel(path=path, assets=path, hf_config=hf_config, weights=weights)
         return
-    checkpoint = resolve_checkpoint(path)
+    try:
+        checkpoint = resolve_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; a Hugging Face folder has a {CONFIG_NAME}") from None
     weights = CheckpointWeights(checkpoint)
     yield OpenModel(
         path=checkpoint,
@@ -147,16 +150,10 @@ def compare_models(
 
 
 def _compare_configs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Difference]:
-    first, second = read_model_shape(ours), read_model_shape(theirs)
+    differences = shape_differences(read_model_shape(ours), read_model_shape(theirs))
     return [
-        Difference(
-            name=field.name,
-            what="config",
-            first=str(getattr(first, field.name)),
-            second=str(getattr(second, field.name)),
-        )
-        for field in fields(first)
-        if getattr(first, field.name) != getattr(second, field.name)
+        Difference(name=name, what="config", first=str(first), second=str(second))
+        for name, (first, second) in differences.items()
     ]
 
 

@@ -113,23 +113,22 @@ def _mixture() -> list[Rule]:
             ("pre_mlp_layernorm.weight",),
             "post_attention_layernorm.weight",
             ("hidden",),
-            # The local spec stores this norm under the name that dense layers use, and
-            # Transformer Engine's spec under its own.
-            stored=("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+            # Both specs store this norm under the name that dense layers use.
+            stored="mlp.linear_fc1.layer_norm_weight",
         ),
         _plain("replicated", ("mlp.router.weight",), "mlp.gate.weight", ("experts", "hidden")),
         _gate_up(
             _expert_names("linear_fc1.weight"),
             "mlp.experts.{expert}.",
             "expert_ffn",
-            stored=(_STORED_EXPERTS + "linear_fc1.weight",),
+            stored=_STORED_EXPERTS + "linear_fc1.weight",
         ),
         _plain(
             "row",
             _expert_names("linear_fc2.weight"),
             "mlp.experts.{expert}.down_proj.weight",
             ("hidden", "expert_ffn"),
-            stored=(_STORED_EXPERTS + "linear_fc2.weight",),
+            stored=_STORED_EXPERTS + "linear_fc2.weight",
         ),
     ]
 
@@ -145,14 +144,14 @@ def _plain(
     hf: str,
     dims: tuple[Dim, ...],
     *,
-    stored: tuple[str, ...] = (),
+    stored: str | None = None,
 ) -> Rule:
     """Return the rule of one weight of a layer that Hugging Face stores as it is."""
     return Rule(
         kind=kind,
         megatron=tuple(_LIVE + name for name in megatron),
         hf=(HfWeight(name=_HF + hf, dims=dims),),
-        stored=tuple(_LIVE + name for name in stored),
+        stored=None if stored is None else _LIVE + stored,
     )
 
 
@@ -169,9 +168,7 @@ def _query_key_value(what: str, *inputs: Dim) -> Rule:
     )
 
 
-def _gate_up(
-    megatron: tuple[str, ...], hf: str, width: Dim, *, stored: tuple[str, ...] = ()
-) -> Rule:
+def _gate_up(megatron: tuple[str, ...], hf: str, width: Dim, *, stored: str | None = None) -> Rule:
     """Return the rule of a gated layer's first matrix."""
     return Rule(
         kind="glu",
@@ -180,5 +177,5 @@ def _gate_up(
             HfWeight(name=_HF + hf + "gate_proj.weight", dims=(width, "hidden")),
             HfWeight(name=_HF + hf + "up_proj.weight", dims=(width, "hidden")),
         ),
-        stored=tuple(_LIVE + name for name in stored),
+        stored=None if stored is None else _LIVE + stored,
     )

@@ -7,7 +7,6 @@ templates are copied byte for byte: a library that reads and writes them again c
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +26,6 @@ from prefixrl_mcore.checkpoint.convert.safetensors_file import (
     read_places,
 )
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
-from prefixrl_mcore.config.json_files import read_json_object
 
 CONFIG_NAME = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -36,40 +34,36 @@ _TEMPLATES = "additional_chat_templates"
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 )
+_MAX_ASSET_BYTES = 1 << 30
 _DIGEST_BYTES = 1 << 20
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a model folder's ``config.json``.
-
-    Raises:
-        CheckpointError: if it is missing or is not a JSON object.
-    """
-    return read_json_object(
-        folder / CONFIG_NAME,
-        remedy="name a Hugging Face model folder, or download it again",
-        error_cls=CheckpointError,
-    )
+_DIGEST_TENSOR_BYTES = 1 << 12
 
 
 def digest_of_weights(folder: Path) -> str:
     """Return a SHA-256 that tells the weights of a model folder from others, wherever it lies.
 
-    Hashed are name, size, first and last MiB of each file (header and names of the tensors are in
-    the first): seconds for any model, and no change of training escapes it. The same weights in
-    other files have another digest.
+    Hashed are name, size, first and last MiB of each file (the header is in the first), and the
+    bytes around the beginning of each tensor: seconds for any model. Training that leaves those of
+    every tensor as they were escapes it (of some rows of an embedding, all else frozen). The same
+    weights in other files have another digest.
 
     Raises:
-        CheckpointError: if the folder has no safetensors weights.
+        CheckpointError: if the folder has no safetensors weights, or they are damaged.
     """
     digest = hashlib.sha256()
-    for path in sorted(_weight_files(folder, _read_index(folder))):
-        size_bytes = path.stat().st_size
-        digest.update(f"{path.name} {size_bytes}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_DIGEST_BYTES))
-            file.seek(max(0, size_bytes - _DIGEST_BYTES))
-            digest.update(file.read(_DIGEST_BYTES))
+    with HfWeights(folder) as weights:
+        for path in weights.files:
+            size_bytes = path.stat().st_size
+            digest.update(f"{path.name} {size_bytes}\n".encode())
+            begins = sorted(begin for begin, _ in read_places(path).values())
+            with path.open("rb") as file:
+                for begin, length in (
+                    (0, _DIGEST_BYTES),
+                    *((begin - _DIGEST_TENSOR_BYTES, 2 * _DIGEST_TENSOR_BYTES) for begin in begins),
+                    (size_bytes - _DIGEST_BYTES, _DIGEST_BYTES),
+                ):
+                    file.seek(max(0, begin))
+                    digest.update(file.read(length))
     return digest.hexdigest()
 
 
@@ -81,31 +75,56 @@ def asset_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: if one is a link to a file that is not there.
     """
-    paths = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
-    dangling = sorted(path for path in paths if path.is_symlink() and not path.exists())
-    if dangling:
-        raise CheckpointError(
-            f"{dangling[0]}: is a link to {dangling[0].readlink()}, which does not exist; download "
-            "the model folder again"
-        )
-    return sorted(
+    paths = sorted(
         path
-        for path in paths
-        if path.is_file()
-        and path.suffix not in _WEIGHT_SUFFIXES
+        for path in (*folder.iterdir(), *(folder / _TEMPLATES).glob("*"))
+        if path.suffix not in _WEIGHT_SUFFIXES
         and not path.name.startswith(".")
         and not path.name.endswith(".index.json")
         and path.name != "manifest.json"
     )
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{path}: is a link to {path.readlink()}, which does not exist; download the model "
+                "folder again"
+            )
+    return [path for path in paths if path.is_file()]
 
 
-def copy_assets(source: Path, target: Path) -> None:
-    """Copy config, generation config, tokenizer and template files, byte for byte."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in asset_files(source):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+def read_assets(folder: Path) -> dict[str, bytes]:
+    """Return config, generation config, tokenizer and template files, by path in the folder.
+
+    Read once and kept, some megabytes, where they are written later: the folder may be changed or
+    removed in the meantime.
+
+    Raises:
+        CheckpointError: if one cannot be read, or is too large to be what it should be.
+    """
+    assets: dict[str, bytes] = {}
+    try:
+        for path in asset_files(folder):
+            size_bytes = path.stat().st_size
+            if size_bytes > _MAX_ASSET_BYTES:
+                raise CheckpointError(
+                    f"{path}: has {size_bytes} bytes, expected a config, tokenizer or template "
+                    f"file of at most {_MAX_ASSET_BYTES}; move it out of the model folder"
+                )
+            assets[path.relative_to(folder).as_posix()] = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: config and tokenizer files cannot be read ({error}); look at the storage, "
+            "or download the model folder again"
+        ) from None
+    return assets
+
+
+def write_assets(assets: Mapping[str, bytes], folder: Path) -> None:
+    """Write what ``read_assets`` returned into a folder, which is made if needed."""
+    for name, content in assets.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 class HfWeights:

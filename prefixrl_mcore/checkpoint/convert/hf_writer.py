@@ -13,14 +13,14 @@ from torch import Tensor
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
     INDEX_NAME,
     SINGLE_FILE,
-    asset_files,
-    copy_assets,
-    read_hf_config,
+    read_assets,
+    write_assets,
 )
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo, write_safetensors
 from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.checkpoint.resumable import ResumableFolder, refuse_unless_sealing
+from prefixrl_mcore.config.model_shape import read_hf_config
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def write_hf_folder(
     max_file_bytes: int = MAX_FILE_BYTES,
     task: Mapping[str, Any] | None = None,
     more_files: Mapping[str, str] | None = None,
+    before_sealing: Callable[[], object] = lambda: None,
     on_bytes: Callable[[int], object] | None = None,
     on_kept: Callable[[int], object] | None = None,
 ) -> None:
@@ -70,6 +71,7 @@ def write_hf_folder(
         max_file_bytes: size of weights above which a new file is begun.
         task: what decides the content of ``source``, JSON; see ``ResumableFolder``.
         more_files: text of further files, by name.
+        before_sealing: called when everything is written; an error leaves no folder.
         on_bytes: called with the size of each block that was written.
         on_kept: called with the size of each file that a killed call had finished.
 
@@ -80,7 +82,7 @@ def write_hf_folder(
     """
     refuse_unless_sealing(out)
     hf_config = read_hf_config(assets)
-    asset_files(assets)  # refuses what cannot be copied, before hours of writing weights
+    asset_contents = read_assets(assets)  # refuses what cannot be read, before hours of writing
     expected = find_table(hf_config).hf_shapes(ModelDims.from_hf_config(hf_config))
     infos = {name: info.as_type(dtype) for name, info in source.infos.items()}
     check_hf_shapes({n: info.shape for n, info in infos.items()}, expected, where=str(out))
@@ -100,7 +102,8 @@ def write_hf_folder(
                     on_bytes,
                 )
                 folder.finish(name, size_bytes=size_bytes, sha256=sha256)
-            _write_rest(folder.path, files, infos, assets, more_files or {})
+            _write_rest(folder.path, files, infos, asset_contents, more_files or {})
+            before_sealing()
             folder.seal(with_manifest=False)
     _warn_of_other_dtype(hf_config, {info.dtype for info in infos.values()}, out)
 
@@ -144,7 +147,7 @@ def _write_rest(
     folder: Path,
     files: Mapping[str, list[str]],
     infos: Mapping[str, TensorInfo],
-    assets: Path,
+    assets: Mapping[str, bytes],
     more_files: Mapping[str, str],
 ) -> None:
     """Write the index, if there are several files, and everything but weights."""
@@ -155,7 +158,7 @@ def _write_rest(
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / INDEX_NAME).write_text(text, encoding="utf-8")
-        copy_assets(assets, folder)
+        write_assets(assets, folder)
         for name, text in more_files.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:

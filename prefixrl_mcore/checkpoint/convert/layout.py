@@ -5,7 +5,7 @@ hidden, ``A`` query heads, ``G`` key/value groups, ``d`` head size, ``q = A / G`
 feed-forward, ``V`` vocabulary, ``W`` vocabulary with padding.
 
 * ``replicated``: one tensor, the same on every tensor-parallel rank.
-* ``column``: one tensor, rows split over ranks. ``row``: one matrix, columns split over ranks.
+* ``row``: one matrix, columns split over ranks.
 * ``vocab``: [V, H], zero rows appended up to W, rows split over ranks.
 * ``qkv``: queries [A d, ...], keys [G d, ...], values [G d, ...], interleaved by group: the q d
   query rows of group 0, its d key rows, its d value rows, then group 1; rows split over ranks.
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["replicated", "column", "row", "vocab", "qkv", "glu"]
+Kind = Literal["replicated", "row", "vocab", "qkv", "glu"]
 
 
 def hf_to_full(kind: Kind, tensors: Sequence[Tensor], *, num_groups: int) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from prefixrl_mcore.checkpoint.convert.layout import Kind
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.config.model_shape import read_model_shape
 
 Dim = Literal["hidden", "query", "key_value", "head", "ffn", "vocab", "experts", "expert_ffn"]
 
@@ -41,46 +42,37 @@ class ModelDims:
 
     sizes: Mapping[Dim, int]
     """``hidden``; ``query``: query heads x head size; ``key_value``: key/value heads x head size;
-    ``head``: head size; ``ffn``; ``vocab`` without padding; in a mixture of experts ``experts``
-    and ``expert_ffn``."""
+    ``head``: head size; ``vocab`` without padding; ``ffn``, in a mixture of experts ``experts``
+    and ``expert_ffn`` instead."""
 
     @classmethod
     def from_hf_config(cls, hf_config: Mapping[str, Any]) -> "ModelDims":
         """Return the sizes that a ``config.json`` states.
 
         Raises:
-            CheckpointError: if a needed key is missing.
+            ConfigError: as ``read_model_shape``, if it is not of a supported model.
         """
-        try:
-            num_heads = int(hf_config["num_attention_heads"])
-            hidden = int(hf_config["hidden_size"])
-            num_groups = int(hf_config.get("num_key_value_heads") or num_heads)
-            head = int(hf_config.get("head_dim") or hidden // num_heads)
-            # transformers 4 and 5 name them differently.
-            num_experts = int(hf_config.get("num_experts") or hf_config.get("num_local_experts", 0))
-            sizes: dict[Dim, int] = {
-                "hidden": hidden,
-                "query": num_heads * head,
-                "key_value": num_groups * head,
-                "head": head,
-                "ffn": int(hf_config["intermediate_size"]),
-                "vocab": int(hf_config["vocab_size"]),
-            }
-            if num_experts:
-                sizes["experts"] = num_experts
-                sizes["expert_ffn"] = int(hf_config["moe_intermediate_size"])
-            return cls(
-                num_layers=int(hf_config["num_hidden_layers"]),
-                num_groups=num_groups,
-                num_experts=num_experts,
-                is_tied=bool(hf_config.get("tie_word_embeddings", False)),
-                sizes=sizes,
-            )
-        except KeyError as error:
-            raise CheckpointError(
-                f"config.json: key {error} is missing, expected it in a config of model_type "
-                f"{hf_config.get('model_type')!r}; check the model folder"
-            ) from None
+        shape = read_model_shape(hf_config)
+        head = shape.kv_channels
+        sizes: dict[Dim, int] = {
+            "hidden": shape.hidden_size,
+            "query": shape.num_attention_heads * head,
+            "key_value": shape.num_query_groups * head,
+            "head": head,
+            "vocab": shape.vocab_size,
+        }
+        if shape.mixture is None:
+            sizes["ffn"] = shape.ffn_hidden_size
+        else:
+            sizes["experts"] = shape.mixture.num_experts
+            sizes["expert_ffn"] = shape.ffn_hidden_size
+        return cls(
+            num_layers=shape.num_layers,
+            num_groups=shape.num_query_groups,
+            num_experts=shape.mixture.num_experts if shape.mixture else 0,
+            is_tied=shape.tie_word_embeddings,
+            sizes=sizes,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,10 +119,9 @@ class Rule:
     hf: tuple[HfWeight, ...]
     """In the order that ``layout.hf_to_full`` takes."""
 
-    stored: tuple[str, ...] = ()
-    """Names in a checkpoint, the one that is written first; empty is the first of ``megatron``,
-    which is the name under either spec. The experts of a layer are one tensor there, with a new
-    first dimension."""
+    stored: str | None = None
+    """Name in a checkpoint of either spec; None is the first of ``megatron``. The experts of a
+    layer are one tensor there, with a new first dimension."""
 
     is_output_head: bool = False
     """The head that a model with tied embeddings does not have."""
@@ -145,13 +136,16 @@ class Rule:
         """The weight exists once for each expert; its parts are on expert tensor-parallel ranks."""
         return _EXPERT in self.hf[0].name
 
-    def checkpoint_names(self, place: Place) -> tuple[str, ...]:
-        """Return the names in a checkpoint that stores each layer under its own name."""
-        return tuple(place.fill(name) for name in self.stored or self.megatron[:1])
+    @property
+    def checkpoint_name(self) -> str:
+        """The name in a checkpoint, which stacks all layers along a new first dimension."""
+        return (self.stored or self.megatron[0]).replace(f"{_LAYER}.", "")
 
-    def stacked_checkpoint_names(self) -> tuple[str, ...]:
-        """Return the names in a checkpoint that stacks all layers along a new first dimension."""
-        return tuple(name.replace(f"{_LAYER}.", "") for name in self.stored or self.megatron[:1])
+    def checkpoint_shape(self, dims: ModelDims) -> tuple[int, ...]:
+        """Return the shape in a checkpoint: layers, experts, and the weight without padding."""
+        layers = (dims.num_layers,) if self.is_per_layer else ()
+        experts = (dims.num_experts,) if self.is_per_expert else ()
+        return (*layers, *experts, *self.full_shape(dims))
 
     def full_shape(self, dims: ModelDims) -> tuple[int, ...]:
         """Return the shape of the whole Megatron weight, without vocabulary padding."""

@@ -51,7 +51,7 @@ def export_hf_weights(
         key = (rule.megatron[0], mine)
         if key not in facts:
             raise CheckpointError(
-                f"no rank of the model holds {rule.checkpoint_names(mine)[0]} (expert "
+                f"no rank of the model holds {mine.fill(rule.megatron[0])} (expert "
                 f"{mine.expert}), expected {dims.num_layers} layers as config.json says; build the "
                 "model from that config"
             )

@@ -1,15 +1,11 @@
 """FLOPs and tokens of a run, by hand."""
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from prefixrl_mcore.accounting.flops import (
     FlopsMeter,
-    count_parameters,
     sampling_flops,
     update_flops,
 )
@@ -22,7 +18,6 @@ from prefixrl_mcore.records import (
     ScoredRollout,
     Verdict,
 )
-from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
 
 PROBLEM = Problem(problem_id="p", text="x", answer="1")
 
@@ -136,44 +131,3 @@ def test_a_state_of_another_model_or_store_is_refused() -> None:
         FlopsMeter(num_parameters=100).load_state(state)
     with pytest.raises(ValueError, match="num_parameters must be at least 1, got 0"):
         FlopsMeter(num_parameters=0)
-
-
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_parameters_of_a_hugging_face_folder(tmp_path: Path, is_tied: bool) -> None:
-    folder = write_tiny_qwen3(tmp_path, tie_word_embeddings=is_tied)
-    model = build_tiny_qwen3(tie_word_embeddings=is_tied)
-    # ``parameters`` yields a tied embedding once.
-    assert count_parameters(folder) == sum(p.numel() for p in model.parameters())
-
-
-def _folder(folder: Path, config: dict[str, object], tensors: dict[str, tuple[int, ...]]) -> Path:
-    (folder / "config.json").write_text(json.dumps(config))
-    arrays = {name: np.zeros(shape, dtype=np.float16) for name, shape in tensors.items()}
-    save_file(arrays, folder / "model.safetensors")
-    return folder
-
-
-def test_a_saved_copy_of_a_tied_embedding_counts_once(tmp_path: Path) -> None:
-    tensors = {"model.embed_tokens.weight": (7, 3), "lm_head.weight": (7, 3)}
-    assert count_parameters(_folder(tmp_path, {"tie_word_embeddings": True}, tensors)) == 21
-    assert count_parameters(_folder(tmp_path, {"tie_word_embeddings": False}, tensors)) == 42
-
-
-def test_experts_count_by_the_share_that_a_token_uses(tmp_path: Path) -> None:
-    tensors = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (5, 2) for i in range(8)}
-    tensors["model.layers.0.mlp.gate.weight"] = (8, 2)
-    config: dict[str, object] = {"num_experts": 8, "num_experts_per_tok": 2}
-    assert count_parameters(_folder(tmp_path, config, tensors)) == 16 + 2 * 10
-    with pytest.raises(ValueError, match="num_experts_per_tok is missing"):
-        count_parameters(_folder(tmp_path, {"num_experts": 8}, tensors))
-
-
-def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config\.json: does not exist"):
-        count_parameters(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"has no \*\.safetensors files"):
-        count_parameters(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="damaged safetensors file"):
-        count_parameters(tmp_path)

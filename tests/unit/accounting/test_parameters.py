@@ -1,10 +1,13 @@
 """Parameter counts against published models and by hand, on every rank."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefixrl_mcore.accounting.parameters import (
+    count_parameters,
     model_size,
     rank_parameters,
     replicas,
@@ -13,6 +16,7 @@ from prefixrl_mcore.accounting.parameters import (
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import ParallelConfig
 from tests.support.shapes import LLAMA_3_8B, QWEN3_4B, QWEN3_30B_A3B
+from tests.support.tiny_models import build_tiny_families, write_model_folder
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,21 @@ from tests.support.shapes import LLAMA_3_8B, QWEN3_4B, QWEN3_30B_A3B
 def test_parameters_of_published_models(shape: ModelShape, total: int, active: int) -> None:
     size = model_size(shape)
     assert (size.num_parameters, size.num_active_parameters) == (total, active)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "qwen3-moe", "llama-3", "qwen2.5-tied"])
+def test_a_folder_is_charged_for_the_weights_that_a_token_meets(
+    tmp_path: Path, family: str
+) -> None:
+    model = build_tiny_families()[family]
+    folder = write_model_folder(model, tmp_path / "model")
+    shutil.copyfile(folder / "model.safetensors", folder / "old.safetensors")  # no other model's
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert (experts > 0) == (family == "qwen3-moe")
+    if experts:
+        assert (model.config.num_experts_per_tok, model.config.num_experts) == (2, 4)
+    assert count_parameters(folder) == sum(sizes.values()) - experts + experts * 2 // 4
 
 
 def test_tied_embeddings_are_on_the_first_and_on_the_last_stage() -> None:

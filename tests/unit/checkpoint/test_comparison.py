@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.comparison import Comparison, compare_models, open_model
+from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.cli import main
 from tests.support.tiny_models import build_tiny_families, write_model_folder, write_tiny_qwen3
@@ -110,6 +111,14 @@ def test_a_config_that_computes_something_else_is_told(model: Path, tmp_path: Pa
     (other / "config.json").write_text(json.dumps(config))
     (difference,) = compare(model, other).differences
     assert (difference.name, difference.what, difference.second) == ("rotary_base", "config", "7.0")
+
+
+def test_what_is_no_model_is_told_with_what_it_could_be(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"here or in checkpoints/; .* has a config\.json"),
+        open_model(tmp_path),
+    ):
+        pass
 
 
 def test_a_tied_copy_of_the_embedding_is_no_difference(model: Path, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from prefixrl_mcore.checkpoint.convert.hf_folder import (
     HfWeights,
     asset_files,
-    read_hf_config,
+    digest_of_weights,
+    read_assets,
 )
 from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
+from prefixrl_mcore.config.model_shape import read_hf_config
 from tests.support.tiny_models import write_tiny_qwen3
 from tests.support.weights import HeldWeights, weights_in
 
@@ -80,7 +82,7 @@ def test_a_tied_head_in_the_file_must_equal_the_embedding(source: Path) -> None:
 )
 def test_an_incomplete_folder_is_refused(remove: str, message: str, source: Path) -> None:
     (source / remove).unlink()
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ValueError, match=message):
         check(source)
 
 
@@ -176,6 +178,36 @@ def test_a_link_to_nothing_is_named(source: Path) -> None:
     (source / "tokenizer.json").symlink_to("../blobs/1234")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link to \.\./blobs/1234"):
         asset_files(source)
+
+
+def test_a_link_to_nothing_where_nothing_is_copied_is_no_fault(source: Path) -> None:
+    names = sorted(read_assets(source))
+    for name in ("pytorch_model.bin", ".gitattributes"):
+        (source / name).symlink_to("../blobs/pruned")
+    assert sorted(read_assets(source)) == names
+
+
+def test_a_file_that_is_too_large_for_a_tokenizer_is_named(source: Path) -> None:
+    with (source / "original.tar").open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(CheckpointError, match=r"original\.tar: has 1073741825 bytes, expected a"):
+        read_assets(source)
+
+
+def test_the_digest_sees_one_tensor_between_larger_ones(tmp_path: Path) -> None:
+    """As merging an adapter of the query projections changes it."""
+    large, query = torch.zeros(2**19), torch.zeros(64, 64)
+
+    def digest(**changes: Tensor) -> str:
+        weights = {"a": large, "query": query, "z": large.clone()}
+        save_file(weights | changes, tmp_path / "model.safetensors")
+        return digest_of_weights(tmp_path)
+
+    assert digest() == digest()
+    assert len({digest(), digest(query=query + 1), digest(a=large + 1), digest(z=large + 1)}) == 4
+    end = large.clone()
+    end[-1] = 1
+    assert digest(a=end) != digest()
 
 
 def test_a_chosen_dtype_is_written(source: Path, tmp_path: Path) -> None:

@@ -47,11 +47,15 @@ def test_the_folder_equals_the_live_export_bit_for_bit(
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_a_folder_of_checkpoints_stands_for_its_latest(
+def test_a_folder_of_checkpoints_and_a_run_stand_for_their_latest(
     trained: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     checkpoint, _ = trained
     assert convert_to_hf(checkpoint.parent, tmp_path / "out") == checkpoint
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(checkpoint.parent)
+    found = convert_to_hf(tmp_path / "run", tmp_path / "of run")
+    assert found == tmp_path / "run" / "checkpoints" / checkpoint.name
 
 
 def test_transformers_loads_the_folder_and_computes_the_same(
@@ -133,7 +137,7 @@ def test_a_damaged_checkpoint_makes_no_folder(source: Path, tmp_path: Path) -> N
 
 
 def test_a_failing_conversion_makes_no_checkpoint(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json: does not exist"):
+    with pytest.raises(ValueError, match=r"config\.json: does not exist"):
         convert_from_hf(tmp_path / "nowhere", tmp_path / "checkpoint")
     broken = tmp_path / "broken"
     write_hf_folder(HeldWeights(weights_in(source)), source, broken)
@@ -224,3 +228,22 @@ def test_metadata_that_would_run_code_is_refused_without_running_it(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"not to be trusted \(names "):
         TorchDistReader(tmp_path)
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_converted_is_refused(tmp_path: Path) -> None:
+    """As a save of the same step does: the index fits the files of both, and so do checksums."""
+    checkpoint, other = tmp_path / "step-000001", tmp_path / "other"
+    convert_from_hf(write_tiny_qwen3(tmp_path / "a"), checkpoint, max_file_bytes=60_000)
+    convert_from_hf(write_tiny_qwen3(tmp_path / "b", seed=9), other, max_file_bytes=60_000)
+    done: list[int] = []
+
+    def replace(num_bytes: int) -> None:
+        done.append(num_bytes)
+        if sum(done) > 100_000 and other.exists():
+            checkpoint.rename(tmp_path / "gone")
+            other.rename(checkpoint)
+
+    with pytest.raises(CheckpointError, match="step-000001: was replaced or deleted while"):
+        convert_to_hf(checkpoint, tmp_path / "out", on_start=lambda _total: replace)
+    assert sum(done) > 200_000, "all weights were written"
+    assert not (tmp_path / "out").exists()

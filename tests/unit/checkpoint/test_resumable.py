@@ -175,14 +175,32 @@ def test_another_source_with_the_same_names_sizes_and_times_begins_anew(
     assert max_difference(weights_in(tmp_path / "back"), weights_in(taken)) == 0.0
 
 
-def test_a_source_that_changes_during_the_conversion_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_a_source_that_changes_during_the_conversion_is_refused(tmp_path: Path, name: str) -> None:
     source = write_tiny_qwen3(tmp_path / "source")
 
     def touch(_number: int) -> None:
-        os.utime(source / "model.safetensors", ns=(1, 1))
+        content = (source / name).read_bytes()
+        (source / name).write_bytes(content if name.endswith(".safetensors") else content + b" ")
 
     with pytest.raises(CheckpointError, match="source: changed while it was converted"):
         convert_from_hf(source, tmp_path / "out", on_start=lambda _total: touch)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_checkpoint_that_retention_deletes_meanwhile_is_named(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """All its tensors are mapped by then: what is not there is no fault of the output's storage."""
+    done: list[int] = []
+
+    def delete(num_bytes: int) -> None:
+        done.append(num_bytes)
+        if sum(done) > 20_000:  # header and first tensor
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    with pytest.raises(CheckpointError, match="checkpoint: was replaced or deleted while"):
+        convert_to_hf(checkpoint, tmp_path / "out", on_start=lambda _total: delete)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -217,14 +217,14 @@ def test_a_checkpoint_whose_state_cannot_be_read_stays_and_the_others_go(tmp_pat
 
 def refuse_nth_sync(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let the flush of ``folder`` itself fail, as after the rename of a save."""
-    sync = manifest._sync
+    sync = manifest.sync_to_disk
 
     def refuse(path: Path) -> None:
         if path == folder:
             raise OSError(errno.EIO, "Input/output error", str(path))
         sync(path)
 
-    monkeypatch.setattr(manifest, "_sync", refuse)
+    monkeypatch.setattr(manifest, "sync_to_disk", refuse)
 
 
 def test_a_save_that_fails_after_its_rename_counts(

@@ -3,6 +3,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,12 @@ from prefixrl_mcore.checkpoint.save_load import (
 from prefixrl_mcore.config.policy import OptimizerConfig
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from tests.support.policies import build_policy, make_batch, max_difference, weights_of
-from tests.support.tiny_models import build_tiny_qwen3, write_model_folder, write_tiny_qwen3
+from tests.support.tiny_models import (
+    build_tiny_families,
+    build_tiny_qwen3,
+    write_model_folder,
+    write_tiny_qwen3,
+)
 
 KIND_TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-7}
 """Of weights after two updates of 1e-3: the norm of gradients is summed in another order, which
@@ -153,9 +159,38 @@ def test_a_checkpoint_carries_config_and_tokenizer_as_bytes(source: Path, tmp_pa
 
 def test_a_policy_without_a_folder_saves_its_config(source: Path, tmp_path: Path) -> None:
     policy = build_policy(source)
-    policy.model_path = None
+    policy.model_files = {}
     path = save_checkpoint(tmp_path, 0, policy, {})
     assert json.loads((path / "hf" / "config.json").read_text()) == policy.hf_config
+
+
+def test_a_checkpoint_carries_the_files_that_were_there_at_the_start(
+    source: Path, tmp_path: Path
+) -> None:
+    """A model folder that is changed or removed in a run costs no save."""
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (folder / "pytorch_model.bin").symlink_to("blobs/pruned")  # of what is not copied
+    policy = build_policy(folder)
+    (folder / "config.json").write_text("{}")
+    first = save_checkpoint(tmp_path / "run", 1, policy, {})
+    shutil.rmtree(folder)
+    second = save_checkpoint(tmp_path / "run", 2, policy, {})
+    for path in (first, second):
+        for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (path / "hf" / name).read_bytes() == (source / name).read_bytes()
+        templates = path / "hf" / "additional_chat_templates"
+        assert (templates / "tools.jinja").read_text() == "{{ tools }}"
+
+
+def test_a_model_folder_that_could_not_be_saved_is_refused_before_the_run(
+    source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    (folder / "added.json").symlink_to("blobs/pruned")
+    with pytest.raises(CheckpointError, match=r"added\.json: is a link to blobs/pruned"):
+        build_policy(folder)
 
 
 def test_only_the_last_checkpoints_are_kept(source: Path, tmp_path: Path) -> None:
@@ -226,29 +261,55 @@ def test_a_missing_checkpoint_is_refused_by_path(source: Path, tmp_path: Path) -
 def test_another_model_is_refused_by_the_fields_that_differ(source: Path, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, build_policy(source), {})
     wider = write_model_folder(build_tiny_qwen3(ffn_size=64), tmp_path / "wider")
-    with pytest.raises(CheckpointError, match="intermediate_size got 128, expected 64") as error:
+    with pytest.raises(CheckpointError, match="ffn_hidden_size got 128, expected 64") as error:
         load_checkpoint(path, build_policy(wider))
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe", "llama-3"])
+def test_the_same_model_as_another_transformers_writes_it_is_loaded(
+    tmp_path: Path, family: str
+) -> None:
+    source = write_model_folder(build_tiny_families()[family], tmp_path / "model")
+    path = save_checkpoint(tmp_path / "run", 1, build_policy(source), EXTRA_STATE)
+    other = build_policy(source)
+    other.hf_config = as_transformers_4(other.hf_config)
+    assert load_checkpoint(path, other) == (1, EXTRA_STATE)
+
+
+def as_transformers_4(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Return a file of transformers 5 as the releases before wrote it."""
+    old = dict(hf_config)
+    rope = old.pop("rope_parameters")
+    old["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        old["rope_scaling"] = {key: v for key, v in rope.items() if key != "rope_theta"}
+    if "num_local_experts" in old:
+        old["num_experts"] = old.pop("num_local_experts")
+    if old["model_type"] == "llama":
+        del old["head_dim"]
+    assert old.keys() != hf_config.keys()
+    return old
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("family", "change", "message"),
     [
-        pytest.param("num_experts_per_tok", 3, id="top-k"),
-        pytest.param("norm_topk_prob", True, id="renormalised"),
-        pytest.param("rope_scaling", {"rope_type": "llama3", "factor": 4.0}, id="rope-scaling"),
+        pytest.param("qwen3-moe", {"num_experts_per_tok": 3}, "mixture got", id="top-k"),
+        pytest.param("qwen3-moe", {"norm_topk_prob": False}, "mixture got", id="renormalised"),
+        pytest.param("llama-3", {"rope_parameters": None}, "rotary_scaling got", id="scaling"),
+        pytest.param("qwen3", {"rms_norm_eps": 0.5}, "layernorm_epsilon got", id="epsilon"),
     ],
 )
 def test_settings_that_change_no_shape_are_compared_too(
-    source: Path, tmp_path: Path, field: str, value: object
+    tmp_path: Path, family: str, change: dict[str, object], message: str
 ) -> None:
-    path = save_checkpoint(tmp_path, 1, build_policy(source), EXTRA_STATE)
+    source = write_model_folder(build_tiny_families()[family], tmp_path / "model")
+    path = save_checkpoint(tmp_path / "run", 1, build_policy(source), EXTRA_STATE)
     other = build_policy(source)
-    other.hf_config = {key: v for key, v in other.hf_config.items() if key != "rope_parameters"}
-    other.hf_config |= {"rope_theta": build_tiny_qwen3().config.rope_parameters["rope_theta"]}
-    load_checkpoint(path, other)  # as another transformers would write the same
-    other.hf_config[field] = value
-    with pytest.raises(CheckpointError, match="belongs to another model"):
+    theta = other.hf_config["rope_parameters"]["rope_theta"]
+    other.hf_config = other.hf_config | {"rope_theta": theta} | change
+    with pytest.raises(CheckpointError, match=f"belongs to another model than .*: {message}"):
         load_checkpoint(path, other)
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from prefixrl_mcore.checkpoint.manifest import CheckpointError
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.json_files import read_json_object
 
@@ -36,9 +35,9 @@ def test_the_fault_the_path_and_the_remedy_are_named(
     assert str(error.value).endswith("; restore it")
 
 
-def test_a_folder_in_its_place_is_named_and_the_caller_chooses_the_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\); restore it"):
-        read_json_object(tmp_path, remedy="restore it", error_cls=CheckpointError)
+def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\); restore it"):
+        read_json_object(tmp_path, remedy="restore it")
     (tmp_path / "file").write_text("{}")
     with pytest.raises(ConfigError, match="does not exist"):
         read_json_object(tmp_path / "file" / "a.json", remedy="restore it")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, find_table
-from prefixrl_mcore.config.model_shape import Llama3Scaling, MixtureShape
+from prefixrl_mcore.config.model_shape import MixtureShape
 from prefixrl_mcore.config.policy import PolicyConfig
+from prefixrl_mcore.config.rotary import Llama3Scaling
 from prefixrl_mcore.policy.layers import Layers
 from prefixrl_mcore.policy.model_config import (
     build_transformer_config,
@@ -86,7 +87,12 @@ def test_vocabulary_is_padded_to_equal_shards(tp: int, rows: int) -> None:
         pytest.param({"rope_theta": None}, "rope_theta is missing", id="no-theta"),
         pytest.param({"vocab_size": 0}, "vocab_size must be a positive integer", id="zero"),
         pytest.param({"vocab_size": True}, "vocab_size must be a positive integer", id="true"),
-        pytest.param({"head_dim": []}, "head_dim = .. is of type list, expected int", id="list"),
+        pytest.param({"head_dim": []}, "head_dim must be a positive integer, got ..", id="list"),
+        pytest.param({"head_dim": 0}, "head_dim must be a positive integer, got 0", id="no-head"),
+        pytest.param({"num_key_value_heads": 0}, "num_key_value_heads must be", id="no-groups"),
+        pytest.param({"attention_bias": True}, "attention_bias = True is not impl", id="bias"),
+        pytest.param({"rope_theta": "1e6"}, "rope_theta must be a positive number", id="quoted"),
+        pytest.param({"rope_theta": 0}, "rope_theta must be a positive number", id="no-base"),
         pytest.param({"rope_parameters": "x"}, "rope_parameters = 'x' is of type str", id="text"),
         pytest.param({"layer_types": 3}, "layer_types = 3 is of type int", id="number"),
         pytest.param({"rms_norm_eps": True}, "type bool, expected int or float", id="bool"),
@@ -155,6 +161,44 @@ def test_llama_scaling_of_either_transformers_generation() -> None:
     )
     v5 = {key: value for key, value in LLAMA.items() if key not in ("rope_scaling", "rope_theta")}
     assert read_model_shape(v5 | {"rope_parameters": LLAMA_31 | {"rope_theta": 1000000}}) == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"factor": None}, r"rope_scaling\.factor must be a positive", id="null"),
+        pytest.param({"factor": "8"}, r"rope_scaling\.factor must be a positive", id="text"),
+        pytest.param({"low_freq_factor": -1}, r"low_freq_factor must be a positive", id="negative"),
+        pytest.param({"rope_type": ["llama3"]}, "is not implemented", id="list"),
+    ],
+)
+def test_a_scaling_with_a_value_that_is_none_is_refused(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_model_shape(LLAMA | {"rope_scaling": LLAMA_31 | change})
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        pytest.param({"rope_type": "default", "rope_theta": 1e4}, id="default"),
+        pytest.param(LLAMA_31 | {"rope_theta": 1e4}, id="base"),
+        pytest.param(LLAMA_31 | {"rope_theta": 1e6, "factor": 4.0}, id="factor"),
+    ],
+)
+def test_two_rotary_embeddings_in_one_file_must_agree(second: dict[str, Any]) -> None:
+    """Transformers and we would follow another one of them."""
+    both = LLAMA | {"rope_parameters": LLAMA_31 | {"rope_theta": 1e6}}
+    assert read_model_shape(both) == read_model_shape(LLAMA)
+    with pytest.raises(ValueError, match=r"twice, differently: rope_parameters = .*, rope_theta"):
+        read_model_shape(LLAMA | {"rope_parameters": second})
+
+
+def test_a_field_that_transformers_adds_when_it_saves_changes_nothing() -> None:
+    assert read_model_shape(QWEN3_8B_V4 | {"_attn_implementation_autoset": True}) == (
+        read_model_shape(QWEN3_8B_V4)
+    )
 
 
 def test_qwen2_has_biases_that_its_config_does_not_name() -> None:

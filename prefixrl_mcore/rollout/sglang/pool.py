@@ -189,14 +189,16 @@ class ServerPool:
                 self.counters.num_restarts += 1
                 member.revive(self.events.put)
         came_up = [m for m in self.members if m.state is State.STARTING and m.is_up]
-        outdated = [
-            member
-            for member in came_up
-            if member.served_weights != self.weights.name and member not in self._await_load
-        ]
         for member in came_up:
             if member.served_weights == self.weights.name:
                 member.move_to(State.READY, f"has weights {self.weights.name!r}")
+        if not self.ready:
+            self._await_load.clear()  # nobody goes on: one more try, or the error that says why not
+        outdated = [
+            member
+            for member in came_up
+            if member.state is State.STARTING and member not in self._await_load
+        ]
         if outdated and self.weights.make_buckets is not None:
             if may_update:
                 self._catch_up(outdated)
@@ -257,6 +259,7 @@ class ServerPool:
 
     def bury(self, member: Member, cause: str) -> None:
         """Declare a server dead."""
+        self._await_load.discard(member)
         self.counters.num_deaths += 1
         member.die(cause)
 

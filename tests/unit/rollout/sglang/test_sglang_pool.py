@@ -462,6 +462,49 @@ def test_server_that_was_caught_up_with_other_weights_ends_the_run(
     assert "incomplete" not in caplog.text
 
 
+@pytest.mark.parametrize("is_lost_for_good", [True, False])
+def test_servers_that_wait_for_the_next_weights_are_not_waited_for_when_the_last_other_dies(
+    pool: Pool, *, is_lost_for_good: bool
+) -> None:
+    engine = pool.engine(urls=pool.urls[:2], sync={"checksum_every_syncs": None})
+    is_lost = False
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        if is_lost:
+            raise EngineError("an update has begun meanwhile")
+        return weights()
+
+    engine.load_weights(stream, 7)
+    late, last = engine._pool.members[:2]
+    is_lost = True
+    pool.fakes[0].weight_version = "of its folder"
+    pool.fakes[1].hold = threading.Event()
+
+    def lose_the_other_one() -> None:
+        nonlocal is_lost
+        while late not in engine._pool._await_load:
+            time.sleep(0.01)
+        is_lost = is_lost_for_good
+        pool.fakes[1].answer = lambda _path, _payload: (500, None)  # type: ignore[method-assign]
+
+    threading.Thread(target=lose_the_other_one, daemon=True).start()
+    sampled: list[Any] = []
+
+    def sample() -> None:
+        try:
+            sampled.append(tokens_of(engine.sample(requests_of(4), PARAMS)))
+        except EngineError as error:
+            sampled.append(str(error))
+
+    sampling = threading.Thread(target=sample, daemon=True)
+    sampling.start()
+    sampling.join(20)
+
+    assert sampled == ["an update has begun meanwhile" if is_lost_for_good else [[6, 6]] * 4]
+    assert last.state is not State.READY
+    assert engine._pool._await_load == set()
+
+
 @pytest.mark.parametrize(("max_failures", "num_ready"), [(2, 2), (3, 3)])
 def test_server_is_buried_before_an_update_after_as_many_missed_probes_as_it_may_miss(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, max_failures: int, num_ready: int

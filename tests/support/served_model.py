@@ -103,14 +103,14 @@ def push(
 
 
 def check(served: Served, weights: Iterator[tuple[str, Tensor]]) -> int:
-    """Compare the checksums of the server and of ``weights``."""
+    """Compare the checksums of the server and of ``weights``; return how many."""
     return check_weights(
         [served.target()],
         weights,
         dtype=torch.float32,
         num_key_value_heads=read_config_number(served.folder, "num_key_value_heads"),
         is_cuda=False,
-    )
+    ).num_digests
 
 
 def sample(served: Served, weight_version: str) -> list[TrainingSequence]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from prefixrl_mcore.rollout.sglang.member import Member, State
-from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
 from prefixrl_mcore.rollout.weight_sync.sync import MakeBuckets, is_incomplete
 from prefixrl_mcore.rollout.weight_sync.syncer import Syncer
 from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
@@ -88,12 +87,8 @@ def send_weights(
     try:
         report = syncer.sync(targets, weights.make_buckets, weights.name, give_up)
     except BaseException as error:
-        differ = isinstance(error, WeightsDifferError)
         for member in [one for one in members if one.state is State.UPDATING]:
-            member.move_to(
-                State.STARTING,
-                "weights differ from the policy's" if differ else "its weights are incomplete",
-            )
+            member.move_to(State.STARTING, f"the update ended: {error}")
         raise
     for name, cause in report.failed.items():
         give_up(name, cause)

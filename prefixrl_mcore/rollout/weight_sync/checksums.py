@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from prefixrl_mcore.rollout.engine import EngineError
-from prefixrl_mcore.rollout.sglang.faults import ServerFault
+from prefixrl_mcore.rollout.sglang.faults import ServerRefusal
 from prefixrl_mcore.rollout.weight_sync.digests import CpuDigest, Digest, GpuDigest
 from prefixrl_mcore.rollout.weight_sync.fused import fused_part
-from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget
+from prefixrl_mcore.rollout.weight_sync.transport import Failures, SyncTarget, on_all
 
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.\d+\.(gate|up|down)_proj\.weight$")
 _FROM_ROWS = re.compile(r"\.(o|down)_proj\.weight$")
@@ -36,6 +36,17 @@ class WeightsDifferError(EngineError):
     """A server holds other weights than it was sent; the message names server and tensors."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """What came of a comparison in which no weights differed."""
+
+    num_digests: int
+    """Digests that agree, of all ranks of all servers that told theirs."""
+
+    failed: Failures
+    """Servers that were lost before they told."""
+
+
 def check_weights(
     targets: Sequence[SyncTarget],
     weights: Iterator[tuple[str, Tensor]],
@@ -43,8 +54,8 @@ def check_weights(
     dtype: torch.dtype,
     num_key_value_heads: int,
     is_cuda: bool,
-) -> int:
-    """Compare all targets' weights with the policy's; return how many digests were compared.
+) -> Compared:
+    """Compare all targets' weights with the policy's; return what was compared, and who was lost.
 
     Args:
         targets: servers of the same model; nothing may be in flight.
@@ -55,30 +66,43 @@ def check_weights(
 
     Raises:
         WeightsDifferError: naming the server and the tensors that differ.
-        EngineError: if a server does not tell.
+        EngineError: if a server refuses to tell, or tells of other ranks than it has.
     """
     sizes = {target.num_ranks for target in targets}
     ours = Digests(sizes, dtype=dtype, num_key_value_heads=num_key_value_heads, is_cuda=is_cuda)
     for name, weight in weights:
         ours.add(name, weight)
-    num_compared = 0
-    for target in targets:
-        for rank, theirs in _reported(target).items():
+    num_digests = 0
+    reported: dict[str, dict[int, Mapping[str, str]]] = {}
+
+    def ask(target: SyncTarget) -> None:
+        reported[target.name] = _reported(target)
+
+    failed = on_all(targets, ask)  # at once: they hash for a while, and one may hang
+    for target in [target for target in targets if target.name in reported]:
+        for rank, theirs in reported[target.name].items():
             expected = ours.of_rank(target.num_ranks, rank)
             _compare(expected, theirs, where=f"{target.name}, rank {rank}")
-            num_compared += len(expected)
-    return num_compared
+            num_digests += len(expected)
+    return Compared(num_digests=num_digests, failed=failed)
 
 
 def _reported(target: SyncTarget) -> dict[int, Mapping[str, str]]:
-    """Return the digests of every tensor-parallel rank of a server."""
+    """Return the digests of every tensor-parallel rank of a server.
+
+    Raises:
+        EngineError: if it refuses, as every server of its kind would, or tells of other ranks.
+        ServerFault: if it is lost.
+    """
     try:
         answer = target.client.checksums()
-    except ServerFault as error:
+    except ServerRefusal as refusal:
+        if refusal.status >= 500:  # what is left of a server that dies says so
+            raise
         raise EngineError(
-            f"weight sync: {target.name} does not tell the checksums of its weights: {error}; "
+            f"weight sync: {target.name} does not tell the checksums of its weights: {refusal}; "
             f"{_WITHOUT}"
-        ) from error
+        ) from refusal
     ranks: Sequence[Mapping[str, Any]] = answer.get("ranks") or []
     reported = {_rank_of(one["parallelism_info"]): one["checksums"] for one in ranks}
     if sorted(reported) != list(range(target.num_ranks)):

@@ -3,16 +3,22 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
+from prefixrl_mcore.rollout.weight_sync.checksums import Compared
 from prefixrl_mcore.rollout.weight_sync.sync import GiveUp, MakeBuckets, SyncReport, sync_weights
-from prefixrl_mcore.rollout.weight_sync.transport import SyncTarget, Transport
+from prefixrl_mcore.rollout.weight_sync.transport import (
+    Failures,
+    SyncTarget,
+    Transport,
+)
 
 logger = logging.getLogger(__name__)
 
-CheckWeights = Callable[[Sequence[SyncTarget], Iterator[tuple[str, Tensor]]], int]
-"""Raises EngineError if a target's weights differ; returns how many tensors it compared."""
+CheckWeights = Callable[[Sequence[SyncTarget], Iterator[tuple[str, Tensor]]], Compared]
+"""Raises EngineError if a target's weights differ; returns what it compared, and who was lost."""
 
 METRIC_NAMES = tuple(
     f"sync/{name}"
@@ -59,18 +65,29 @@ class Syncer:
         report = sync_weights(
             targets, self._transport, make_buckets, weight_version, give_up=give_up
         )
-        self._reports.append(report)
         logger.debug("weight sync: %.2f GB/s", report.gigabytes_per_second)
         left = [target for target in targets if target.name not in report.failed]
         every = self._check_every_syncs
-        if left and every is not None and self._num_syncs % every == 0:
-            started = time.monotonic()
-            weights = (pair for bucket in make_buckets() for pair in bucket.weights())
-            num_tensors = self._check(left, weights)
-            self._check_seconds += time.monotonic() - started
-            logger.info("weight sync: checksums of %d tensors agree", num_tensors)
-        self._num_syncs += 1
+        is_due = every is not None and self._num_syncs % every == 0
+        if left and is_due:
+            failed = self._compare(left, make_buckets)
+            report = replace(report, failed={**report.failed, **failed})
+            is_due = len(failed) == len(left)  # nothing was compared: the next sync is checked
+        self._reports.append(report)
+        if not is_due:
+            self._num_syncs += 1
         return report
+
+    def _compare(self, targets: Sequence[SyncTarget], make_buckets: MakeBuckets) -> Failures:
+        """Compare the weights of targets with the policy's; return who was lost meanwhile."""
+        started = time.monotonic()
+        weights = (pair for bucket in make_buckets() for pair in bucket.weights())
+        compared = self._check(targets, weights)
+        self._check_seconds += time.monotonic() - started
+        logger.info("weight sync: checksums of %d tensors agree", compared.num_digests)
+        for name, cause in compared.failed.items():
+            logger.warning("weight sync: %s did not tell its checksums: %s", name, cause)
+        return compared.failed
 
     def take_metrics(self) -> dict[str, float]:
         """Return what the syncs since the last call took, by metric name; empty without one."""

@@ -458,8 +458,60 @@ def test_server_that_was_caught_up_with_other_weights_ends_the_run(
     caplog.set_level(logging.INFO)
     with pytest.raises(WeightsDifferError, match=r"1 differ: model\.norm\.weight\..*-syncs None"):
         sample_for_a_while()
-    assert "weights differ from the policy's" in caplog.text
+    assert "the update ended: weight sync: the weights of server 0, rank 0" in caplog.text
     assert "incomplete" not in caplog.text
+
+
+def when_checked(fake: FakeSGLang, status: int) -> None:
+    """Have a server end its first comparison of checksums so; 0 breaks the connection."""
+    answer, first = fake.answer, iter([status])
+
+    def once(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/weights_checker" and (told := next(first, None)) is not None:
+            return told, None
+        return answer(path, payload)
+
+    fake.answer = once  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("status", [0, 503])
+def test_server_that_is_lost_while_checksums_are_compared_is_buried_alone(
+    pool: Pool, status: int
+) -> None:
+    engine = pool.engine(max_restarts=0)
+    when_checked(pool.fakes[1], status)
+
+    engine.load_weights(weights, 1)
+
+    assert tokens_of(engine.sample(requests_of(6), PARAMS)) == [[6, 6]] * 6
+    assert pool.fakes[1].sampled == []
+    metrics = engine.take_metrics()
+    assert (metrics["engine/num_ready_servers"], metrics["engine/num_server_deaths"]) == (2, 1)
+    assert metrics["sync/num_failed_servers"] == 1
+    engine.load_weights(weights, 2)
+    assert pool.fakes[0].calls.count("/weights_checker") == 1  # the others were compared
+
+
+def test_server_that_refuses_to_tell_its_checksums_ends_the_run_with_the_remedy(
+    pool: Pool,
+) -> None:
+    engine = pool.engine()
+    when_checked(pool.fakes[1], 404)
+
+    with pytest.raises(EngineError, match=r"server 1 does not tell the checksums.*404.*-syncs No"):
+        engine.load_weights(weights, 1)
+
+
+def test_comparison_in_which_all_servers_were_lost_is_made_up_for(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=1)
+    when_checked(pool.fakes[0], 0)
+
+    engine.load_weights(weights, 1)  # and waits for the server to come back
+    assert engine.take_metrics()["engine/num_server_deaths"] == 1
+    for version in (2, 3):
+        engine.load_weights(weights, version)
+
+    assert pool.fakes[0].calls.count("/weights_checker") == 1  # beside the one that was lost
 
 
 @pytest.mark.parametrize("is_lost_for_good", [True, False])

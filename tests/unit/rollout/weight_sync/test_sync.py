@@ -15,6 +15,7 @@ from prefixrl_mcore.rollout.sglang.payloads import tensor_update
 from prefixrl_mcore.rollout.weight_names import WeightCoverage
 from prefixrl_mcore.rollout.weight_sync import sync, tensor
 from prefixrl_mcore.rollout.weight_sync.buckets import Bucket, pack_buckets
+from prefixrl_mcore.rollout.weight_sync.checksums import Compared
 from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete, sync_weights
 from prefixrl_mcore.rollout.weight_sync.syncer import METRIC_NAMES, Syncer
@@ -354,9 +355,9 @@ def test_folder_that_cannot_be_written_to_is_an_error_that_names_it(
 def test_sync_is_counted_and_checked_when_it_is_due(targets: list[SyncTarget]) -> None:
     checked: list[int] = []
 
-    def check(left: object, weights: Iterator[tuple[str, torch.Tensor]]) -> int:
+    def check(left: object, weights: Iterator[tuple[str, torch.Tensor]]) -> Compared:
         checked.append(len(list(weights)))
-        return checked[-1]
+        return Compared(num_digests=checked[-1], failed={})
 
     syncer = Syncer(TensorByValue(), check=check, check_every_syncs=2)
     for number in range(3):

@@ -118,7 +118,7 @@ class SGLangConfig(Config):
 
     max_restarts: int = Field(default=3, ge=0)
     """Times that one dead server is started again (or waited for, if it runs elsewhere) within
-    ``restart_window_seconds``."""
+    ``restart_window_seconds``, and in a row without being ready in between."""
 
     restart_window_seconds: float = Field(default=3600.0, gt=0.0)
     """Restarts that lie further back than this no longer count."""

@@ -8,14 +8,12 @@ import logging
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from urllib.parse import urlsplit
 
 from prefixrl_mcore.config.load import load_config
-from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, RunConfig
 from prefixrl_mcore.launch.slurm.first_call import wait_for_call
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
@@ -24,6 +22,7 @@ from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.api_key import find_api_key
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
+from prefixrl_mcore.rollout.sglang.restarts import RestartAllowance
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 
 logger = logging.getLogger(__name__)
@@ -70,6 +69,7 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
         if not task.shares_nodes or _was_called(launch, port, ending):
             server = _start(launch, log_file, ending, port, is_known=is_known)
         if server is not None:
+            allowance.note_success()
             port = _port_of(server)
             logger.warning("%s serves at %s", launch.name, tell(port))
             _wait_for_its_end(server, launch.name, ending)
@@ -147,35 +147,6 @@ def _wait_for_its_end(server: SGLangServer, name: str, ending: threading.Event) 
     if not ending.is_set():
         logger.error("%s has died: %s; %s", name, server.cause_of_death(), server.log_tail())
     server.stop()
-
-
-class RestartAllowance:
-    """How often a dead server may still be started again: so often within a window of time."""
-
-    def __init__(self, config: SGLangConfig) -> None:
-        """Begin with none taken."""
-        self._max_restarts = config.max_restarts
-        self._window_seconds = config.restart_window_seconds
-        self._times: deque[float] = deque()
-        self.num_restarts = 0
-        """Restarts in all."""
-
-    def take(self, now: float) -> bool:
-        """Take one restart at ``time.monotonic()``; return whether there was one left."""
-        while self._times and self._times[0] < now - self._window_seconds:
-            self._times.popleft()
-        if len(self._times) >= self._max_restarts:
-            return False
-        self._times.append(now)
-        self.num_restarts += 1
-        return True
-
-    def __str__(self) -> str:
-        """Say how much is taken."""
-        return (
-            f"{len(self._times)} restart(s) in {self._window_seconds:g} s, "
-            f"rollout.sglang.max_restarts = {self._max_restarts}"
-        )
 
 
 def server_launch(

@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.faults import ServerFault, WrongWeights
 from prefixrl_mcore.rollout.sglang.gpus import gpu_numbers
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
+from prefixrl_mcore.rollout.sglang.restarts import RestartAllowance
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_sync.sync import is_incomplete
 
@@ -136,6 +137,9 @@ class Member:
         """Parts of its device memory that it gave back in this life. Only these may be resumed:
         any other ends SGLang's scheduler."""
 
+        self.restarts = RestartAllowance(config)
+        """How often it may still be started again, or waited for."""
+
         self.gpus = None if launch is None else gpu_numbers(launch.gpus)
         """The GPU of each of its ranks, as this process numbers them; None if it has none, or
         others started it. Those of one that shares this run's are noted whenever it comes up."""
@@ -152,7 +156,6 @@ class Member:
         self._logs_folder = logs_folder
         self._check = check
         self._since = time.monotonic()
-        self._restarts: deque[float] = deque()
         self._lock = threading.Lock()  # between the end of a start and its cancellation
         self._cancelled = threading.Event()
         self._thread: threading.Thread | None = None
@@ -189,6 +192,8 @@ class Member:
             level, "SGLang: %s: %s -> %s: %s", self.name, self.state.value, state.value, cause
         )
         self.state, self.cause, self._since = state, cause, time.monotonic()
+        if state is State.READY:
+            self.restarts.note_success()
 
     def revive(self, on_up: Callable[[CameUp], None]) -> None:
         """Start it, or wait for it if it runs elsewhere; ``on_up`` is called in another thread."""
@@ -250,17 +255,6 @@ class Member:
         if WEIGHTS in wanted:
             self.served_weights = "lost in its sleep"
         self.released = tuple(part for part in self.released if part not in wanted)
-
-    def may_restart(self) -> bool:
-        """Return whether another restart is within the bounds of the config."""
-        earliest = time.monotonic() - self._config.restart_window_seconds
-        while self._restarts and self._restarts[0] < earliest:
-            self._restarts.popleft()
-        return len(self._restarts) < self._config.max_restarts
-
-    def note_restart(self) -> None:
-        """Count a restart."""
-        self._restarts.append(time.monotonic())
 
     def has_lost_process(self) -> bool:
         """Return whether it is a child process that ended by itself."""

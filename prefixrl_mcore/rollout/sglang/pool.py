@@ -184,8 +184,7 @@ class ServerPool:
         self._bury_the_lost()
         self._check_open()  # nobody would end what is started now
         for member in self.members:
-            if member.state is State.DEAD and member.may_restart():
-                member.note_restart()
+            if member.state is State.DEAD and member.restarts.take(time.monotonic()):
                 self.counters.num_restarts += 1
                 member.revive(self.events.put)
         came_up = [m for m in self.members if m.state is State.STARTING and m.is_up]
@@ -382,15 +381,15 @@ class ServerPool:
 
     def _check_enough(self) -> None:
         """Raise EngineError if fewer servers than wanted are alive or may become so."""
-        lost = [m for m in self.members if m.state is State.DEAD and not m.may_restart()]
+        now = time.monotonic()
+        lost = [m for m in self.members if m.state is State.DEAD and not m.restarts.is_left(now)]
         left = len(self.members) - len(lost)
         if left >= self._config.min_servers:
             return
         raise EngineError(
-            f"SGLang: {len(lost)} of {len(self.members)} servers are dead and were restarted "
-            f"{self._config.max_restarts} times in {self._config.restart_window_seconds:.0f} s; "
-            f"{left} are left, rollout.sglang.min_servers = {self._config.min_servers}. "
-            + "; ".join(str(member) for member in lost)
+            f"SGLang: {len(lost)} of {len(self.members)} servers are dead for good; {left} are "
+            f"left, rollout.sglang.min_servers = {self._config.min_servers}. "
+            + "; ".join(f"{member}: {member.restarts}" for member in lost)
         )
 
     def _handle(self, event: CameUp | Checked) -> None:

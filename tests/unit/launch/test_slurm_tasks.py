@@ -13,7 +13,6 @@ import pytest
 
 from prefixrl_mcore.config.base import ConfigError, validate
 from prefixrl_mcore.config.load import load_config, read_config_file, with_settings
-from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.slurm import task as task_module
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd, TaskFile
@@ -24,7 +23,7 @@ from prefixrl_mcore.launch.slurm.rank_environment import (
     server_port,
     tasks_per_node,
 )
-from prefixrl_mcore.launch.slurm.rollout_task import RestartAllowance, own_gpus, server_launch
+from prefixrl_mcore.launch.slurm.rollout_task import own_gpus, server_launch
 from prefixrl_mcore.launch.slurm.states import SlurmError, job_states, parse_sacct, parse_scontrol
 from prefixrl_mcore.launch.slurm.task import main as task_main
 from prefixrl_mcore.launch.slurm.task import server_flags, stage_arguments, train_arguments
@@ -322,15 +321,6 @@ def test_a_rollout_task_serves_on_at_sigterm_and_ends_at_sigusr2(tmp_path: Path)
     end = job.read_end(0, "rollout-9")
     assert end is not None
     assert end.exit_code == 0
-
-
-def test_a_server_is_started_again_so_often_within_a_window() -> None:
-    allowance = RestartAllowance(SGLangConfig(max_restarts=2, restart_window_seconds=60.0))
-    assert [allowance.take(now) for now in (0.0, 10.0, 50.0, 61.0, 62.0, 71.0)] == [
-        True, True, False, True, False, True,
-    ]  # fmt: skip
-    assert allowance.num_restarts == 4
-    assert not RestartAllowance(SGLangConfig(max_restarts=0)).take(0.0)
 
 
 def test_a_task_ends_when_a_later_start_of_its_job_exists(tmp_path: Path) -> None:

@@ -605,6 +605,21 @@ def test_too_few_servers_are_one_error_that_names_them(pool: Pool, min_servers: 
         engine.sample(requests_of(4), PARAMS)
 
 
+def test_server_that_never_starts_is_given_up_although_its_starts_take_longer_than_the_window(
+    pool: Pool,
+) -> None:
+    engine = pool.engine(
+        urls=pool.urls[:1],
+        max_restarts=2,
+        restart_window_seconds=0.01,
+        start_timeout_seconds=0.1,
+    )
+    break_off_for_good(pool.fakes[0])
+
+    with pytest.raises(EngineError, match=r"1 of 1 servers are dead for good.*, 2 in vain,"):
+        engine.sample(requests_of(1), PARAMS)
+
+
 def test_weights_that_do_not_reach_one_server_bury_it_alone(pool: Pool) -> None:
     engine = pool.engine(max_restarts=0)
     pool.fakes[1].refuse_update = "out of memory"

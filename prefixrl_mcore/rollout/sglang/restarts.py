@@ -1,0 +1,48 @@
+"""How often a server that died may be started again."""
+
+from collections import deque
+
+from prefixrl_mcore.config.rollout import SGLangConfig
+
+
+class RestartAllowance:
+    """So many restarts within a window of time, and as many in a row that lead to nothing.
+
+    The second bound is for starts that take long: of a server that hangs for an hour each time,
+    few restarts are ever within a window.
+    """
+
+    def __init__(self, config: SGLangConfig) -> None:
+        """Begin with none taken."""
+        self._max_restarts = config.max_restarts
+        self._window_seconds = config.restart_window_seconds
+        self._times: deque[float] = deque()
+        self._num_in_vain = 0
+        self.num_restarts = 0
+        """Restarts in all."""
+
+    def is_left(self, now: float) -> bool:
+        """Return whether there is a restart left at ``time.monotonic()``."""
+        while self._times and self._times[0] < now - self._window_seconds:
+            self._times.popleft()
+        return max(len(self._times), self._num_in_vain) < self._max_restarts
+
+    def take(self, now: float) -> bool:
+        """Take one restart at ``time.monotonic()``; return whether there was one left."""
+        if not self.is_left(now):
+            return False
+        self._times.append(now)
+        self._num_in_vain += 1
+        self.num_restarts += 1
+        return True
+
+    def note_success(self) -> None:
+        """Note that the server serves: what was taken before was not in vain."""
+        self._num_in_vain = 0
+
+    def __str__(self) -> str:
+        """Say how much is taken."""
+        return (
+            f"{len(self._times)} restart(s) in {self._window_seconds:g} s, {self._num_in_vain} in "
+            f"vain, rollout.sglang.max_restarts = {self._max_restarts}"
+        )

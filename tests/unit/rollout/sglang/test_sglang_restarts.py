@@ -1,0 +1,25 @@
+"""How often a server is started again."""
+
+from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.sglang.restarts import RestartAllowance
+
+
+def test_a_server_is_started_again_so_often_within_a_window() -> None:
+    allowance = RestartAllowance(SGLangConfig(max_restarts=2, restart_window_seconds=60.0))
+    taken: list[bool] = []
+    for now in (0.0, 10.0, 50.0, 61.0, 62.0, 71.0):
+        taken.append(allowance.take(now))
+        allowance.note_success()
+
+    assert taken == [True, True, False, True, False, True]
+    assert allowance.num_restarts == 4
+    assert not RestartAllowance(SGLangConfig(max_restarts=0)).take(0.0)
+
+
+def test_starts_in_vain_are_counted_however_far_apart_they_are() -> None:
+    allowance = RestartAllowance(SGLangConfig(max_restarts=2, restart_window_seconds=60.0))
+
+    assert allowance.take(0.0)
+    allowance.note_success()
+    assert [allowance.take(now) for now in (100.0, 200.0, 300.0)] == [True, True, False]
+    assert str(allowance) == ("0 restart(s) in 60 s, 2 in vain, rollout.sglang.max_restarts = 2")

@@ -284,18 +284,21 @@ class Member:
         """Start it or wait for it; return the name of the weights that it has.
 
         Raises:
-            EngineError: if it does not come up in time, or is not what it should be.
+            EngineError: if it does not come up in time, or is not what it should be; if this
+                machine has no memory, file or space left for it, or its key cannot be read.
         """
-        if self._launch is not None:
-            self._start(self._launch, life, cancelled)
-        else:
-            self._wait_for_url(cancelled, is_back=life > 1)
         try:
+            if self._launch is not None:
+                self._start(self._launch, life, cancelled)
+            else:
+                self._wait_for_url(cancelled, is_back=life > 1)
             self._check(self)
             self._warm_up(cancelled)
             return self.client.weight_version()
         except ServerFault as fault:
             raise EngineError(f"SGLang: {self.name}: {fault}") from fault
+        except (OSError, ValueError) as error:  # the next start may find what this one lacked
+            raise EngineError(f"SGLang: {self.name}: {type(error).__name__}: {error}") from error
 
     def _start(self, launch: ServerLaunch, life: int, cancelled: threading.Event) -> None:
         """Start its process, which is this member's from then on: its death ends all calls."""

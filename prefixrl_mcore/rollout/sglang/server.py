@@ -237,10 +237,13 @@ class SGLangServer:
 
     def _log_text(self) -> str:
         """Return the end of the log: it grows for as long as the server lives."""
-        with self.log_file.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(0, size - _LOG_BYTES))
-            return log.read().decode(errors="replace")
+        try:
+            with self.log_file.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(0, size - _LOG_BYTES))
+                return log.read().decode(errors="replace")
+        except OSError as error:  # a death is told without its log, too
+            return f"the log cannot be read: {error}"
 
     def _kill_group(self) -> None:
         """Kill what is left of the process group; it keeps its id as long as a member lives."""

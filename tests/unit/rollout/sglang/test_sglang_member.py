@@ -1,5 +1,6 @@
 """The life of one server: what its death waits for."""
 
+import errno
 import queue
 import threading
 import time
@@ -156,3 +157,19 @@ def test_end_of_a_start_by_anything_at_all_is_told(
     monkeypatch.setattr(SGLangServer, "start", start)
 
     assert isinstance(outcome_of(member_in(tmp_path)), SystemExit)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOMEM, "Cannot allocate memory"), ValueError("no API key")]
+)
+def test_start_that_this_machine_has_not_enough_for_is_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def start(*_: object, **__: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(SGLangServer, "start", start)
+    outcome = outcome_of(member_in(tmp_path))
+
+    assert isinstance(outcome, EngineError)
+    assert str(outcome) == f"SGLang: server 0: {type(error).__name__}: {error}"

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,19 +88,33 @@ def test_nobody_else_gets_a_core_and_a_missing_library(
     assert not names & set(server_environment(launch))
 
 
-def test_only_the_end_of_a_log_is_read(tmp_path: Path) -> None:
-    log_file = tmp_path / "sglang.log"
-    log_file.write_text("first\n" + "x" * 200_000 + "\nlast: \u00e9\n", encoding="utf-8")
+@contextmanager
+def server_that_ended(log_file: Path) -> Iterator[SGLangServer]:
     process = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
     client = SGLangClient("http://127.0.0.1:9", request_timeout_seconds=1)
     one = SGLangServer("server 0", process, client, log_file)
     try:
-        text = one._log_text()
+        process.wait()
+        yield one
     finally:
         one.stop()
 
+
+def test_only_the_end_of_a_log_is_read(tmp_path: Path) -> None:
+    log_file = tmp_path / "sglang.log"
+    log_file.write_text("first\n" + "x" * 200_000 + "\nlast: \u00e9\n", encoding="utf-8")
+
+    with server_that_ended(log_file) as one:
+        text = one._log_text()
+
     assert len(text.encode()) == 64 * 1024
     assert text.endswith("\nlast: \u00e9\n")
+
+
+def test_death_is_told_although_the_log_cannot_be_read(tmp_path: Path) -> None:
+    with server_that_ended(tmp_path / "gone.log") as one:
+        assert one.cause_of_death() == "its supervisor ended with exit code 0"
+        assert "cannot be read: [Errno 2] No such file" in one.log_tail()
 
 
 def test_idle_connections_are_as_many_as_requests_may_be_under_way() -> None:

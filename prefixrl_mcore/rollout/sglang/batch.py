@@ -258,7 +258,7 @@ class Batch:
         if isinstance(fault, BadAnswer):
             self.pool.counters.num_bad_answers += 1
         if ticket.member is not None:  # first, because its death is a loss of another kind
-            self.pool.suspect(ticket.member, ticket.life, "answer", fault)
+            self.pool.suspect(ticket.member, ticket.life, "answer", fault, asked=ticket.sent)
         self._lose(ticket, str(fault), is_death=ticket.is_of_the_dead)
 
     def _read(self, ticket: Ticket, answers: list[dict[str, Any]]) -> list[Completion]:

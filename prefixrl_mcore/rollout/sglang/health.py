@@ -27,6 +27,9 @@ class Checked:
     life: int
     """Its life when that began."""
 
+    asked: float
+    """When, on the monotonic clock."""
+
     fault: ServerFault | None
     """Why it showed no progress; None if it did."""
 
@@ -77,12 +80,12 @@ class HealthWatch:
 
     def _check(self, member: Member, life: int, client: SGLangClient) -> None:
         """In a thread: check one server's health."""
-        fault = None
+        fault, asked = None, time.monotonic()
         try:
             client.check_progress(self._config.health_timeout_seconds)
         except ServerFault as raised:
             fault = raised
-        self._report(Checked(member=member, life=life, fault=fault))
+        self._report(Checked(member=member, life=life, asked=asked, fault=fault))
 
 
 def find_silent(members: Sequence[Member], *, max_probes: int) -> list[Member]:

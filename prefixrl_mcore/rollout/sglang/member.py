@@ -1,6 +1,7 @@
 """One server of the pool: what state it is in, and how it gets from one to the next."""
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -131,7 +132,7 @@ class Member:
         """Counts revivals; what belongs to an earlier life is of no interest."""
 
         self.failures: Counter[Failure] = Counter()
-        """Failures of either kind since the last success of that kind."""
+        """Failures of either kind since the last success of that kind, one for each moment."""
 
         self.released: tuple[str, ...] = ()
         """Parts of its device memory that it gave back in this life. Only these may be resumed:
@@ -156,6 +157,7 @@ class Member:
         self._logs_folder = logs_folder
         self._check = check
         self._since = time.monotonic()
+        self._last_failure: dict[Failure, float] = {}
         self._lock = threading.Lock()  # between the end of a start and its cancellation
         self._cancelled = threading.Event()
         self._thread: threading.Thread | None = None
@@ -199,6 +201,7 @@ class Member:
         """Start it, or wait for it if it runs elsewhere; ``on_up`` is called in another thread."""
         self.life += 1
         self.failures.clear()
+        self._last_failure.clear()
         self.served_weights = ""
         self.released = ()
         self._cancelled = cancelled = threading.Event()
@@ -226,6 +229,18 @@ class Member:
         self.last_death = cause
         self._end()
         self.move_to(State.DEAD, cause + tail)
+
+    def note_failure(self, kind: Failure, asked: float) -> int:
+        """Count a failure unless it was asked before the last one; return how many in a row.
+
+        Args:
+            kind: what failed.
+            asked: when that began, on the monotonic clock.
+        """
+        if asked > self._last_failure.get(kind, -math.inf):
+            self.failures[kind] += 1
+            self._last_failure[kind] = time.monotonic()
+        return self.failures[kind]
 
     def release_memory(self) -> None:
         """Give its device memory back, once it is idle: a busy server would die of it.

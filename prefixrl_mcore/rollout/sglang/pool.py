@@ -237,22 +237,26 @@ class ServerPool:
         """Begin a health check of each server that owes answers, if one is due."""
         self._health.begin_due([member for member in busy if member.state is State.READY])
 
-    def suspect(self, member: Member, life: int, kind: Failure, fault: ServerFault) -> None:
+    def suspect(
+        self, member: Member, life: int, kind: Failure, fault: ServerFault, *, asked: float
+    ) -> None:
         """Take a failure into account: it may be one too many, or a sign that the server is gone.
+
+        One hiccup, which all calls of that moment fail by, counts once.
 
         Args:
             member: which server.
             life: its life when it was asked.
             kind: what failed.
             fault: how.
+            asked: when, on the monotonic clock.
         """
         if member.life != life or member.state is State.DEAD:
             return
-        member.failures[kind] += 1
         is_broken = kind == "answer" and isinstance(fault, ServerLost)
         if isinstance(fault, WrongWeights) or (is_broken and is_gone(member)):
             self.bury(member, str(fault))
-        elif member.failures[kind] >= self._config.max_failures:
+        elif member.note_failure(kind, asked) >= self._config.max_failures:
             failed = "health checks" if kind == "health" else "answers"
             self.bury(member, f"{member.failures[kind]} {failed} in a row failed: {fault}")
 
@@ -408,7 +412,7 @@ class ServerPool:
         if event.fault is None:
             member.failures["health"] = 0
         elif member.state is State.READY:  # a paused one shows no progress
-            self.suspect(member, event.life, "health", event.fault)
+            self.suspect(member, event.life, "health", event.fault, asked=event.asked)
 
     def _beat(self, waiting_for: str) -> None:
         """Say now and then what is waited for, unless it never comes."""

@@ -415,6 +415,29 @@ def test_answers_that_fail_now_and_then_are_not_failures_in_a_row(pool: Pool) ->
     assert (metrics["engine/num_reissued_requests"], metrics["engine/num_server_deaths"]) == (3, 0)
 
 
+def fail_first(fake: FakeSGLang, count: int, status: int) -> None:
+    """Have a server answer its first requests so, all of them at the same moment."""
+    answer, all_have_come = fake.answer, threading.Barrier(count)
+    numbers = itertools.count()
+
+    def fail(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/generate" and next(numbers) < count:
+            all_have_come.wait(10)
+            return status, {"error": {"message": "busy"}}
+        return answer(path, payload)
+
+    fake.answer = fail  # type: ignore[method-assign]
+
+
+def test_hiccup_that_many_requests_fail_by_is_one_failure(pool: Pool) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=0, max_failures=2)
+    fail_first(pool.fakes[0], 5, 503)
+
+    assert tokens_of(engine.sample(requests_of(5), PARAMS)) == [[6, 6]] * 5
+    metrics = engine.take_metrics()
+    assert (metrics["engine/num_reissued_requests"], metrics["engine/num_server_deaths"]) == (5, 0)
+
+
 def test_server_that_came_back_is_brought_up_to_date_and_samples_again(pool: Pool) -> None:
     engine = pool.engine()
     engine.load_weights(weights, 7)

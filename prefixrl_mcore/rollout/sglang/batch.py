@@ -29,7 +29,13 @@ from prefixrl_mcore.rollout.sglang.context_pass import (
     with_context_pass,
 )
 from prefixrl_mcore.rollout.sglang.determinism import sample_seeds
-from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerFault, ServerLost, ServerRefusal
+from prefixrl_mcore.rollout.sglang.faults import (
+    BadAnswer,
+    ServerFault,
+    ServerLost,
+    ServerRefusal,
+    is_away,
+)
 from prefixrl_mcore.rollout.sglang.in_flight import (
     ROUTED,
     Answered,
@@ -40,7 +46,7 @@ from prefixrl_mcore.rollout.sglang.in_flight import (
 from prefixrl_mcore.rollout.sglang.member import Member
 from prefixrl_mcore.rollout.sglang.payloads import generate_payload
 from prefixrl_mcore.rollout.sglang.pool import ServerPool
-from prefixrl_mcore.rollout.sglang.retries import Retries
+from prefixrl_mcore.rollout.sglang.retries import Loss, Retries
 from prefixrl_mcore.rollout.sglang.schedule import (
     CompletionLengths,
     Cost,
@@ -95,6 +101,9 @@ class Batch:
     max_retries: int
     """Times that a request that was lost is issued again."""
 
+    router_seconds: float
+    """Longest time that a router may be away."""
+
     max_samples: int
     """Completions that a server is asked for at a time."""
 
@@ -121,7 +130,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         """Begin with nothing lost."""
-        self._retries = Retries(self.max_retries)
+        self._retries = Retries(self.max_retries, router_seconds=self.router_seconds)
 
     def run(self) -> list[list[Completion]]:
         """Return the completions of each request, in the order of the requests.
@@ -250,7 +259,7 @@ class Batch:
         if self._is_ending:
             self._finish_unanswered(ticket.index, str(fault))
             return
-        if isinstance(fault, ServerRefusal) and fault.status < 500:
+        if isinstance(fault, ServerRefusal) and fault.is_hopeless:
             raise RolloutError(
                 f"{self.name}: request {self.requests[ticket.index].request_id!r} was refused: "
                 f"{fault}"
@@ -259,7 +268,7 @@ class Batch:
             self.pool.counters.num_bad_answers += 1
         if ticket.member is not None:  # first, because its death is a loss of another kind
             self.pool.suspect(ticket.member, ticket.life, "answer", fault, asked=ticket.sent)
-        self._lose(ticket, str(fault), is_death=ticket.is_of_the_dead)
+        self._lose(ticket, str(fault), _kind_of_loss(ticket, fault))
 
     def _read(self, ticket: Ticket, answers: list[dict[str, Any]]) -> list[Completion]:
         """Return the completions of an answer, once it has been checked.
@@ -363,22 +372,22 @@ class Batch:
                 if self._is_ending:
                     self._finish_unanswered(ticket.index, cause)
                 else:
-                    self._lose(ticket, cause, is_death=True)
+                    self._lose(ticket, cause, "death")
 
-    def _lose(self, ticket: Ticket, cause: str, *, is_death: bool) -> None:
+    def _lose(self, ticket: Ticket, cause: str, loss: Loss) -> None:
         """Count a lost request, and issue it again as long as it may be tried.
 
         Args:
             ticket: the call that was lost.
             cause: why.
-            is_death: its server died, of which there is a line in the log. The others are well, and
-                get the request at once; otherwise it rests.
+            loss: what kind of cause that is. After a death, of which there is a line in the log,
+                the others are well, and get the request at once; otherwise it rests.
 
         Raises:
             RolloutError: if it was tried often enough.
         """
         request_id = self.requests[ticket.index].request_id
-        self._retries.note_loss(ticket.index, ticket.server, is_death=is_death)
+        self._retries.note_loss(ticket.index, ticket.server, loss)
         num_lost = self._retries.num_lost(ticket.index)
         if not self._retries.may_retry(ticket.index):
             raise RolloutError(
@@ -387,12 +396,12 @@ class Batch:
                 f"others, rollout.sglang.max_retries = {self.max_retries} are allowed): {cause}"
             )
         logger.log(
-            logging.DEBUG if is_death else logging.WARNING,
+            logging.DEBUG if loss == "death" else logging.WARNING,
             "%s: request %r was lost, attempt %d follows: %s",
             *(self.name, request_id, num_lost + 1, cause),
         )
         self.pool.counters.num_reissued += 1
-        if is_death:
+        if loss == "death":
             self._waiting.appendleft(ticket.index)
         else:
             self._retries.rest(ticket.index)
@@ -401,3 +410,10 @@ class Batch:
         """Say what is outstanding, for the heartbeat."""
         num_waiting = len(self._waiting) + self._retries.num_resting
         return f"{self._in_flight} and {num_waiting} that wait, of {len(self.requests)}"
+
+
+def _kind_of_loss(ticket: Ticket, fault: ServerFault) -> Loss:
+    """Return what a fault makes of the loss of its request."""
+    if ticket.is_of_the_dead:
+        return "death"
+    return "router" if ticket.member is None and is_away(fault) else "other"

@@ -231,6 +231,7 @@ class SGLangEngine:
                 is_seeded=self.is_seeded,
                 has_prefix_cache=self._inspector.all_have_prefix_cache,
                 max_retries=self._config.max_retries,
+                router_seconds=self._config.start_timeout_seconds,
                 max_samples=self._config.max_samples_per_server,
                 is_enough=is_enough,
                 on_completed=on_completed,

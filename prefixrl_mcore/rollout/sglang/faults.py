@@ -6,6 +6,13 @@ _KEY_REMEDY = (
 )
 
 
+_HOPELESS = frozenset({400, 413, 422})
+"""Statuses that say something of the request itself: no other server would answer differently."""
+
+_AWAY = frozenset({429, 502, 503, 504})
+"""Statuses of a router, or of a proxy, that has nobody to pass a request on to at the moment."""
+
+
 class ServerFault(RuntimeError):  # noqa: N818 -- not an error of the caller's
     """A call to a server came to nothing; the kinds say how."""
 
@@ -34,3 +41,15 @@ class ServerRefusal(ServerFault):
         """Name the endpoint, the status and the server's words."""
         remedy = _KEY_REMEDY if self.status == 401 else ""
         return f"{self.path} answered {self.status}: {self.text[:1000]}{remedy}"
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether no server would do better."""
+        return self.status in _HOPELESS
+
+
+def is_away(fault: ServerFault) -> bool:
+    """Return whether somebody cannot be reached, or reaches nobody, at the moment."""
+    return isinstance(fault, ServerLost) or (
+        isinstance(fault, ServerRefusal) and fault.status in _AWAY
+    )

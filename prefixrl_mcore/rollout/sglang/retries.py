@@ -1,29 +1,37 @@
 """Requests of one batch that were lost: how often, where, and until when each of them rests."""
 
 import time
+from collections import Counter, defaultdict
+from typing import Literal
 
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 """A request that was lost is issued again after a pause, which doubles each time: a server or a
 router that is busy for a moment must not use up all tries in it."""
 
+Loss = Literal["death", "router", "other"]
+"""How a request was lost: its server died, the router was away, or otherwise."""
+
 
 class Retries:
     """Counts losses of each request, by its place in the batch."""
 
-    def __init__(self, max_retries: int) -> None:
+    def __init__(self, max_retries: int, *, router_seconds: float) -> None:
         """Begin with nothing lost.
 
         Args:
             max_retries: times that a lost request is issued again after a death of its server,
                 and as often after other losses: a death is seldom the request's fault, but one
                 that kills every server must come to an end.
+            router_seconds: how long a router may be away, from the first loss of a request by that:
+                there is no other one to ask.
         """
         self._max_retries = max_retries
-        self._num_lost: dict[int, int] = {}
-        self._num_deaths: dict[int, int] = {}
+        self._router_seconds = router_seconds
+        self._losses: defaultdict[int, Counter[Loss]] = defaultdict(Counter)
         self._lost_on: dict[int, int] = {}
-        self._resting: dict[int, float] = {}  # until when, on the monotonic clock
+        self._router_back_by: dict[int, float] = {}  # on the monotonic clock, as the next
+        self._resting: dict[int, float] = {}
 
     @property
     def num_resting(self) -> int:
@@ -32,30 +40,34 @@ class Retries:
 
     def num_lost(self, index: int) -> int:
         """Return how often a request was lost."""
-        return self._num_lost.get(index, 0)
+        return self._losses[index].total()
 
     def num_deaths(self, index: int) -> int:
         """Return how often a request was lost because its server died."""
-        return self._num_deaths.get(index, 0)
+        return self._losses[index]["death"]
 
     def may_retry(self, index: int) -> bool:
         """Return whether a request that was lost may be issued again."""
-        num_deaths = self.num_deaths(index)
-        return max(num_deaths, self.num_lost(index) - num_deaths) <= self._max_retries
+        losses = self._losses[index]
+        if max(losses["death"], losses["other"]) > self._max_retries:
+            return False
+        is_in_time = time.monotonic() < self._router_back_by.get(index, 0.0)
+        return is_in_time or losses["router"] <= self._max_retries
 
     def lost_on(self, index: int) -> int | None:
         """Return the server that lost a request last: another one may do better."""
         return self._lost_on.get(index)
 
-    def note_loss(self, index: int, server: int, *, is_death: bool) -> None:
-        """Count the loss of a request, which its server may have died of."""
-        self._num_lost[index] = self.num_lost(index) + 1
-        self._num_deaths[index] = self.num_deaths(index) + is_death
+    def note_loss(self, index: int, server: int, loss: Loss) -> None:
+        """Count the loss of a request."""
+        self._losses[index][loss] += 1
         self._lost_on[index] = server
+        if loss == "router":
+            self._router_back_by.setdefault(index, time.monotonic() + self._router_seconds)
 
     def rest(self, index: int) -> None:
         """Let a lost request wait before it is issued again."""
-        num_others = self._num_lost[index] - self.num_deaths(index)
+        num_others = self.num_lost(index) - self.num_deaths(index)
         pause = _FIRST_PAUSE_SECONDS * 2 ** (num_others - 1)
         self._resting[index] = time.monotonic() + min(pause, _LONGEST_PAUSE_SECONDS)
 

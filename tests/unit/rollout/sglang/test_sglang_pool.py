@@ -814,6 +814,50 @@ def test_router_that_is_busy_for_a_second_does_not_use_up_the_tries(pool: Pool) 
     assert engine.take_metrics()["engine/num_reissued_requests"] == 6
 
 
+@pytest.mark.parametrize("status", [0, 429, 503])
+def test_router_that_is_away_is_waited_for_and_not_for_ever(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_SECONDS", 0.05)
+    router = FakeSGLang()
+    router.weight_version = pool.fakes[0].weight_version
+    router.fail_generate = status
+    router.num_dropped_answers = 99 if status == 0 else 0
+    engine = pool.engine(
+        router_url=pool.stack.enter_context(serve(router)), max_retries=0, start_timeout_seconds=2
+    )
+
+    with pytest.raises(RolloutError, match=r"'r0' was lost after [4-9] attempts"):
+        engine.sample(requests_of(1), PARAMS)
+
+    def come_back() -> None:
+        router.fail_generate, router.num_dropped_answers = 0, 0
+
+    threading.Timer(0.5, come_back).start()
+    assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3
+
+
+@pytest.mark.parametrize("status", [401, 404, 408, 429])
+def test_refusal_that_says_nothing_of_the_request_is_answered_by_the_others(
+    pool: Pool, status: int
+) -> None:
+    engine = pool.engine(urls=pool.urls[:2])
+    pool.fakes[0].fail_generate = status
+
+    assert tokens_of(engine.sample(requests_of(4), PARAMS)) == [[6, 6]] * 4
+    assert pool.fakes[0].sampled == []
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_request_that_no_server_would_take_ends_the_call(pool: Pool, status: int) -> None:
+    engine = pool.engine(urls=pool.urls[:2])
+    for fake in pool.fakes:
+        fake.fail_generate = status
+
+    with pytest.raises(RolloutError, match=rf"'r0' was refused: .*{status}"):
+        engine.sample(requests_of(1), PARAMS)
+
+
 def test_request_that_rests_does_not_keep_the_others_waiting(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ class Broadcast:
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
         self._store: dist.TCPStore | None = None
+        self._joined: frozenset[str] = frozenset()
 
     def open(self, targets: Sequence[SyncTarget]) -> Failures:
         """Make the group; return which targets did not join, or all if the group was not made."""
@@ -85,6 +86,7 @@ class Broadcast:
             "127.0.0.1", 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False
         )
         self._store, self._group_name = store, f"prefixrl-{uuid.uuid4().hex}"
+        self._joined = frozenset(offsets)
         with ThreadPoolExecutor(len(targets), "weight-sync-join") as pool:
             joining = {
                 target.name: pool.submit(
@@ -127,7 +129,18 @@ class Broadcast:
         return ""
 
     def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
-        """Broadcast one bucket while all targets receive it; return when they have loaded it."""
+        """Broadcast one bucket while all targets receive it; return when they have loaded it.
+
+        A target that is no longer given, because it refused a bucket that it had received, would
+        never receive this one, which the others would wait for: they all get another group.
+        """
+        lost = self._joined - {target.name for target in targets}
+        if lost:
+            self._destroy()
+            self.innocent = frozenset(target.name for target in targets)
+            self._leave_broken(targets)
+            broke = f"the broadcast to all servers broke: lost before: {', '.join(sorted(lost))}"
+            return dict.fromkeys(self.innocent, broke)
         entries = bucket.entries
         payload = {
             "names": [entry.name for entry in entries],

@@ -102,6 +102,22 @@ def test_innocent_servers_drop_the_broken_group(
     assert dropped == ["prefixrl-old"]
 
 
+def test_bucket_after_one_that_a_server_refused_is_not_waited_for(
+    fake: FakeSGLang, target: SyncTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", lambda group: group.aborted.set())
+    group = Hanging()
+    transport: Any = joined(group)
+    transport._joined = frozenset({"server 0", "server 1"})
+
+    failures = transport.send(BUCKET, [target])
+
+    assert failures == {"server 0": "the broadcast to all servers broke: lost before: server 1"}
+    assert group.aborted.is_set()
+    assert transport.innocent == {"server 0"}
+    assert fake.calls == ["/destroy_weights_update_group"]
+
+
 def test_watchdog_of_nccl_waits_longer_than_this_side_and_an_abort_finds_the_communicator() -> None:
     timeout = distributed._group_timeout("nccl", 300.0)
 

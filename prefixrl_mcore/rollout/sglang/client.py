@@ -15,8 +15,11 @@ _INFO_SECONDS = 30.0
 _CONTROL_SECONDS = 600.0
 """Limit of control calls that may take long."""
 
+_END_SECONDS = 300.0
+"""Limit of the end of an update, at which a server may pack its weights anew."""
+
 _SHORT_SECONDS = 60.0
-"""Limit of control calls that wait for no more than the step under way."""
+"""Limit of control calls that wait for no more than the step under way, or for idleness."""
 
 _IDLE_SECONDS = 30.0
 """How long a server may take, after its last answer, until it counts itself as idle."""
@@ -206,11 +209,11 @@ class SGLangClient:
 
     def release_memory(self, tags: Sequence[str]) -> None:
         """Free the device memory of ``weights`` or ``kv_cache``; nothing may be in flight."""
-        self._control("/release_memory_occupation", {"tags": list(tags)})
+        self._control("/release_memory_occupation", {"tags": list(tags)}, _CONTROL_SECONDS)
 
     def resume_memory(self, tags: Sequence[str]) -> None:
         """Take device memory again; each of ``tags`` must have been released."""
-        self._control("/resume_memory_occupation", {"tags": list(tags)})
+        self._control("/resume_memory_occupation", {"tags": list(tags)}, _CONTROL_SECONDS)
 
     def begin_update(self) -> bool:
         """Open a session of weight updates; return False where the server knows none.
@@ -221,15 +224,15 @@ class SGLangClient:
         if not protocol.has_update_sessions:
             return False
         try:
-            self._control("/begin_weight_update", {})
+            self._control("/begin_weight_update", {}, _SHORT_SECONDS)
         except ServerRefusal:
-            self._control("/end_weight_update", {})
-            self._control("/begin_weight_update", {})
+            self._control("/end_weight_update", {}, _END_SECONDS)
+            self._control("/begin_weight_update", {}, _SHORT_SECONDS)
         return True
 
     def end_update(self) -> None:
         """Close the session."""
-        self._control("/end_weight_update", {})
+        self._control("/end_weight_update", {}, _END_SECONDS)
 
     def update_from_tensor(self, body: bytes, timeout_seconds: float) -> None:
         """Load the weights of one flattened bucket, from a body made by ``tensor_update``."""
@@ -288,7 +291,7 @@ class SGLangClient:
         A paused server does not get to that: the batch that it finished last stays with it, so
         that ``resume`` comes before.
         """
-        self._control(f"/flush_cache?timeout={_IDLE_SECONDS:.0f}", {})
+        self._control(f"/flush_cache?timeout={_IDLE_SECONDS:.0f}", {}, _SHORT_SECONDS)
 
     def _update(
         self, path: str, payload: Mapping[str, Any] | bytes, timeout_seconds: float
@@ -305,6 +308,6 @@ class SGLangClient:
         self,
         path: str,
         payload: Mapping[str, Any] | bytes,
-        timeout_seconds: float = _CONTROL_SECONDS,
+        timeout_seconds: float,
     ) -> None:
         self._connection.control(path, payload, timeout_seconds)

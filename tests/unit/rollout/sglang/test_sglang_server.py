@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -121,3 +123,26 @@ def test_idle_connections_are_as_many_as_requests_may_be_under_way() -> None:
     client = SGLangClient("http://a", request_timeout_seconds=1, max_connections=700)
 
     assert client._connection._pool.connection_pool_kw["maxsize"] == 700
+
+
+def test_no_call_of_an_update_waits_ten_minutes_for_a_server_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client, limits = SGLangClient("http://a", request_timeout_seconds=1), dict[str, float]()
+    has_sessions: Any = SimpleNamespace(has_update_sessions=True)
+    monkeypatch.setattr(client, "_protocol", has_sessions)
+
+    def note(path: str, payload: object, timeout_seconds: float) -> None:
+        limits[path.partition("?")[0]] = timeout_seconds
+
+    monkeypatch.setattr(client._connection, "control", note)
+    client.pause()
+    client.begin_update()
+    client.end_update()
+    client.resume()
+    client.flush_cache()
+    client.set_weight_version("new")
+
+    assert limits.pop("/end_weight_update") == 300.0
+    assert len(limits) == 5
+    assert set(limits.values()) == {60.0}

@@ -1,5 +1,6 @@
 """One server of the pool: what state it is in, and how it gets from one to the next."""
 
+import itertools
 import logging
 import math
 import queue
@@ -299,12 +300,13 @@ class Member:
         """Start it or wait for it; return the name of the weights that it has.
 
         Raises:
-            EngineError: if it does not come up in time, or is not what it should be; if this
-                machine has no memory, file or space left for it, or its key cannot be read.
+            EngineError: if it does not come up in time, or is not what it should be.
+            OSError: if this machine has no memory, file or space left for it.
+            ValueError: if its model's folder or its key cannot be read.
         """
         try:
             if self._launch is not None:
-                self._start(self._launch, life, cancelled)
+                self._start(self._launch, cancelled)
             else:
                 self._wait_for_url(cancelled, is_back=life > 1)
             self._check(self)
@@ -312,19 +314,21 @@ class Member:
             return self.client.weight_version()
         except ServerFault as fault:
             raise EngineError(f"SGLang: {self.name}: {fault}") from fault
-        except (OSError, ValueError) as error:  # the next start may find what this one lacked
-            raise EngineError(f"SGLang: {self.name}: {type(error).__name__}: {error}") from error
 
-    def _start(self, launch: ServerLaunch, life: int, cancelled: threading.Event) -> None:
+    def _start(self, launch: ServerLaunch, cancelled: threading.Event) -> None:
         """Start its process, which is this member's from then on: its death ends all calls."""
-        log_file = self._logs_folder / f"sglang-{self.index}-{life}.log"
-        server = SGLangServer.start(launch, log_file, cancelled=cancelled)
+        server = SGLangServer.start(launch, self._new_log_file(), cancelled=cancelled)
         with self._lock:
             if not cancelled.is_set():
                 self.server, self._client = server, server.client
         if cancelled.is_set():
             server.stop()
             raise self._unwanted()
+
+    def _new_log_file(self) -> Path:
+        """Return one that no start has had, of an earlier trainer's either: they are evidence."""
+        files = (self._logs_folder / f"sglang-{self.index}-{n}.log" for n in itertools.count(1))
+        return next(file for file in files if not file.exists())
 
     def _warm_up(self, cancelled: threading.Event) -> None:
         """Have it sample some tokens, whoever started it: it may compile kernels for that.

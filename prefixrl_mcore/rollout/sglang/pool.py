@@ -403,6 +403,8 @@ class ServerPool:
         if isinstance(event, CameUp):
             if isinstance(event.outcome, EngineError):
                 self.bury(member, str(event.outcome))
+            elif isinstance(event.outcome, OSError | ValueError):  # a later start may find more
+                self.bury(member, f"{type(event.outcome).__name__}: {event.outcome}")
             elif isinstance(event.outcome, BaseException):
                 raise event.outcome
             else:

@@ -62,14 +62,29 @@ class SGLangServer:
     """One running server; ``start`` makes it, ``stop`` ends all of its processes."""
 
     def __init__(
-        self, name: str, process: subprocess.Popen[bytes], client: SGLangClient, log_file: Path
+        self,
+        name: str,
+        process: subprocess.Popen[bytes],
+        client: SGLangClient,
+        log_file: Path,
+        *,
+        start_bytes: int = 0,
     ) -> None:
-        """Own a server that was just started; use ``start``."""
+        """Own a server that was just started; use ``start``.
+
+        Args:
+            name: of the server, for logs.
+            process: its supervisor.
+            client: calls to it.
+            log_file: gets its output.
+            start_bytes: size that the log had before.
+        """
         self._name = name
         self._process = process
         self._owner_pid = os.getpid()
         self.client = client
         self.log_file = log_file
+        self._log_start_bytes = start_bytes
         atexit.register(self.stop)
 
     @classmethod
@@ -132,7 +147,8 @@ class SGLangServer:
             *(launch.name, launch.model_folder, port),
             *(f", GPUs {','.join(launch.gpus)}" if launch.gpus else "", log_file),
         )
-        with log_file.open("wb") as log:
+        with log_file.open("ab") as log:  # behind what a start on a port that was taken left
+            start_bytes = log.tell()
             log.write((" ".join(command) + "\n").encode())
             log.flush()
             process = subprocess.Popen(
@@ -150,7 +166,7 @@ class SGLangServer:
             api_key=api_key,
             max_connections=launch.config.max_samples_per_server,
         )
-        return cls(launch.name, process, client, log_file)
+        return cls(launch.name, process, client, log_file, start_bytes=start_bytes)
 
     @property
     def supervisor_pid(self) -> int:
@@ -236,11 +252,11 @@ class SGLangServer:
             raise _PortTaken(f"another server, with weights {served!r}, answers at its port")
 
     def _log_text(self) -> str:
-        """Return the end of the log: it grows for as long as the server lives."""
+        """Return the end of what it wrote: that grows for as long as the server lives."""
         try:
             with self.log_file.open("rb") as log:
                 size = log.seek(0, os.SEEK_END)
-                log.seek(max(0, size - _LOG_BYTES))
+                log.seek(max(self._log_start_bytes, size - _LOG_BYTES))
                 return log.read().decode(errors="replace")
         except OSError as error:  # a death is told without its log, too
             return f"the log cannot be read: {error}"

@@ -1,6 +1,5 @@
 """The life of one server: what its death waits for."""
 
-import errno
 import queue
 import threading
 import time
@@ -17,6 +16,7 @@ from prefixrl_mcore.rollout.sglang.launch import ServerLaunch
 from prefixrl_mcore.rollout.sglang.member import CameUp, Member, State
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from tests.support.fake_sglang import FakeSGLang, serve
+from tests.support.tiny_models import write_tiny_qwen3
 
 
 def _is_fine(_member: Member) -> None:
@@ -159,17 +159,19 @@ def test_end_of_a_start_by_anything_at_all_is_told(
     assert isinstance(outcome_of(member_in(tmp_path)), SystemExit)
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOMEM, "Cannot allocate memory"), ValueError("no API key")]
-)
-def test_start_that_this_machine_has_not_enough_for_is_one_that_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def start(*_: object, **__: object) -> Any:
-        raise error
+def test_log_of_a_server_that_an_earlier_trainer_started_is_kept(tmp_path: Path) -> None:
+    write_tiny_qwen3(tmp_path)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no memory left\nexit 1\n")
+    python.chmod(0o755)
 
-    monkeypatch.setattr(SGLangServer, "start", start)
-    outcome = outcome_of(member_in(tmp_path))
+    for number in (1, 2, 3):
+        member = member_in(tmp_path, python=python)
+        for _ in range(1 + (number == 2)):  # one of them starts it twice
+            assert "no memory left" in str(outcome_of(member))
+            member.die("it did not start")
+        member.close()
 
-    assert isinstance(outcome, EngineError)
-    assert str(outcome) == f"SGLang: server 0: {type(error).__name__}: {error}"
+    assert sorted(file.name for file in tmp_path.glob("*.log")) == [
+        f"sglang-0-{number}.log" for number in (1, 2, 3, 4)
+    ]

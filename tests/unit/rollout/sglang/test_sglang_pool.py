@@ -1,5 +1,6 @@
 """Faults of single servers of a pool, as the scripted fake shows them."""
 
+import errno
 import itertools
 import logging
 import queue
@@ -641,6 +642,27 @@ def test_server_that_never_starts_is_given_up_although_its_starts_take_longer_th
 
     with pytest.raises(EngineError, match=r"1 of 1 servers are dead for good.*, 2 in vain,"):
         engine.sample(requests_of(1), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOMEM, "Cannot allocate memory"), ValueError("no API key")]
+)
+def test_restart_that_this_machine_has_not_enough_for_is_one_that_failed(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=2)
+    come_up, errors = Member._come_up, iter([error])
+
+    def lack(member: Member, life: int, cancelled: threading.Event) -> str:
+        if (lacks := next(errors, None)) is not None:
+            raise lacks
+        return come_up(member, life, cancelled)
+
+    monkeypatch.setattr(Member, "_come_up", lack)
+    engine._pool.bury(engine._pool.members[0], "by the test")
+
+    assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
+    assert engine._pool.members[0].last_death == f"{type(error).__name__}: {error}"
 
 
 def test_weights_that_do_not_reach_one_server_bury_it_alone(pool: Pool) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.launch import ServerLaunch, server_environment
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
+from tests.support.tiny_models import write_tiny_qwen3
 
 
 def launch_on_gpus(*gpus: str) -> ServerLaunch:
@@ -117,6 +120,28 @@ def test_death_is_told_although_the_log_cannot_be_read(tmp_path: Path) -> None:
     with server_that_ended(tmp_path / "gone.log") as one:
         assert one.cause_of_death() == "its supervisor ended with exit code 0"
         assert "cannot be read: [Errno 2] No such file" in one.log_tail()
+
+
+def test_start_on_a_port_that_was_taken_is_in_the_log_and_not_the_cause_of_the_next_death(
+    tmp_path: Path,
+) -> None:
+    python, log_file = tmp_path / "python", tmp_path / "server.log"
+    python.write_text(
+        f"#!/bin/sh\nif mkdir {tmp_path}/was_here 2>/dev/null\n"
+        "then echo '[Errno 98] address already in use'\nelse echo no memory left\nfi\nexit 1\n"
+    )
+    python.chmod(0o755)
+    config = SGLangConfig(python=python, start_timeout_seconds=60)
+    launch = dataclasses.replace(
+        launch_on_gpus(), device="cpu", config=config, model_folder=tmp_path
+    )
+    write_tiny_qwen3(tmp_path)
+
+    with pytest.raises(EngineError, match=r"(?s)^SGLang: server 0 died while it .*no memory left"):
+        SGLangServer.start(launch, log_file, cancelled=threading.Event())
+
+    words = [line for line in log_file.read_text().splitlines() if "--port" not in line]
+    assert words == ["[Errno 98] address already in use", "no memory left"]
 
 
 def test_idle_connections_are_as_many_as_requests_may_be_under_way() -> None:

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import safe_open
-
+from prefixrl_mcore.checkpoint.convert.hf_folder import HfWeights
 from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.rollout.engine import EngineError
 
@@ -70,19 +69,13 @@ class WeightCoverage:
 
 
 def read_weight_coverage(model_folder: Path) -> WeightCoverage:
-    """Return a fresh coverage of the weights in a Hugging Face folder's safetensors files.
+    """Return a fresh coverage of the weights in a Hugging Face folder, as the policy reads it.
 
     Raises:
-        ValueError: if the folder has no config or no safetensors file.
+        ValueError: if the folder has no config, or no weights that can be read.
     """
-    files = sorted(model_folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"model folder {model_folder}: expected *.safetensors files, found none")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with safe_open(path, framework="np") as weights:
-            for name in weights.keys():  # noqa: SIM118 -- not a dictionary
-                shapes[name] = tuple(weights.get_slice(name).get_shape())
+    with HfWeights(model_folder) as weights:
+        shapes = {name: info.shape for name, info in weights.infos.items()}
     tied_names: frozenset[str] = frozenset()
     if read_model_config(model_folder).get("tie_word_embeddings", False):
         shapes.pop(_TIED_HEAD, None)

@@ -1,8 +1,12 @@
+import shutil
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.weight_names import (
@@ -11,7 +15,15 @@ from prefixrl_mcore.rollout.weight_names import (
     read_end_token_ids,
     read_weight_coverage,
 )
-from tests.support.tiny_models import EOS_ID, build_tiny_qwen3, write_tiny_qwen3
+from prefixrl_mcore.rollout.weight_sync.folder import weights_of_folder
+from prefixrl_mcore.rollout.weight_sync.fused import fused_name
+from tests.support.tiny_models import (
+    EOS_ID,
+    build_tiny_qwen3,
+    build_tiny_qwen3_moe,
+    write_model_folder,
+    write_tiny_qwen3,
+)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -66,6 +78,34 @@ def test_missing_number_is_an_error_that_names_file_and_key(tmp_path: Path) -> N
         read_config_number(tmp_path, "vocab_size")
 
 
+def test_fused_experts_are_asked_for_and_streamed_one_by_one_as_the_policy_sends_them(
+    tmp_path: Path,
+) -> None:
+    model = build_tiny_qwen3_moe()
+    single = load_file(write_model_folder(model, tmp_path / "usual") / "model.safetensors")
+    fused = write_model_folder(model, tmp_path / "fused")
+    model.save_pretrained(fused, save_original_format=False)
+
+    coverage = read_weight_coverage(fused)
+    streamed = dict(weights_of_folder(fused))
+
+    assert coverage.shapes == {name: tuple(weight.shape) for name, weight in single.items()}
+    assert streamed.keys() == single.keys()
+    assert all(torch.equal(streamed[name].cpu(), single[name]) for name in single)
+    names = [fused_name(name) for name in streamed]
+    assert len(list(groupby(names))) == len(set(names))  # what belongs together comes together
+
+
+def test_weights_that_no_index_names_are_refused_as_the_policy_refuses_them(
+    tmp_path: Path,
+) -> None:
+    write_tiny_qwen3(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "old.safetensors")
+
+    with pytest.raises(ValueError, match=r"does not name: \['old\.safetensors'\]"):
+        read_weight_coverage(tmp_path)
+
+
 def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected \*\.safetensors files, found none"):
+    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor model\.s.*index"):
         read_weight_coverage(tmp_path)

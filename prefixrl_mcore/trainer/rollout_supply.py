@@ -111,6 +111,7 @@ class RolloutSupply:
             generator = self._generator
             # Phases of its own: those of the rank belong to the thread of the update.
             self._background = _Background(lambda: generator.generate(step, phases=Phases()))
+            self._background.start()  # only now: the thread looks whether it is in the background
 
     def drain(self) -> None:
         """Wait for what is under way, if anything is; all ranks call this.
@@ -221,11 +222,14 @@ class _Background:
     """A function that runs in a thread, and its outcome."""
 
     def __init__(self, function: Callable[[], Generated]) -> None:
-        """Start the thread."""
+        """Prepare the thread."""
         self._function = function
         self._outcome: Generated | BaseException | None = None
         # A daemon: it must not keep a failed trainer alive.
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def has_ended(self, seconds: float) -> bool:

@@ -82,6 +82,29 @@ def test_a_generation_that_is_over_when_it_is_taken_was_hidden_and_is_charged_on
     assert generated.figures["rollout/num_rounds"] == 1.0
 
 
+def test_a_generation_finds_itself_in_the_background_from_its_first_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampling = Sampling()
+    sampling.go_on.set()
+    supply, found = supply_of(sampling), list[bool]()
+    generate, start = sampling.generate, threading.Thread.start
+
+    def note(*args: Any, **kwargs: Any) -> Generated:
+        found.append(supply.is_in_background)
+        return generate(*args, **kwargs)
+
+    def start_and_wait(thread: threading.Thread) -> None:
+        start(thread)
+        thread.join(10)  # as a thread does that is faster than the one that started it
+
+    monkeypatch.setattr(sampling, "generate", note)
+    monkeypatch.setattr(threading.Thread, "start", start_and_wait)
+    supply.begin(0)
+
+    assert found == [True]
+
+
 def test_what_a_step_waits_for_is_not_hidden() -> None:
     sampling = Sampling()
     supply = supply_of(sampling)

@@ -118,7 +118,7 @@ class Connection:
         data = self.call("POST", path, payload, timeout_seconds)
         try:
             answer = json.loads(data) if data else None
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no text at all
             return  # some endpoints answer in prose
         if isinstance(answer, dict) and answer.get("success") is False:
             raise ServerRefusal(path, 200, data.decode(errors="replace"))

@@ -156,8 +156,7 @@ class SGLangEngine:
         if not self._pool.ready:
             self._guard.forbid(
                 "its servers have different, incomplete or another run's weights, left by another "
-                "trainer; call load_weights (the commands eval and collect never do: start the "
-                "servers of rollout.sglang.urls again, with the model that is to be sampled)"
+                "trainer; call load_weights first, as train, eval and collect do"
             )
 
     @property

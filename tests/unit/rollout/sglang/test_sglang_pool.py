@@ -933,7 +933,7 @@ def test_complete_weights_of_another_run_are_not_sampled_from(pool: Pool, name: 
         fake.weight_version = name
     engine = pool.engine()
 
-    with pytest.raises(EngineError, match=r"another run's weights.*eval and collect never do"):
+    with pytest.raises(EngineError, match=r"another run's weights.*call load_weights first"):
         engine.sample(requests_of(1), PARAMS)
     engine.load_weights(weights, 0)
 

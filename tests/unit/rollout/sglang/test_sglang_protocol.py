@@ -48,6 +48,15 @@ def test_arguments_of_the_server_are_read_and_logged_in_one_line(
     ]
 
 
+def test_prose_that_is_no_text_is_no_error_of_a_call_that_succeeded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeSGLang()
+    monkeypatch.setattr(fake, "answer", lambda _path, _payload: (200, b"\xff"))
+    with serve(fake) as url:
+        SGLangClient(url, request_timeout_seconds=5).set_weight_version("new")
+
+
 @pytest.mark.parametrize("version", ["0.5.16", "0.4.99", "0.5.9.post1"])
 def test_version_that_is_too_old_is_refused_with_the_range(version: str) -> None:
     message = f"http://there is version {version}, .* {OLDEST_VERSION} to {NEWEST_VERSION}"

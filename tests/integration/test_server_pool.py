@@ -16,6 +16,7 @@ import urllib3
 from prefixrl_mcore.config.rollout import SGLangConfig, SyncConfig
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.engine import SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
@@ -223,6 +224,35 @@ def test_server_that_hangs_in_the_middle_of_a_sync_gets_the_weights_after_its_re
     assert {one.policy_version for group in groups for one in group} == {6}
     wait_until_all_are_ready(engine, 6)
     assert {server.client.weight_version() for server in engine.servers} == set(names)
+
+
+@BOTH_VERSIONS
+def test_completion_that_another_trainer_renamed_the_weights_of_is_refused(
+    engine: SGLangEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server stamps it with the weights' name: the last one, or from 0.5.23 on all of them."""
+    load(engine, 7)
+    engine.take_metrics()
+    victim = engine.servers[0]
+    others = [SGLangClient(victim.client.url, request_timeout_seconds=60)]
+
+    def rename(*_counts: int) -> None:
+        while others:  # once, in the middle of what the others sample
+            others.pop().set_weight_version("theirs")
+
+    short, *long = requests_of(7, 1)
+    short = SampleRequest(request_id="short", context_token_ids=(5,) * 795, num_samples=1, seed=0)
+    groups = engine.sample([short, *long], params_of(700, max_total_tokens=800), rename)
+
+    assert {one.policy_version for group in groups for one in group} == {7}
+    assert [len(group[0].token_ids) for group in groups] == [5, *[700] * 6]
+    refusal = next(text for text in caplog.messages if "server 0: ready -> dead" in text)
+    assert "does another trainer update this server?" in refusal
+    assert "'theirs'" in refusal
+    metrics = engine.take_metrics()
+    assert metrics["engine/num_bad_answers"] >= 1
+    assert metrics["engine/num_server_deaths"] == 1
+    wait_until_all_are_ready(engine, 7)
 
 
 def test_what_is_not_needed_any_more_comes_back_as_far_as_it_got(engine: SGLangEngine) -> None:

@@ -151,7 +151,10 @@ class RolloutEngine(Protocol):
         ...
 
     def pause(self) -> None:
-        """Have the engine compute nothing: no sampling until ``resume``."""
+        """Have the engine compute nothing: no sampling until ``resume``.
+
+        A run never does; for callers that share the device with something else.
+        """
         ...
 
     def resume(self) -> None:
@@ -168,10 +171,6 @@ class RolloutEngine(Protocol):
 
     def take_metrics(self) -> dict[str, float]:
         """Return what was measured since the last call, by metric name; empty if nothing was."""
-        ...
-
-    def is_healthy(self) -> bool:
-        """Answer quickly whether the engine can sample."""
         ...
 
     def close(self) -> None:

@@ -31,11 +31,6 @@ class EngineGuard:
         self._obstacle = ""
 
     @property
-    def can_sample(self) -> bool:
-        """Whether completions may be asked for."""
-        return not self._obstacle
-
-    @property
     def is_closed(self) -> bool:
         """Whether ``close`` was called, by whichever thread."""
         return self._obstacle == _CLOSED
@@ -83,7 +78,7 @@ class EngineGuard:
 
     def pause(self) -> bool:
         """Inside ``changing``: forbid to sample; return whether that was allowed until now."""
-        could = self.can_sample
+        could = not self._obstacle
         if could:
             self.forbid(_PAUSED)
         return could

@@ -236,10 +236,6 @@ class TransformersEngine:
         """Return nothing: what is measured is in the completions."""
         return {}
 
-    def is_healthy(self) -> bool:
-        """Return whether ``sample`` would be accepted."""
-        return self._guard.can_sample
-
     def close(self) -> None:
         """Free the model; safe to call twice."""
         self._guard.close()

@@ -310,10 +310,6 @@ class SGLangEngine:
         """Return what the pool counted since the last call: ``engine/...`` of docs/metrics.md."""
         return self._pool.take_metrics()
 
-    def is_healthy(self) -> bool:
-        """Return whether ``sample`` would be accepted, and a server answers."""
-        return self._guard.can_sample and any(m.client.is_healthy() for m in self._pool.ready)
-
     def close(self) -> None:
         """End the servers that this engine started; safe to call twice."""
         self._guard.close()

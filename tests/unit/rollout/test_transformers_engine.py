@@ -138,11 +138,10 @@ def test_failed_load_leaves_an_engine_that_refuses_to_sample(model_folder: Path)
     with pytest.raises(EngineError, match="did not come"):
         engine.load_weights(lambda: iter(weights[:-1]), 1)
 
-    assert not engine.is_healthy()
     with pytest.raises(EngineError, match="incomplete"):
         engine.sample([request_of(0, 5, 1)], params_of())
     engine.load_weights(lambda: iter(weights), 1)
-    assert engine.is_healthy()
+    assert len(engine.sample([request_of(0, 5, 1)], params_of())) == 1
 
 
 def test_untied_head_is_loaded_and_required(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_server_that_hangs_in_the_middle_of_a_sync_gets_the_weights_after_its_re
 def test_completion_that_another_trainer_renamed_the_weights_of_is_refused(
     engine: SGLangEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server stamps it with the weights' name: the last one, or from 0.5.23 on all of them."""
+    """Real servers stamp it with the name that their weights have at its end."""
     load(engine, 7)
     engine.take_metrics()
     victim = engine.servers[0]

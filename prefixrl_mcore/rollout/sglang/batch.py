@@ -178,7 +178,7 @@ class Batch:
         ready = {ROUTED: None} if self.pool.router else {m.index: m for m in self.pool.ready}
         if not self.pool.ready:
             return
-        loads = {i: self._in_flight.load_of(i, member) for i, member in ready.items()}
+        loads = {i: self._in_flight.load_of(member) for i, member in ready.items()}
         room = self.max_samples * (len(self.pool.ready) if self.pool.router else 1)
         while self._waiting:
             index = self._waiting[0]
@@ -194,15 +194,14 @@ class Batch:
             if server is None:
                 return
             self._waiting.popleft()
-            self._send(index, server, ready[server])
+            self._send(index, ready[server])
 
-    def _send(self, index: int, server: int, member: Member | None) -> None:
+    def _send(self, index: int, member: Member | None) -> None:
         request = self.requests[index]
         ticket = self._in_flight.begin(
             index,
             request,
             self._costs[index],
-            server=server,
             member=member,
             server_id=f"{self.tag}-{self._retries.num_lost(index)}-{request.request_id}.",
         )

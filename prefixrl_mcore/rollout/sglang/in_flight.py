@@ -20,11 +20,8 @@ class Ticket:
     index: int
     """Place of its request in the batch."""
 
-    server: int
-    """Who was asked, or ``ROUTED``."""
-
     member: Member | None
-    """The same as a member; None where a router chooses."""
+    """Who was asked; None where a router chooses."""
 
     life: int
     """The member's life when it was asked."""
@@ -46,6 +43,11 @@ class Ticket:
 
     is_wanted: bool = True
     """Somebody waits for it."""
+
+    @property
+    def server(self) -> int:
+        """The index of who was asked, or ``ROUTED``."""
+        return _index_of(self.member)
 
     @property
     def is_of_the_dead(self) -> bool:
@@ -81,9 +83,9 @@ class InFlight:
         """Who owes answers."""
         return list(dict.fromkeys(one.member for one in self.tickets if one.member is not None))
 
-    def load_of(self, server: int, member: Member | None) -> Load:
-        """Return what a server is busy with, to be looked at."""
-        return self._loads.setdefault((server, _life_of(member)), Load())
+    def load_of(self, member: Member | None) -> Load:
+        """Return what a server is busy with, or all behind a router, to be looked at."""
+        return self._loads.setdefault((_index_of(member), _life_of(member)), Load())
 
     def begin(
         self,
@@ -91,15 +93,13 @@ class InFlight:
         request: SampleRequest,
         cost: Cost,
         *,
-        server: int,
         member: Member | None,
         server_id: str,
     ) -> Ticket:
         """Charge a server with a request; return the ticket of the call."""
-        load = self.load_of(server, member)
+        load = self.load_of(member)
         ticket = Ticket(
             index=index,
-            server=server,
             member=member,
             life=_life_of(member),
             num_samples=request.num_samples,
@@ -147,6 +147,10 @@ class InFlight:
 def expected_tokens(tickets: Iterable[Ticket]) -> float:
     """Return the tokens expected of these calls."""
     return sum(ticket.tokens for ticket in tickets)
+
+
+def _index_of(member: Member | None) -> int:
+    return ROUTED if member is None else member.index
 
 
 def _life_of(member: Member | None) -> int:

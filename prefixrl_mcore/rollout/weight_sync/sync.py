@@ -42,9 +42,6 @@ GiveUp = Callable[[str, str], None]
 class SyncReport:
     """What an update did."""
 
-    transport: str
-    """Name of the transport."""
-
     num_bytes: int
     """Weights that went through, in the engine's precision; counted once for all servers. Those of
     an update that broke and was tried once more count twice, as its time does."""
@@ -115,7 +112,6 @@ def sync_weights(
     for name, cause in failed.items():
         logger.warning("weight sync: %s did not get the weights: %s", name, cause)
     return SyncReport(
-        transport=transport.name,
         num_bytes=sum(update.num_bytes for update in updates),
         num_buckets=sum(update.num_buckets for update in updates),
         seconds=time.monotonic() - started,

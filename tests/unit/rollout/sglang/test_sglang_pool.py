@@ -108,7 +108,7 @@ def test_server_that_was_started_anew_is_not_believed_to_have_contexts_in_its_ca
     cost = Cost(context_tokens=3, completion_tokens=12.0)
     expected: list[float] = []
     for member.life in (1, 1, 2):
-        ticket = in_flight.begin(0, request, cost, server=0, member=member, server_id="r")
+        ticket = in_flight.begin(0, request, cost, member=member, server_id="r")
         expected.append(ticket.tokens)
 
     assert expected == [15.0, 12.0, 15.0]

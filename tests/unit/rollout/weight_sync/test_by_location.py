@@ -92,10 +92,12 @@ def test_every_bucket_goes_to_both_at_the_same_time_out_of_one_export(
     here, elsewhere, export = Noting("here"), Noting("elsewhere"), Export()
     here.meets = elsewhere.meets = threading.Barrier(2)  # neither comes back before the other
 
-    report = sync_weights(targets, ByLocation(here, elsewhere), export.buckets, "run:1")
+    transport = ByLocation(here, elsewhere)
+
+    report = sync_weights(targets, transport, export.buckets, "run:1")
 
     assert report.failed == {}
-    assert report.transport == "here on this machine, elsewhere elsewhere"
+    assert transport.name == "here on this machine, elsewhere elsewhere"
     assert export.number == 1
     steps = ["open", *SHAPES, "finish"]
     assert here.calls == [*((step, ["server 0"]) for step in steps), ("close", [])]

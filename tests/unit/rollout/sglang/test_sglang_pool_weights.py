@@ -18,6 +18,7 @@ from prefixrl_mcore.rollout.sglang.member import State
 from prefixrl_mcore.rollout.weight_sync.checksums import WeightsDifferError
 from tests.support.fake_pool import PARAMS, Pool, requests_of, tokens_of, weights
 from tests.support.fake_sglang import FakeSGLang
+from tests.support.waiting import once
 
 
 def test_new_weights_reach_every_server(pool: Pool) -> None:
@@ -160,12 +161,9 @@ def test_servers_that_wait_for_the_next_weights_are_not_waited_for_when_the_last
 
     def lose_the_other_one() -> None:
         nonlocal is_lost
-        while late not in engine._pool._await_load:
-            time.sleep(0.01)
         is_lost = is_lost_for_good
         pool.fakes[1].answer = lambda _path, _payload: (500, None)  # type: ignore[method-assign]
 
-    threading.Thread(target=lose_the_other_one, daemon=True).start()
     sampled: list[Any] = []
 
     def sample() -> None:
@@ -175,8 +173,9 @@ def test_servers_that_wait_for_the_next_weights_are_not_waited_for_when_the_last
             sampled.append(str(error))
 
     sampling = threading.Thread(target=sample, daemon=True)
-    sampling.start()
-    sampling.join(20)
+    with once(lambda: late in engine._pool._await_load, lose_the_other_one):
+        sampling.start()
+        sampling.join(20)
 
     assert sampled == ["an update has begun meanwhile" if is_lost_for_good else [[6, 6]] * 4]
     assert last.state is not State.READY

@@ -3,21 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KeepBest:
-    """Keep the best checkpoints by one evaluation metric."""
-
-    metric: str
-    """Name of the metric, as in ``metrics.jsonl``; a checkpoint without it is never a best one."""
-
-    mode: Literal["max", "min"] = "max"
-    """Which end is good."""
-
-    num: int = 1
-    """Checkpoints kept; of equal ones the older."""
+from prefixrl_mcore.config.run import KeepBestConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +17,14 @@ class Retention:
     keep_every_steps: int | None = None
     """Keep every checkpoint whose step is a multiple of this; None has no such rule."""
 
-    keep_best: KeepBest | None = None
+    keep_best: KeepBestConfig | None = None
     """Keep the best by a metric; None has no such rule."""
 
     def __post_init__(self) -> None:
         """Refuse counts that would keep nothing."""
-        best = None if self.keep_best is None else self.keep_best.num
         for name, value in (
             ("keep_last", self.keep_last),
             ("keep_every_steps", self.keep_every_steps),
-            ("keep_best.num", best),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
@@ -90,7 +75,7 @@ def deletable(
     return [candidate.name for candidate in candidates if candidate.name not in kept]
 
 
-def best_names(candidates: Sequence[Candidate], rule: KeepBest) -> list[str]:
+def best_names(candidates: Sequence[Candidate], rule: KeepBestConfig) -> list[str]:
     """Return the names of the best checkpoints, best first; of equal ones the older comes first."""
     sign = -1.0 if rule.mode == "max" else 1.0
     ranked = [

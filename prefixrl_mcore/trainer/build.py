@@ -9,7 +9,7 @@ import torch
 from prefixrl_mcore.accounting.flops import FlopsMeter
 from prefixrl_mcore.accounting.parameters import count_parameters
 from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
-from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
+from prefixrl_mcore.checkpoint.retention import Retention
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.rollout import RolloutConfig
@@ -156,11 +156,10 @@ def build_session(
 
 def _retention(config: CheckpointConfig) -> Retention:
     """Return the rules of ``[checkpoint]``."""
-    best = config.keep_best
     return Retention(
         keep_last=config.keep_last,
         keep_every_steps=config.keep_every_steps,
-        keep_best=None if best is None else KeepBest(**best.model_dump()),
+        keep_best=config.keep_best,
     )
 
 

@@ -16,12 +16,13 @@ import torch
 
 from prefixrl_mcore.checkpoint import staged
 from prefixrl_mcore.checkpoint.manifest import ReadBackError, SaveError, verify
-from prefixrl_mcore.checkpoint.retention import KeepBest, Retention
+from prefixrl_mcore.checkpoint.retention import Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import clean_up, latest_checkpoint
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint
 from prefixrl_mcore.checkpoint.saver import CheckpointSaver, save_checkpoint
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
 from prefixrl_mcore.config.policy import OptimizerConfig
+from prefixrl_mcore.config.run import KeepBestConfig
 from prefixrl_mcore.policy.policy import MegatronPolicy
 from tests.support.disks import no_file_above, small_disk_at
 from tests.support.policies import build_policy, make_batch, max_difference, weights_of
@@ -209,7 +210,7 @@ def test_a_run_that_went_back_does_not_count_the_checkpoints_it_left(
     source: Path, tmp_path: Path
 ) -> None:
     policy = build_policy(source)
-    best = KeepBest(metric="accuracy")
+    best = KeepBestConfig(metric="accuracy")
     rule = Retention(keep_last=2, keep_every_steps=40, keep_best=best)
     for step, accuracy in ((10, 0.1), (20, 0.2), (30, 0.9), (40, 0.3)):
         save_checkpoint(tmp_path, step, policy, {}, metrics={"accuracy": accuracy})

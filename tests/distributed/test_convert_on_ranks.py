@@ -19,7 +19,6 @@ from tests.support.tiny_models import build_tiny_families, randomize, write_mode
 from tests.support.weights import assert_same_bits, weights_in
 
 TP2 = parallel_config(tp=2)
-PP2 = parallel_config(pp=2)
 PP2_VPP2 = parallel_config(pp=2, vpp=2)
 TP2_PP2 = parallel_config(tp=2, pp=2)
 EP2 = parallel_config(ep=2, dp=2)
@@ -49,8 +48,10 @@ def through(
             ("qwen3-moe", "bfloat16", "ep2-pp2-dp2", parallel_config(ep=2, dp=2, pp=2)),
             ("llama-3", "bfloat16", "tp2", TP2),
             ("llama-3", "float32", "pp2-vpp2", PP2_VPP2),
+            ("llama-3", "bfloat16", "tp2-pp2", TP2_PP2),
+            ("qwen2.5-tied", "bfloat16", "tp2", TP2),
             ("qwen2.5-tied", "float32", "tp2-pp2", TP2_PP2),
-            ("qwen2.5-tied", "bfloat16", "pp2", PP2),
+            ("qwen2.5-tied", "float32", "pp2-vpp2", PP2_VPP2),
         )
     ],
 )

@@ -2,8 +2,8 @@
 
 import os
 import signal
-import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import pytest
 from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint, read_trainer_state
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
+from tests.support.server_loads import computed_context_tokens
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_run import TinyTask, course_of, metrics_of, without_clock
-from tests.support.waiting import beside
+from tests.support.waiting import beside, is_inside
 
 pytestmark = pytest.mark.slow
 
@@ -43,25 +44,14 @@ def problems_of(run: Path, step: int) -> list[str]:
     return [row["prefixed_problem_id"] for row in rows]
 
 
-def is_inside(function: str) -> bool:
-    """Return whether any thread of this process is in a function of that name."""
-    for frame in sys._current_frames().values():
-        while frame is not None:
-            if frame.f_code.co_name == function:
-                return True
-            frame = frame.f_back
-    return False
-
-
 def stopped_in(
     tiny_task: TinyTask,
     run: Path,
     *flags: str,
     after_steps: int,
-    function: str = "_next_logits",
-    seconds: float = 0.0,
+    is_there: Callable[[], bool] = lambda: is_inside("_next_logits"),
 ) -> int:
-    """Train in this process, and signal it when it is so long inside a function after a step.
+    """Train in this process, and signal it once it is there after so many steps.
 
     Returns:
         The exit code.
@@ -69,9 +59,8 @@ def stopped_in(
 
     def strike(is_over: threading.Event) -> None:
         while not is_over.wait(0.002):
-            if len(metrics_of(run, "train")) == after_steps and is_inside(function):
-                if not is_over.wait(seconds):
-                    os.kill(os.getpid(), signal.SIGUSR1)
+            if len(metrics_of(run, "train")) == after_steps and is_there():
+                os.kill(os.getpid(), signal.SIGUSR1)
                 return
 
     with beside(strike):
@@ -177,9 +166,14 @@ def test_requests_on_a_real_server_are_aborted_and_sampled_again_exactly(
             *("--evaluation.prefix-bins", "0.0", "0.5"),
         )
         assert tiny_task.run("train", undisturbed, *flags) == 0
-        code = stopped_in(
-            tiny_task, run, *flags, after_steps=1, function="next_answer", seconds=0.5
-        )
+        computed: list[int] = []
+
+        def has_gone_on() -> bool:
+            if is_inside("next_answer"):
+                computed.append(computed_context_tokens(server.client.url))
+            return bool(computed) and computed[-1] > computed[0]
+
+        code = stopped_in(tiny_task, run, *flags, after_steps=1, is_there=has_gone_on)
         assert code == STOPPED
         expected = metrics_of(undisturbed, "train")
         assert tiny_task.run("train --resume", run, *flags) == 0

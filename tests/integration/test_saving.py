@@ -53,7 +53,7 @@ def test_a_run_stops_before_its_time_is_over_and_goes_on_exactly(
 ) -> None:
     run = tmp_path / "timed"
     # Shorter than any start takes; each start takes one step all the same.
-    flags = (*NUM_STEPS, "--trainer.max-seconds", "1", "--trainer.stop-margin-seconds", "0")
+    flags = (*NUM_STEPS, "--trainer.max-seconds", "0.001", "--trainer.stop-margin-seconds", "0")
     codes = [tiny_task.run("train", run, *flags)]
     while codes[-1] == 75:
         codes.append(tiny_task.run("train --resume", run, *flags))
@@ -249,7 +249,7 @@ def test_a_supervised_phase_that_is_stopped_at_every_step_comes_to_the_same_end(
     assert tiny_task.run("train", whole, *flags) == 0
     epochs = metrics_of(whole, "sft")
     assert len(epochs) == 2, epochs  # of 16: the patience of the default
-    limit = (*flags, "--trainer.max-seconds", "1", "--trainer.stop-margin-seconds", "0")
+    limit = (*flags, "--trainer.max-seconds", "0.001", "--trainer.stop-margin-seconds", "0")
     codes = [tiny_task.run("train", cut, *limit)]
     while codes[-1] == 75 and len(codes) < 9:
         codes.append(tiny_task.run("train --resume", cut, *limit))

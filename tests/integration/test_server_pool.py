@@ -11,17 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import urllib3
 
 from prefixrl_mcore.config.rollout import SGLangConfig, SyncConfig
 from prefixrl_mcore.records import Completion
 from prefixrl_mcore.rollout.engine import SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.sglang.client import SGLangClient
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
-from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
 from tests.support.pool_requests import CONTEXT_TOKENS, params_of, requests_of
 from tests.support.processes import pids_of_groups, wait_until_gone
+from tests.support.server_loads import computed_context_tokens
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_models import build_tiny_qwen3, write_tiny_qwen3
 
@@ -66,12 +65,6 @@ def engine(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[SGLan
 
 BOTH_VERSIONS = pytest.mark.parametrize("engine", ["sglang", "sglang-next"], indirect=True)
 """For a test that is to run on either end of the supported range; others run on the older one."""
-
-
-def computed_tokens_of(server: SGLangServer) -> int:
-    """Return the context tokens that a server says it computed since its start."""
-    answer = urllib3.request("GET", f"{server.client.url}/v1/loads?include=all", timeout=10)
-    return sum(load["total_prefill_uncached_tokens"] for load in answer.json()["loads"])
 
 
 def weights(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -123,7 +116,7 @@ def sample_while_one_is_hit(engine: SGLangEngine, signal_number: int) -> list[li
 def test_groups_are_spread_evenly_and_share_their_context(engine: SGLangEngine) -> None:
     load(engine, 1)
     engine.take_metrics()
-    before = [computed_tokens_of(server) for server in engine.servers]
+    before = [computed_context_tokens(server.client.url) for server in engine.servers]
 
     groups = engine.sample(requests_of(12, 8), params_of(10))
 
@@ -135,7 +128,7 @@ def test_groups_are_spread_evenly_and_share_their_context(engine: SGLangEngine) 
     assert metrics["engine/server_tokens_max_over_mean"] < 1.1
     # Each context is computed once, and its last token again for each of its 8 samples; but a
     # health check may add a token, and equal beginnings of contexts take some away.
-    after = [computed_tokens_of(server) for server in engine.servers]
+    after = [computed_context_tokens(server.client.url) for server in engine.servers]
     context_tokens = [
         metrics[f"engine/server_{index}/tokens"] - 4 * 8 * 10 for index in range(NUM_SERVERS)
     ]

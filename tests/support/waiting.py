@@ -1,5 +1,6 @@
 """Waiting for facts instead of seconds, in threads that no failed assertion leaves behind."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,16 @@ def wait_until(is_so: Callable[[], object], *, seconds: float = 20.0) -> None:
     while not is_so():
         assert time.monotonic() < deadline, f"not so after {seconds:g} s"
         time.sleep(_POLL_SECONDS)
+
+
+def is_inside(function: str) -> bool:
+    """Return whether any thread of this process is in a function of that name."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code.co_name == function:
+                return True
+            frame = frame.f_back
+    return False
 
 
 @contextmanager

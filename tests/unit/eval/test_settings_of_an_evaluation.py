@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from prefixrl_mcore.config.run import RunConfig
+from prefixrl_mcore.data.problem_sets import read_evaluation_sets
 from prefixrl_mcore.eval.command import _read_parts, _settings
-from prefixrl_mcore.eval.setup import read_evaluation_sets
 
 PARTS = {"set/olympiad": {"num_correct": [1], "num_samples": 4}}
 

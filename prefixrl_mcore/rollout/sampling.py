@@ -13,6 +13,9 @@ from prefixrl_mcore.rollout.engine import (
     SamplingParams,
 )
 
+_MAX_COMPLETIONS = 16_384
+"""Asked for in one call, whose completions are in memory together: of 10,000 tokens each, 11 GB."""
+
 OnGroups = Callable[[dict[int, list[Rollout]]], None]
 """Called with (index of the request → its rollouts), by rising index, of groups that are whole."""
 
@@ -25,6 +28,7 @@ def sample_groups(
     *,
     on_groups: OnGroups,
     keep_seconds: float = math.inf,
+    max_completions: int = _MAX_COMPLETIONS,
 ) -> None:
     """Sample the groups that are asked for, and hand over each of them once.
 
@@ -36,7 +40,8 @@ def sample_groups(
         on_groups: told of finished groups, in this thread while others are sampled; what it raises
             ends the sampling.
         keep_seconds: least time between two calls of it, so that what is sampled can be kept before
-            the last group is finished. Infinite: one call, with all groups.
+            the last group is finished. Infinite: all groups that the engine is given at a time.
+        max_completions: of the groups that the engine is given at a time; of one at least.
 
     Raises:
         RolloutError: if the engine returned fewer or more completions than were asked for.
@@ -66,9 +71,13 @@ def sample_groups(
             hand_over()
         return False
 
-    engine.sample_until(requests, params, take)
-    if finished:
-        hand_over()
+    size = max(1, max_completions // max(request.num_samples for request in requests))
+    for first in range(0, len(requests), size):
+        engine.sample_until(
+            requests[first : first + size], params, lambda i, one, first=first: take(first + i, one)
+        )
+        if finished:
+            hand_over()
 
 
 def group_request(

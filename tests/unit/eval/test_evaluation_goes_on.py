@@ -11,6 +11,7 @@ from prefixrl_mcore.eval.ending import exits_at_signals
 from prefixrl_mcore.eval.runner import Evaluator, StartResult, StartResults
 from prefixrl_mcore.records import PrefixedProblem, Problem
 from prefixrl_mcore.rollout.engine import SamplingParams
+from prefixrl_mcore.rollout.sampling import group_request, sample_groups
 from tests.support.scripted_engine import GROUP_SIZE, ScriptedEngine, ScriptedVerifier
 
 LENGTHS = {0: (9, 9), 1: (2, 3), 2: (5, 4)}
@@ -81,6 +82,27 @@ def test_nothing_is_sampled_where_all_is_known() -> None:
         STARTS, num_samples=GROUP_SIZE, label="x", known=known
     )
     assert (result.num_correct, engine.calls) == ((1, 1, 1), [])
+
+
+def test_an_engine_is_not_given_more_than_fits_into_memory() -> None:
+    engine, told = ScriptedEngine(LENGTHS), list[list[str]]()
+    evaluator = scripted_evaluator(engine)
+    requests = [
+        group_request(start, index, group_size=GROUP_SIZE, label="x", seed=3)
+        for index, start in enumerate(STARTS)
+    ]
+    sample_groups(
+        evaluator.engine,
+        STARTS,
+        requests,
+        evaluator.params,
+        on_groups=lambda groups: told.append(
+            [f"{index}: {rollouts[0].rollout_id}" for index, rollouts in groups.items()]
+        ),
+        max_completions=2 * GROUP_SIZE + 1,
+    )
+    assert engine.calls == [requests[:2], requests[2:]]
+    assert told == [["0: x/0/0", "1: x/1/0"], ["2: x/2/0"]]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 138), (signal.SIGTERM, 143)])

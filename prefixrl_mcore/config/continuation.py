@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "trainer.",
     "checkpoint.",
     "evaluation.",
+    "collect.keep_seconds",
     "metrics.",
     "profile.",
     "rollout.engine",

@@ -79,6 +79,10 @@ class CollectConfig(Config):
     problems_per_round: int = Field(default=128, ge=1)
     """Problems in flight in one round."""
 
+    keep_seconds: float = Field(default=300.0, ge=0.0)
+    """Seconds between two writes of the tries of a round: so much at most, and the problems that
+    are being sampled, is lost when the collection is killed. Each write is a part of the store."""
+
     temperature: float = Field(default=1.0, gt=0.0)
     """Sampling temperature."""
 

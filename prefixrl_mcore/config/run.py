@@ -166,6 +166,10 @@ class EvaluationConfig(Config):
     max_problems: int | None = Field(default=None, ge=1)
     """Evaluate only the first so many problems of each set; None evaluates all."""
 
+    keep_seconds: float = Field(default=60.0, ge=0.0)
+    """Seconds between two writes of the results of ``prefixrl eval``: so much at most, and the
+    problems that are being sampled, is lost when it is killed."""
+
     pass_at: tuple[int, ...] = (1, 8, 16, 32, 64)
     """Values of k for pass@k; a k above the number of samples is left out, and logged."""
 

@@ -3,12 +3,12 @@
 Layout of the folder::
 
     store.json                          header: tokenizer and template hashes, who made it
-    part-000000/traces.parquet          traces of one round
-    part-000000/attempts.parquet        cost of that round, for every problem tried in it
+    part-000000/traces.parquet          traces of one round, or of what of it was finished first
+    part-000000/attempts.parquet        cost of that, for every problem tried in it
     part-000001/...
 
-A part appears by one rename after everything in it is on disk, so a round that was interrupted
-does not exist. Parts are never changed. One process writes at a time; others may read.
+A part appears by one rename after everything in it is on disk, so one that was interrupted does
+not exist. Parts are never changed. One process writes at a time; others may read.
 """
 
 import collections

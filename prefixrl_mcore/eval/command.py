@@ -1,8 +1,9 @@
 """``prefixrl eval``: a checkpoint's pass@k, accuracy by prefix bin, and unlock curve, as JSON.
 
 The checkpoint is converted to a Hugging Face folder and served by the rollout engine, so that
-evaluation needs no trainer. Results are written part by part: a killed evaluation continues
-with the first part that is missing.
+evaluation needs no trainer. Results are written problem by problem (``part_file.py``): a killed
+evaluation goes on behind what it has, with the samples that an undisturbed one would have drawn
+where the engine honours seeds. Nothing of it is charged in FLOPs.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.prefix_cuts import check_room
 from prefixrl_mcore.data.problem_sets import read_evaluation_sets
+from prefixrl_mcore.eval.ending import exits_at_signals
+from prefixrl_mcore.eval.part_file import PartFile
 from prefixrl_mcore.eval.parts import Part, parts_of_checkpoint
 from prefixrl_mcore.eval.pass_at_k import bootstrap_mean, mean_pass_at_k, prefix_bins
-from prefixrl_mcore.eval.runner import EvaluationResult, Evaluator
+from prefixrl_mcore.eval.runner import EvaluationResult, Evaluator, StartResults
 from prefixrl_mcore.eval.setup import build_evaluator
 from prefixrl_mcore.observability.atomic import write_json_atomic
 from prefixrl_mcore.observability.progress import Progress
@@ -63,6 +67,8 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
     settings = _settings(config, checkpoint, sets)
     parts = _read_parts(out, settings)
     with ExitStack() as stack:
+        stack.callback(lambda: folder.add_stage_seconds("eval", time.perf_counter() - start))
+        stack.enter_context(exits_at_signals())
         model_folder = config.model.path
         if checkpoint is not None:
             model_folder = folder.eval / f".hf-{name}"
@@ -79,29 +85,85 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
             )
         )
         plan = _plan(config, evaluator, sets)
-        progress = stack.enter_context(
-            Progress(f"eval {name}", total=len(plan), file=progress_file(folder.path, which))
-        )
         for _, starts in plan:
             check_room(starts, config.rollout.max_total_tokens)
-        for index, (part, starts) in enumerate(plan):
-            progress.update(index, waiting_for=part.name)
+        _evaluate_parts(config, evaluator, plan, parts, settings=settings, out=out, which=which)
+    summary = _summarise(config, step, checkpoint, parts)
+    write_json_atomic(out, {**summary, "is_complete": True, "settings": settings, "parts": parts})
+    _show(summary, out)
+    return out
+
+
+def _evaluate_parts(
+    config: RunConfig,
+    evaluator: Evaluator,
+    plan: Sequence[tuple[Part, list[PrefixedProblem]]],
+    parts: Parts,
+    *,
+    settings: dict[str, Any],
+    out: Path,
+    which: str,
+) -> None:
+    """Add the parts that are missing; what is there of one is on disk all the time.
+
+    Args:
+        config: the run's.
+        evaluator: holds the weights.
+        plan: parts and their contexts.
+        parts: what is done; the others are added.
+        settings: what decides the parts.
+        out: the JSON file.
+        which: the checkpoint, as the user names it.
+    """
+    sizes = {part.name: len(starts) * part.num_samples for part, starts in plan}
+    num_done = sum(size for name, size in sizes.items() if name in parts)
+    file = progress_file(config.run_folder, which)
+    with Progress(f"eval {out.stem}", total=sum(sizes.values()), file=file) as progress:
+        for part, starts in plan:
             if part.name in parts:
                 continue
+            part_file = PartFile(
+                out.with_suffix(".part.jsonl"),
+                settings=settings,
+                label=part.name,
+                starts=starts,
+                num_samples=part.num_samples,
+            )
+            num_known = len(part_file.results) * part.num_samples
+            progress.update(num_done + num_known, waiting_for=part.name)
             result = evaluator.evaluate(
-                starts, num_samples=part.num_samples, label=f"{name}/{part.name}"
+                starts,
+                num_samples=part.num_samples,
+                label=f"{out.stem}/{part.name}",
+                known=part_file.results,
+                on_results=partial(_keep, part_file, progress, num_done, part.num_samples),
+                keep_seconds=config.evaluation.keep_seconds,
             )
             parts[part.name] = {
                 "num_correct": result.num_correct,
                 "num_samples": result.num_samples,
             }
             write_json_atomic(out, {"is_complete": False, "settings": settings, "parts": parts})
-            progress.update(index + 1, accuracy=result.accuracy)
-    summary = _summarise(config, step, checkpoint, parts)
-    write_json_atomic(out, {**summary, "is_complete": True, "settings": settings, "parts": parts})
-    folder.add_stage_seconds("eval", time.perf_counter() - start)
-    _show(summary, out)
-    return out
+            part_file.remove()
+            num_done += sizes[part.name]
+            progress.update(num_done, accuracy=result.accuracy)
+        progress.update(num_done)  # where nothing was missing, too
+
+
+def _keep(
+    part_file: PartFile, progress: Progress, num_before: int, num_samples: int, new: StartResults
+) -> None:
+    """Write results of the part under way, and show them.
+
+    Args:
+        part_file: of the part.
+        progress: of the evaluation, in samples.
+        num_before: samples of the parts before.
+        num_samples: of each context.
+        new: the results.
+    """
+    part_file.append(new)
+    progress.update(num_before + len(part_file.results) * num_samples)
 
 
 def progress_file(run_folder: Path, which: str) -> Path:
@@ -138,7 +200,9 @@ def _settings(
     config: RunConfig, checkpoint: Path | None, sets: dict[str, list[Problem]]
 ) -> dict[str, Any]:
     """Return what decides the parts; results of other settings are not mixed."""
-    chosen = config.evaluation.model_dump(mode="json", exclude={"every_steps", "pass_at"})
+    chosen = config.evaluation.model_dump(
+        mode="json", exclude={"every_steps", "pass_at", "keep_seconds"}
+    )
     manifest = None if checkpoint is None else checkpoint / MANIFEST_NAME
     return chosen | {
         "seed": config.seed,

@@ -1,7 +1,7 @@
 """Evaluation of the weights that an engine holds: problem sets, prefix bins, unlock curve."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -11,11 +11,28 @@ from prefixrl_mcore.data.prompts import PromptRenderer
 from prefixrl_mcore.data.source import original_problems
 from prefixrl_mcore.eval.parts import Part
 from prefixrl_mcore.eval.pass_at_k import PrefixBin, accuracy_with_stderr
-from prefixrl_mcore.records import PrefixedProblem, Problem, Trace
+from prefixrl_mcore.records import PrefixedProblem, Problem, Rollout, Trace
 from prefixrl_mcore.rewards.base import Verifier
-from prefixrl_mcore.rollout.engine import OnCompleted, RolloutEngine, SamplingParams
-from prefixrl_mcore.rollout.sampling import derive_seed, sample_groups
+from prefixrl_mcore.rollout.engine import RolloutEngine, SamplingParams
+from prefixrl_mcore.rollout.sampling import derive_seed, group_request, sample_groups
 from prefixrl_mcore.rollout.scoring import score_groups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartResult:
+    """What came of one evaluated context."""
+
+    num_correct: int
+    """Correct samples."""
+
+    completion_tokens: int
+    """Tokens of all samples."""
+
+
+StartResults = Mapping[int, StartResult]
+"""Index of a context in its evaluation → what came of it."""
+
+OnResults = Callable[[StartResults], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,31 +96,58 @@ class Evaluator:
         *,
         num_samples: int,
         label: str,
-        on_completed: OnCompleted | None = None,
+        known: StartResults | None = None,
+        on_results: OnResults = lambda results: None,
+        keep_seconds: float = math.inf,
     ) -> EvaluationResult:
         """Return how many of ``num_samples`` completions of each start are correct.
+
+        Args:
+            starts: contexts to sample from.
+            num_samples: completions of each.
+            label: names the evaluation in rollout ids and seeds.
+            known: what came of some of them before, with this label: they are not sampled again.
+                The seeds of the others do not depend on it.
+            on_results: told what came of the others, each once, while sampling goes on.
+            keep_seconds: least time between two calls of it; infinite verifies all at the end.
 
         Raises:
             ValueError: if there is nothing to evaluate.
         """
         if not starts:
             raise ValueError(f"evaluation {label}: no problems; give at least one")
-        sampled = sample_groups(
-            self.engine,
-            starts,
-            self.params,
-            group_size=num_samples,
-            label=label,
-            seed=self.seed,
-            on_completed=on_completed,
-        )
-        scored = score_groups(sampled, self.verifier, self.renderer)
+        results = dict(known or {})
+        missing = [index for index in range(len(starts)) if index not in results]
+
+        def verify(groups: Mapping[int, Sequence[Rollout]]) -> None:
+            scored = score_groups(list(groups.values()), self.verifier, self.renderer)
+            new = {
+                missing[position]: StartResult(
+                    num_correct=sum(one.verdict.reward > 0 for one in group),
+                    completion_tokens=sum(len(one.rollout.completion.token_ids) for one in group),
+                )
+                for position, group in zip(groups, scored, strict=True)
+            }
+            results.update(new)
+            on_results(new)
+
+        if missing:
+            sample_groups(
+                self.engine,
+                [starts[index] for index in missing],
+                [
+                    group_request(starts[i], i, group_size=num_samples, label=label, seed=self.seed)
+                    for i in missing
+                ],
+                self.params,
+                on_groups=verify,
+                keep_seconds=keep_seconds,
+            )
+        ordered = [results[index] for index in range(len(starts))]
         return EvaluationResult(
-            num_correct=tuple(sum(s.verdict.reward > 0 for s in group) for group in scored),
+            num_correct=tuple(result.num_correct for result in ordered),
             num_samples=num_samples,
-            completion_tokens=sum(
-                len(rollout.completion.token_ids) for group in sampled for rollout in group
-            ),
+            completion_tokens=sum(result.completion_tokens for result in ordered),
         )
 
     def starts(self, part: Part, *, label: str) -> list[PrefixedProblem]:

@@ -82,7 +82,7 @@ class Progress:
         """Stop the display and leave the last state in the file."""
         if exception_type is None:
             self._waiting_for = "done"
-        elif exception_type is KeyboardInterrupt:
+        elif exception_type in (KeyboardInterrupt, SystemExit):
             self._waiting_for = "stopped"
         else:
             self._waiting_for = f"failed: {exception_type.__name__}"

@@ -1,72 +1,92 @@
 """From prefixed problems to groups of rollouts, through any engine."""
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from prefixrl_mcore.records import Completion, PrefixedProblem, Rollout
 from prefixrl_mcore.rollout.engine import (
-    OnCompleted,
     RolloutEngine,
     RolloutError,
     SampleRequest,
     SamplingParams,
 )
 
+_MAX_COMPLETIONS = 16_384
+"""Asked for in one call, whose completions are in memory together: of 10,000 tokens each, 11 GB."""
+
+OnGroups = Callable[[dict[int, list[Rollout]]], None]
+"""Called with (index of the request → its rollouts), by rising index, of groups that are whole."""
+
 
 def sample_groups(
     engine: RolloutEngine,
     prefixed_problems: Sequence[PrefixedProblem],
+    requests: Sequence[SampleRequest],
     params: SamplingParams,
     *,
-    group_size: int,
-    label: str,
-    seed: int,
-    on_completed: OnCompleted | None = None,
-) -> list[list[Rollout]]:
-    """Sample ``group_size`` completions for each prefixed problem, in order.
-
-    Seeds depend on ``(seed, label, index)`` only, so that a resumed run samples what the
-    undisturbed one would have sampled (where the engine honours seeds).
+    on_groups: OnGroups,
+    keep_seconds: float = math.inf,
+    max_completions: int = _MAX_COMPLETIONS,
+) -> None:
+    """Sample the groups that are asked for, and hand over each of them once.
 
     Args:
         engine: where to sample.
         prefixed_problems: contexts; equal ones form separate groups.
+        requests: of ``group_request``, one for each of them.
         params: temperature and limits.
-        group_size: completions per group.
-        label: names the call in rollout ids, for instance the step number.
-        seed: seed of the run.
-        on_completed: progress callback.
+        on_groups: told of finished groups, in this thread while others are sampled; what it raises
+            ends the sampling.
+        keep_seconds: least time between two calls of it, so that what is sampled can be kept before
+            the last group is finished. Infinite: all groups that the engine is given at a time.
+        max_completions: of the groups that the engine is given at a time; of one at least.
 
     Raises:
         RolloutError: if the engine returned fewer or more completions than were asked for.
     """
-    requests = [
-        group_request(prefixed_problem, index, group_size=group_size, label=label, seed=seed)
-        for index, prefixed_problem in enumerate(prefixed_problems)
-    ]
-    completions = engine.sample(requests, params, on_completed)
-    groups: list[list[Rollout]] = []
-    for request, prefixed_problem, sampled in zip(
-        requests, prefixed_problems, completions, strict=True
-    ):
-        check_num_samples(engine, request, sampled)
-        groups.append(
-            [
-                Rollout(
-                    rollout_id=f"{request.request_id}/{index}",
-                    prefixed_problem=prefixed_problem,
-                    completion=completion,
-                )
-                for index, completion in enumerate(sampled)
-            ]
+    finished: dict[int, list[Rollout]] = {}
+    last = time.monotonic()
+
+    def hand_over() -> None:
+        nonlocal last
+        groups = {index: finished[index] for index in sorted(finished)}
+        finished.clear()  # first: a signal that ends the process never has a group kept twice
+        on_groups(groups)
+        last = time.monotonic()
+
+    def take(index: int, completions: list[Completion]) -> bool:
+        request = requests[index]
+        check_num_samples(engine, request, completions)
+        finished[index] = [
+            Rollout(
+                rollout_id=f"{request.request_id}/{sample}",
+                prefixed_problem=prefixed_problems[index],
+                completion=completion,
+            )
+            for sample, completion in enumerate(completions)
+        ]
+        if time.monotonic() - last >= keep_seconds:
+            hand_over()
+        return False
+
+    size = max(1, max_completions // max(request.num_samples for request in requests))
+    for first in range(0, len(requests), size):
+        engine.sample_until(
+            requests[first : first + size], params, lambda i, one, first=first: take(first + i, one)
         )
-    return groups
+        if finished:
+            hand_over()
 
 
 def group_request(
     prefixed_problem: PrefixedProblem, index: int, *, group_size: int, label: str, seed: int
 ) -> SampleRequest:
     """Return the request for a whole group.
+
+    Its seed depends on ``(seed, label, index)`` only, so that a resumed run samples what the
+    undisturbed one would have sampled (where the engine honours seeds).
 
     Args:
         prefixed_problem: what the group starts from.

@@ -1,12 +1,15 @@
 """``prefixrl collect``: rejection sampling until one verified trace per problem, or a cap.
 
-Every try is charged, the failed ones too: 2ND FLOPs with D the prompt and completion tokens. A
-round is written to the trace store as a whole, so a killed collection loses at most one round.
+Every try is charged, the failed ones too: 2ND FLOPs with D the prompt and completion tokens. What a
+round has found is written to the trace store while others of the round are sampled: a killed
+collection loses the tries under way and ``collect.keep_seconds`` of others at most, which are made
+again and not charged. Each problem's tries have seeds of their own, so that one that was killed
+finds what an undisturbed one would have found (where the engine honours seeds).
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +24,14 @@ from prefixrl_mcore.config.run import CollectConfig, RunConfig
 from prefixrl_mcore.data.problem_sets import read_training_problems
 from prefixrl_mcore.data.trace_schema import AttemptRecord, TraceRecord
 from prefixrl_mcore.data.traces import TraceStore, build_trace_id
+from prefixrl_mcore.eval.ending import exits_at_signals
 from prefixrl_mcore.eval.runner import Evaluator
 from prefixrl_mcore.eval.setup import build_evaluator
 from prefixrl_mcore.observability.progress import Progress
 from prefixrl_mcore.observability.run_folder import RunFolder
-from prefixrl_mcore.records import PrefixedProblem, ScoredRollout
-from prefixrl_mcore.rollout.sampling import derive_seed, sample_groups
+from prefixrl_mcore.records import PrefixedProblem, Rollout, ScoredRollout
+from prefixrl_mcore.rollout.engine import SampleRequest
+from prefixrl_mcore.rollout.sampling import group_request, sample_groups
 from prefixrl_mcore.rollout.scoring import score_groups
 from prefixrl_mcore.trainer.trace_commands import print_stats
 
@@ -51,6 +56,7 @@ def collect(config: RunConfig) -> None:
             len(training_problems),
             config.collect.most_completions(len(training_problems)),
         )
+        stack.enter_context(exits_at_signals())
         evaluator = stack.enter_context(
             build_evaluator(
                 config,
@@ -61,6 +67,7 @@ def collect(config: RunConfig) -> None:
             )
         )
         folder.claim(config)
+        stack.callback(lambda: folder.add_stage_seconds("collect", time.perf_counter() - start))
         store = TraceStore.open_or_create(
             config.traces_folder,
             tokenizer_hash=evaluator.renderer.tokenizer_hash,
@@ -83,7 +90,6 @@ def collect(config: RunConfig) -> None:
         )
         while collector.sample_round(problems, progress):
             pass
-    folder.add_stage_seconds("collect", time.perf_counter() - start)
     print_stats(store, Console(stderr=True))
 
 
@@ -126,38 +132,59 @@ class Collector:
 
     def sample_round(self, problems: Sequence[PrefixedProblem], progress: Progress) -> bool:
         """Sample one round over problems that are still open; return False when there are none."""
-        spent = {attempt.problem_id: attempt for attempt in self.store.attempts()}
-        num_solved = sum(attempt.is_solved for attempt in spent.values())
-        progress.update(
-            num_solved,
-            tries=sum(attempt.num_tries for attempt in spent.values()),
-            flops=sum(attempt.flops for attempt in spent.values()),
-        )
+        spent = self._show(progress)
         chosen = self._open(problems, spent)[: self.settings.problems_per_round]
         if not chosen:
             return False
         progress.update(waiting_for=f"tries at {len(chosen)} open problems")
-        num_tries = [_tries(spent, item) for item in chosen]
-        label = f"collect/{chosen[0].problem.problem_id}/{num_tries[0]}"
-        start = time.perf_counter()
-        sampled = sample_groups(
+        requests = [self._request(item, _tries(spent, item)) for item in chosen]
+        last = time.perf_counter()
+
+        def keep(groups: Mapping[int, Sequence[Rollout]]) -> None:
+            nonlocal last
+            scored = score_groups(
+                list(groups.values()), self.evaluator.verifier, self.evaluator.renderer
+            )
+            now = time.perf_counter()
+            attempts = [self._attempt(group, (now - last) / len(groups)) for group in scored]
+            last = now
+            traces = [
+                self._trace(group, spent, attempt, seed=requests[index].seed)
+                for index, group, attempt in zip(groups, scored, attempts, strict=True)
+                if attempt.is_solved
+            ]
+            self.store.append(traces, attempts)
+            self._show(progress)
+
+        sample_groups(
             self.evaluator.engine,
             chosen,
+            requests,
             self.evaluator.params,
-            group_size=min(self.settings.tries_per_round, self.settings.max_tries - max(num_tries)),
-            label=label,
+            on_groups=keep,
+            keep_seconds=self.settings.keep_seconds,
+        )
+        return True
+
+    def _request(self, item: PrefixedProblem, num_tries: int) -> SampleRequest:
+        """Return the request for a problem's next tries; its seed depends on the problem alone."""
+        return group_request(
+            item,
+            0,
+            group_size=min(self.settings.tries_per_round, self.settings.max_tries - num_tries),
+            label=f"collect/{item.problem.problem_id}/{num_tries}",
             seed=self.settings.seed,
         )
-        scored = score_groups(sampled, self.evaluator.verifier, self.evaluator.renderer)
-        seconds = (time.perf_counter() - start) / len(chosen)
-        attempts = [self._attempt(group, seconds) for group in scored]
-        traces = [
-            self._trace(group, spent, attempt, seed=derive_seed(self.settings.seed, label, index))
-            for index, (group, attempt) in enumerate(zip(scored, attempts, strict=True))
-            if attempt.is_solved
-        ]
-        self.store.append(traces, attempts)
-        return True
+
+    def _show(self, progress: Progress) -> dict[str, AttemptRecord]:
+        """Show what the store holds; return problem id → what was spent on it."""
+        spent = {attempt.problem_id: attempt for attempt in self.store.attempts()}
+        progress.update(
+            sum(attempt.is_solved for attempt in spent.values()),
+            tries=sum(attempt.num_tries for attempt in spent.values()),
+            flops=sum(attempt.flops for attempt in spent.values()),
+        )
+        return spent
 
     def _open(
         self, problems: Sequence[PrefixedProblem], spent: dict[str, AttemptRecord]

@@ -20,16 +20,17 @@ class OptimizerConfig(Config):
 
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     """Shape of the learning rate after warm-up. ``wsd`` (warm-up, stable, decay) stays at the peak
-    and falls to ``min_lr`` in the last ``decay_fraction`` of the run."""
+    and falls to ``min_lr`` in the last ``decay_fraction`` of the steps. With ``sft_then_rl`` each
+    phase has a schedule of its own, over its own steps."""
 
     decay_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
-    """Share of the run's steps in which ``wsd`` falls; unused by the other schedules."""
+    """Share of a phase's steps in which ``wsd`` falls; unused by the other schedules."""
 
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
     """How ``wsd`` falls; unused by the other schedules."""
 
     num_warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up from zero."""
+    """Optimizer steps of linear warm-up from zero, of each phase."""
 
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     """AdamW's first-moment decay."""

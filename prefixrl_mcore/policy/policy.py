@@ -107,7 +107,6 @@ class MegatronPolicy:
         """Told of the phases of an update; a trainer puts its own here."""
         self._policy = policy
         self._loss = loss
-        self._num_steps = num_steps
         self.stream_settings = self._stream_settings(temperature, logits_dtype)
         torch.manual_seed(seed)
         self.model_chunks: list[DistributedDataParallel] = build_model_chunks(
@@ -121,7 +120,7 @@ class MegatronPolicy:
         )
         self.optimizer: MegatronOptimizer
         self.scheduler: OptimizerParamScheduler
-        self.reset_optimizer(policy.optimizer.lr)
+        self.reset_optimizer(policy.optimizer.lr, num_steps=num_steps)
 
     @classmethod
     def build(
@@ -319,11 +318,18 @@ class MegatronPolicy:
         """
         return export_hf_weights(self.model_chunks, self.hf_config)
 
-    def reset_optimizer(self, lr: float) -> None:
-        """Start the optimizer anew: empty moments, schedule at its beginning with peak ``lr``.
+    def reset_optimizer(self, lr: float, *, num_steps: int) -> None:
+        """Start the optimizer anew: empty moments, schedule at its beginning.
 
         Weights and ``policy_version`` stay. The old optimizer is gone before the new one is built:
         a rank need not have room for both.
+
+        Args:
+            lr: peak learning rate of the phase that begins.
+            num_steps: optimizer steps of that phase, which the schedule covers.
+
+        Raises:
+            ValueError: if the schedule does not fit into the phase.
         """
         if hasattr(self, "optimizer"):
             del self.optimizer, self.scheduler
@@ -332,7 +338,7 @@ class MegatronPolicy:
                 torch.cuda.empty_cache()
         self.optimizer = build_optimizer(self.model_chunks, self._policy, lr=lr)
         self.scheduler = build_scheduler(
-            self.optimizer, self._policy.optimizer, lr=lr, num_steps=self._num_steps
+            self.optimizer, self._policy.optimizer, lr=lr, num_steps=num_steps
         )
 
     @cpu_runtime.megatron_on_cpu()

@@ -290,7 +290,11 @@ class Session:
         Raises:
             LogprobGapError: if engine and policy disagree, and the run is to stop then.
         """
-        self.meter.charge_update_on(rollouts.groups, num_computed_tokens=update.num_computed_tokens)
+        self.meter.charge_update_on(
+            rollouts.groups,
+            num_computed_tokens=update.num_computed_tokens,
+            has_reference=self.config.loss.kl != "none",
+        )
         over_ranks = rank_metrics(self.topology, update)
         times = self.phases.take()
         if self.metrics is not None:

@@ -65,7 +65,7 @@ def test_a_step_by_hand() -> None:
     groups = [_group(10, 5, [4, 6], cached=14), _group(10, 0, [3, 3], cached=0)]
     meter = FlopsMeter(num_parameters=100, collect_flops=5e5)
     meter.charge_sampling(66, num_cached_tokens=14)
-    meter.charge_update_on(groups, num_computed_tokens=96)
+    meter.charge_update_on(groups, num_computed_tokens=96, has_reference=False)
     # 2 * 100 * 66 and 6 * 100 * 66: groups without any gradient are charged as well.
     assert meter.sampling_flops == 13_200.0
     assert meter.update_flops == 39_600.0
@@ -85,6 +85,15 @@ def test_a_step_by_hand() -> None:
         "tokens/charged": 182.0,
         "tokens/computed": 198.0,
     }
+
+
+def test_the_forward_pass_of_a_reference_is_a_third_of_the_update() -> None:
+    meter = FlopsMeter(num_parameters=100)
+    meter.charge_update_on(
+        [_group(10, 5, [4, 6], cached=14)], num_computed_tokens=48, has_reference=True
+    )
+    assert meter.update_flops == 6 * 100 * 40 + 2 * 100 * 40
+    assert (meter.charged_tokens, meter.computed_tokens) == (2 * 40, 2 * 48)
 
 
 def test_what_is_interrupted_is_charged_beside_the_course_of_the_run() -> None:

@@ -37,9 +37,6 @@ class Problem:
     answer: str
     """Reference answer in the form that the verifier expects (LaTeX or plain text)."""
 
-    source: str = ""
-    """Where the problem comes from, for reports; empty when unknown."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:

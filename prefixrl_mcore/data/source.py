@@ -99,11 +99,6 @@ class MixtureSource:
         return len(self._items)
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the next item, from 0."""
-        return self._epoch
-
-    @property
     def num_repeats(self) -> int:
         """Items that came more than once in one ``take``, over the source's life."""
         return self._num_repeats

@@ -190,9 +190,9 @@ class MegatronPolicy:
         are read, right after the step.
 
         Minimises ``sum_r weights_r * loss_r / num_trained_tokens`` over the global batch. When no
-        row can carry a gradient (no trained token, or every advantage zero without an entropy
-        bonus, a KL term or a loss of the routers) nothing changes: not the weights, not the
-        moments, not the schedule, not ``policy_version``; the metrics are still computed.
+        row can carry a gradient (every advantage zero without an entropy bonus, a KL term or a
+        loss of the routers) nothing changes: not the weights, not the moments, not the schedule,
+        not ``policy_version``; the metrics are still computed.
 
         Args:
             batch: equal on every rank, packed for this number of data-parallel ranks.
@@ -208,14 +208,6 @@ class MegatronPolicy:
         loss = loss or self._loss
         learning_rate = self.learning_rate
         is_skipped = not self._has_gradient(batch, loss)
-        if is_skipped and batch.num_trained_tokens == 0:
-            return UpdateResult(
-                loss=0.0,
-                gradient_norm=0.0,
-                learning_rate=learning_rate,
-                num_trained_tokens=0,
-                was_skipped=True,
-            )
         self._zero_gradients()
         totals, forward_backward_seconds = self._run_loss(batch, loss, forward_only=is_skipped)
         balance = self._balance_metrics(batch)
@@ -299,17 +291,6 @@ class MegatronPolicy:
         """
         self._check_batch(batch)
         return self._passes.row_statistics(batch)
-
-    @cpu_runtime.megatron_on_cpu()
-    def reference_logprobs(self, batch: PackedBatch) -> list[np.ndarray] | None:
-        """Return the reference's logprobs of this rank's rows, by microbatch.
-
-        None on pipeline stages without the head.
-
-        Raises:
-            ValueError: if the policy was built without a KL term.
-        """
-        return self._passes.reference_logprobs(batch)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, full tensor) of every weight on rank 0, nothing elsewhere.

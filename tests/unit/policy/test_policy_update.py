@@ -65,18 +65,6 @@ def test_an_update_can_have_an_estimator_of_its_own(tied_folder: Path) -> None:
     assert build_policy(tied_folder, loss=bonus).update(batch).loss < plain.loss
 
 
-def test_a_batch_of_filler_streams_is_skipped(tied_folder: Path) -> None:
-    filler = make_batch(make_sequences(2), streams_multiple=2)
-    empty = dataclasses.replace(
-        filler, streams=(filler.streams[1],) * 2, num_trained_tokens=0, sequence_ids=()
-    )
-    assert filler.num_filler_streams == 1
-    policy = build_policy(tied_folder)
-    result = policy.update(empty)
-    assert (result.was_skipped, result.num_trained_tokens) == (True, 0)
-    assert policy.policy_version == 0
-
-
 @pytest.mark.parametrize("advantage", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_before_the_step(
     tied_folder: Path, advantage: float

@@ -182,9 +182,8 @@ class FlopsMeter:
         self.sft_flops = float(state["sft_flops"])
         self.sampling_flops = float(state["sampling_flops"])
         self.update_flops = float(state["update_flops"])
-        # A checkpoint of an earlier version has none.
-        self.interrupted_tokens = int(state.get("interrupted_tokens", 0))
-        self.num_interrupted_generations = int(state.get("num_interrupted_generations", 0))
+        self.interrupted_tokens = int(state["interrupted_tokens"])
+        self.num_interrupted_generations = int(state["num_interrupted_generations"])
         self.charged_tokens = int(state["charged_tokens"])
         self.computed_tokens = int(state["computed_tokens"])
 

@@ -169,8 +169,7 @@ class MixtureSource:
         self._avoided = tuple(state["avoided"])
         self._num_head = int(state["num_head"])
         self._num_repeats = int(state["num_repeats"])
-        # A checkpoint of an earlier version has none.
-        self._returned = [self._index[name] for name in state.get("returned", ())]
+        self._returned = [self._index[name] for name in state["returned"]]
         self._order = self._make_order()
 
     def _take_returned(self, count: int) -> list[int]:

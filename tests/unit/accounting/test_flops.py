@@ -112,14 +112,6 @@ def test_what_is_interrupted_is_charged_beside_the_course_of_the_run() -> None:
     }
 
 
-def test_a_state_of_an_earlier_version_has_no_interruptions() -> None:
-    state = FlopsMeter(num_parameters=100).state()
-    del state["interrupted_tokens"], state["num_interrupted_generations"]
-    meter = FlopsMeter(num_parameters=100)
-    meter.load_state(state)
-    assert meter == FlopsMeter(num_parameters=100)
-
-
 def test_the_state_survives_json() -> None:
     meter = FlopsMeter(num_parameters=100, collect_flops=5e5)
     meter.charge_sampling(60, num_cached_tokens=14)

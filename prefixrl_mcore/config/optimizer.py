@@ -54,10 +54,6 @@ class OptimizerConfig(Config):
     """Keep main weights and moments in the types named below; needs ``use_distributed_optimizer``,
     a bfloat16 model, and Transformer Engine's FusedAdam (not with ``cpu_offload``)."""
 
-    main_grads_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the gradient buffer. ``bfloat16`` is refused: the language-model head adds its
-    gradient to a float32 buffer."""
-
     main_params_dtype: Literal["float32", "float16"] = "float32"
     """Type of the main weights, which the optimizer steps; float16 is scaled."""
 
@@ -90,16 +86,6 @@ class OptimizerConfig(Config):
             raise ValueError(
                 f"policy.optimizer: {', '.join(others)} needs use_precision_aware_optimizer, got "
                 "false; switch it on or use float32"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _main_gradients_are_float32(self) -> "OptimizerConfig":
-        if self.main_grads_dtype != "float32":
-            raise ValueError(
-                f"policy.optimizer.main_grads_dtype must be 'float32', got "
-                f"{self.main_grads_dtype!r}: the language-model head adds its gradient to a "
-                "float32 buffer"
             )
         return self
 

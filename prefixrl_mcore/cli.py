@@ -316,14 +316,13 @@ def _add_traces_commands(traces: argparse.ArgumentParser) -> None:
     importing.add_argument(
         "--keep", choices=("first", "all"), default="first", help="verified traces per problem"
     )
-    verify = _add_config_command(
+    _add_config_command(
         actions,
         "verify",
         _traces_verify,
         "Verify every stored trace again with the config's verifier.",
         "Exit code 1 if a stored trace does not verify.",
     )
-    verify.set_defaults(run=_traces_verify)
     for name, run, text in (
         ("show", _traces_show, "show traces as text"),
         ("stats", _traces_stats, "solved problems, tries, tokens, FLOPs"),

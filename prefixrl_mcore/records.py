@@ -37,9 +37,6 @@ class Problem:
     answer: str
     """Reference answer in the form that the verifier expects (LaTeX or plain text)."""
 
-    source: str = ""
-    """Where the problem comes from, for reports; empty when unknown."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
@@ -325,7 +322,8 @@ class UpdateResult:
     """What one optimizer step did, summed over all ranks and microbatches."""
 
     loss: float
-    """The minimised objective: sum over trained tokens divided by their global number."""
+    """Sum over trained tokens divided by their global number; what a router loss of a mixture adds
+    to the minimised objective is not in it."""
 
     gradient_norm: float
     """Global L2 norm before clipping; 0.0 when the step was skipped."""

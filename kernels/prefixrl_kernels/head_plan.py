@@ -26,6 +26,14 @@ MODES: tuple[Mode, ...] = ("save_dlogits", "grad_in_forward", "recompute", "no_g
 
 DEFAULT_BUDGET_BYTES = 1_500_000_000
 
+COLUMN_MULTIPLE = 64
+"""Rows of logits start at multiples of this many elements: cuBLAS takes its fast kernels only
+when the leading dimension keeps 16-byte alignment."""
+
+CPU_ELEMENTS_AT_ONCE = 2**21
+"""Logits in one go of elementwise work without Triton: temporaries stay in the processor's
+cache."""
+
 _ROW_MULTIPLE = 128
 """Blocks of rows are multiples of a GEMM tile's height."""
 
@@ -108,6 +116,11 @@ class HeadPlan:
             f"head: {self.mode}, {self.chunk_rows} rows a chunk, {self.logit_rows} rows of logits "
             f"at once, {self.peak_bytes / 1e9:.2f} of {self.budget_bytes / 1e9:.2f} GB{excess}"
         )
+
+
+def row_stride(num_columns: int) -> int:
+    """Return the elements from one row of a logits buffer to the next."""
+    return -(-num_columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 def plan_head(

@@ -38,7 +38,7 @@ class LayerShape:
 
     slots_per_token: float
     """Tokens of the padded layout that attention runs on, for each token: 1 for sequences of equal
-    length, at most 1 / 0.75 (``policy/packed.py``); without effect under context parallelism."""
+    length, at most ``1 / MIN_FILL``; without effect under context parallelism."""
 
     @property
     def heads(self) -> int:

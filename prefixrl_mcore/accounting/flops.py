@@ -1,10 +1,11 @@
 """FLOPs by the paper's rule, and the tokens that were really computed.
 
-Sampling costs ``2 N D`` and an update ``6 N D``: N parameters, D tokens. D counts prompt, prefix
-and completion of every rollout, also where an engine takes the prompt and prefix from its KV
-cache; so the charge depends on the method and not on the engine. Rejection sampling (failed tries
-included) and SFT are charged to the run. Screening of problems, evaluation and verification are
-not, as in the paper.
+Sampling costs ``2 N D`` and an update ``6 N D``: N parameters, D tokens; with a KL term the
+forward pass of the reference, of which the paper has none, adds ``2 N D`` to the update. D counts
+prompt, prefix and completion of every rollout, also where an engine takes the prompt and prefix
+from its KV cache; so the charge depends on the method and not on the engine. Rejection sampling
+(failed tries included) and SFT are charged to the run. Screening of problems, evaluation and
+verification are not, as in the paper.
 
 N counts all parameters of the model, norms and biases included: a tied embedding once, an untied
 output layer besides the embedding. Of the experts of a mixture-of-experts layer only the share
@@ -64,8 +65,8 @@ class FlopsMeter:
     """How often that happened."""
 
     charged_tokens: int = 0
-    """Sum of D over sampling, updates and SFT; a token that is sampled and trained on counts in
-    both. Collection is not in it."""
+    """Sum of D over sampling, passes of the reference, updates and SFT; a token that is sampled and
+    trained on counts in both. Collection is not in it."""
 
     computed_tokens: int = 0
     """Tokens that engine and trainer really computed in the same passes: without context tokens
@@ -127,12 +128,15 @@ class FlopsMeter:
         self.sft_flops += update_flops(self.num_parameters, num_tokens)
         self._count_pass(num_tokens, num_computed_tokens)
 
-    def charge_update_on(self, groups: Sequence[Group], *, num_computed_tokens: int) -> None:
+    def charge_update_on(
+        self, groups: Sequence[Group], *, num_computed_tokens: int, has_reference: bool
+    ) -> None:
         """Charge the update on a step's groups, also on those without any gradient.
 
         Args:
             groups: what the step trains on.
             num_computed_tokens: tokens that the trainer really ran, kept padding included.
+            has_reference: whether the reference ran forward on them, too.
         """
         num_tokens = sum(
             len(group.prefixed_problem.context_token_ids) + len(s.rollout.completion.token_ids)
@@ -140,6 +144,9 @@ class FlopsMeter:
             for s in group.rollouts
         )
         self.charge_update(num_tokens, num_computed_tokens=num_computed_tokens)
+        if has_reference:  # it costs as much as sampling them
+            self.update_flops += sampling_flops(self.num_parameters, num_tokens)
+            self._count_pass(num_tokens, num_computed_tokens)
 
     def metrics(self) -> dict[str, float]:
         """Return the totals so far under the names of ``metrics.jsonl``."""
@@ -175,13 +182,12 @@ class FlopsMeter:
         self.sft_flops = float(state["sft_flops"])
         self.sampling_flops = float(state["sampling_flops"])
         self.update_flops = float(state["update_flops"])
-        # A checkpoint of an earlier version has none.
-        self.interrupted_tokens = int(state.get("interrupted_tokens", 0))
-        self.num_interrupted_generations = int(state.get("num_interrupted_generations", 0))
+        self.interrupted_tokens = int(state["interrupted_tokens"])
+        self.num_interrupted_generations = int(state["num_interrupted_generations"])
         self.charged_tokens = int(state["charged_tokens"])
         self.computed_tokens = int(state["computed_tokens"])
 
     def _count_pass(self, num_tokens: int, num_computed_tokens: int | None) -> None:
-        """Count the tokens of a forward and backward pass."""
+        """Count the tokens of a pass of the trainer."""
         self.charged_tokens += num_tokens
         self.computed_tokens += num_tokens if num_computed_tokens is None else num_computed_tokens

@@ -14,41 +14,39 @@ whose data sheet gives another number (H20) are entries of their own.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_DTYPES = ("float32", "tfloat32", "bfloat16", "float16", "float8")
+_DTYPES = ("float32", "bfloat16")
 
 _TERA = 1e12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Peak:
-    """Dense 1e12 FLOPs per second of one GPU; None where the hardware has no such unit."""
+    """Dense 1e12 FLOPs per second of one GPU."""
 
     float32: float
-    tfloat32: float
     bfloat16: float
-    float8: float | None = None
 
 
-_A100 = _Peak(float32=19.5, tfloat32=156.0, bfloat16=312.0)
-_H100_SXM = _Peak(float32=66.9, tfloat32=494.7, bfloat16=989.4, float8=1978.9)
-_H100_NVL = _Peak(float32=60.0, tfloat32=417.5, bfloat16=835.5, float8=1670.5)
+_A100 = _Peak(float32=19.5, bfloat16=312.0)
+_H100_SXM = _Peak(float32=66.9, bfloat16=989.4)
+_H100_NVL = _Peak(float32=60.0, bfloat16=835.5)
 
 _PEAKS: Mapping[tuple[str, ...], _Peak] = {
-    ("GB200",): _Peak(float32=90.0, tfloat32=1250.0, bfloat16=2500.0, float8=5000.0),
-    ("B200",): _Peak(float32=80.0, tfloat32=1100.0, bfloat16=2250.0, float8=4500.0),
+    ("GB200",): _Peak(float32=90.0, bfloat16=2500.0),
+    ("B200",): _Peak(float32=80.0, bfloat16=2250.0),
     ("H200", "NVL"): _H100_NVL,
     ("H200",): _H100_SXM,
     ("GH200",): _H100_SXM,
     ("H100", "NVL"): _H100_NVL,
-    ("H100", "PCIE"): _Peak(float32=51.2, tfloat32=378.0, bfloat16=756.0, float8=1513.0),
+    ("H100", "PCIE"): _Peak(float32=51.2, bfloat16=756.0),
     ("H100",): _H100_SXM,
-    ("H800", "PCIE"): _Peak(float32=51.2, tfloat32=378.0, bfloat16=756.0, float8=1513.0),
+    ("H800", "PCIE"): _Peak(float32=51.2, bfloat16=756.0),
     ("H800",): _H100_SXM,
-    ("H20",): _Peak(float32=44.0, tfloat32=74.0, bfloat16=148.0, float8=296.0),
+    ("H20",): _Peak(float32=44.0, bfloat16=148.0),
     ("A100",): _A100,
     ("A800",): _A100,
-    ("A30",): _Peak(float32=10.3, tfloat32=82.0, bfloat16=165.0),
-    ("L40S",): _Peak(float32=91.6, tfloat32=183.0, bfloat16=362.05, float8=733.0),
+    ("A30",): _Peak(float32=10.3, bfloat16=165.0),
+    ("L40S",): _Peak(float32=91.6, bfloat16=362.05),
 }
 """Words of a device's name, upper case, the special before the general → its peaks."""
 
@@ -88,8 +86,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
         device_name: as ``torch.cuda.get_device_name`` gives it ("NVIDIA H100 80GB HBM3"), or
             "cpu". Names are compared by whole words, so that an unknown relative of a known GPU
             does not inherit its peak.
-        dtype: of the operands of matrix products: ``float32`` (CUDA cores), ``tfloat32`` (float32
-            operands on tensor cores), ``bfloat16``, ``float16`` or ``float8``.
+        dtype: of the operands of matrix products: ``float32`` (CUDA cores) or ``bfloat16``.
 
     Raises:
         ValueError: if ``dtype`` is none of these.
@@ -99,7 +96,5 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     words = set(device_name.upper().replace("-", " ").split())
     for needed, peak in _PEAKS.items():
         if words.issuperset(needed):
-            # The tensor cores of all listed GPUs run float16 and bfloat16 alike.
-            tera = getattr(peak, "bfloat16" if dtype == "float16" else dtype)
-            return None if tera is None else tera * _TERA
+            return getattr(peak, dtype) * _TERA
     return None

@@ -54,7 +54,7 @@ def estimate_host(shape: ModelShape, policy: PolicyConfig, *, has_reference: boo
         (rank_parameters(shape, parallel, stage) for stage in stages), key=lambda p: p.total
     )
     stepped = stepped_parameters(policy, parameters)
-    width = 2 if policy.dtype == "bfloat16" else 4
+    width = policy.weight_bytes
     is_sharded = optimizer.use_distributed_optimizer
     saved_bytes = _STATE_BYTES
     if policy.dtype == "bfloat16" or is_sharded:

@@ -8,7 +8,7 @@ of a weight (2 in bfloat16, 4 in float32), ``T`` stream tokens of a rank (those 
 
 from dataclasses import dataclass, replace
 
-from prefixrl_kernels.head_plan import HeadShape, plan_head
+from prefixrl_kernels.head_plan import CPU_ELEMENTS_AT_ONCE, HeadShape, plan_head, row_stride
 
 from prefixrl_mcore.accounting.activations import (
     Device,
@@ -23,15 +23,13 @@ from prefixrl_mcore.accounting.parameters import (
     stage_layers,
     stepped_parameters,
 )
+from prefixrl_mcore.config.layout import MIN_FILL
 from prefixrl_mcore.config.model_shape import ModelShape
 from prefixrl_mcore.config.policy import LogitsDtype, PolicyConfig
 from prefixrl_mcore.config.precision import recomputed_modules
 
-_COLUMN_MULTIPLE = 64
-"""Rows of logits are padded to a multiple of this, as ``prefixrl_kernels`` does."""
-
-_CPU_LOGITS = 2**21
-"""Logits that the head's PyTorch row kernels work on at once, with five temporaries."""
+_CPU_TEMPORARIES = 5
+"""Of the head's PyTorch row kernels, float32, over ``CPU_ELEMENTS_AT_ONCE`` logits."""
 
 _TYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
 
@@ -55,7 +53,7 @@ class Workload:
     num_microbatches: int
     """``M``: streams of each data-parallel rank."""
 
-    slots_per_token: float = 1 / 0.75
+    slots_per_token: float = 1 / MIN_FILL
     """See ``LayerShape``; the default is the most that streams of any lengths need."""
 
 
@@ -188,7 +186,7 @@ def _estimate_stage(
 ) -> StageMemory:
     """Return the memory of a rank of one stage."""
     parallel = policy.parallel
-    width = 2 if policy.dtype == "bfloat16" else 4
+    width = policy.weight_bytes
     parameters = rank_parameters(shape, parallel, stage)
     layer = LayerShape(
         shape=shape,
@@ -276,10 +274,7 @@ def _head_bytes(
     """
     parallel = policy.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    if tensor == 1:
-        columns = -(-shape.vocab_size // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
-    else:
-        columns = -(-shape.vocab_size // (128 * tensor)) * 128
+    columns = row_stride(shape.padded_vocab_size(tensor) // tensor)
     rows = -(-workload.stream_rows // context)
     plan = plan_head(
         HeadShape(
@@ -297,5 +292,6 @@ def _head_bytes(
         has_private_weight_grad=False,  # both go to main_grad
         is_weight_grad_summed=False,
     )
-    temporaries = 5 * 4 * min(rows * columns, _CPU_LOGITS) if device == "cpu" else 0
-    return plan.peak_bytes + temporaries
+    if device == "cuda":
+        return plan.peak_bytes
+    return plan.peak_bytes + _CPU_TEMPORARIES * 4 * min(rows * columns, CPU_ELEMENTS_AT_ONCE)

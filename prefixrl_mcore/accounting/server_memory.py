@@ -120,7 +120,7 @@ def estimate_server(
             f"{shape.num_attention_heads} attention heads and {groups} key-value heads; take a "
             "divisor of both"
         )
-    width = 2 if sglang.dtype == "bfloat16" else 4
+    width = sglang.weight_bytes
     heads = max(1, groups // tensor)
     asleep = _CONSTANT_MIB + _PARALLEL_MIB * tensor
     asleep += _DECODE_GRAPH_MIB * _decode_sequences(tensor) + _PREFILL_GRAPH_MIB * _PREFILL_GRAPHS

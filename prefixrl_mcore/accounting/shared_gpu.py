@@ -120,7 +120,7 @@ def _two_buckets(shape: ModelShape, sglang: SGLangConfig) -> float:
 
 def _largest_bytes(shape: ModelShape, sglang: SGLangConfig) -> int:
     """Return the bytes of the largest weight that is sent (gate and up go together)."""
-    width = 2 if sglang.dtype == "bfloat16" else 4
+    width = sglang.weight_bytes
     return width * shape.hidden_size * max(shape.vocab_size, 2 * shape.ffn_hidden_size)
 
 

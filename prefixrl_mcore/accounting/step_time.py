@@ -230,7 +230,7 @@ def _forward_seconds(
     """
     parallel = policy.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    width = 2 if policy.dtype == "bfloat16" else 4
+    width = policy.weight_bytes
     seconds = 2 * _all_reduce_seconds(shape, policy, tokens, assumptions)
     heads = 2 * shape.num_query_groups // tensor * shape.kv_channels
     gathered = (context - 1) * width * tokens * heads
@@ -261,7 +261,7 @@ def _all_reduce_seconds(
 ) -> float:
     """Return the seconds of summing hidden states over the tensor-parallel ranks."""
     tensor = policy.parallel.tensor_model_parallel_size
-    hidden = (2 if policy.dtype == "bfloat16" else 4) * tokens * shape.hidden_size
+    hidden = policy.weight_bytes * tokens * shape.hidden_size
     return 2 * (tensor - 1) / tensor * hidden / _bandwidth(assumptions, tensor)
 
 
@@ -272,7 +272,7 @@ def _gradient_seconds(shape: ModelShape, policy: PolicyConfig, assumptions: Assu
     that, and then the weights, ``w P (n - 1) / n``.
     """
     parallel = policy.parallel
-    width = 2 if policy.dtype == "bfloat16" else 4
+    width = policy.weight_bytes
     is_sharded = policy.optimizer.use_distributed_optimizer
     per_parameter = 4 + width if is_sharded else 8
     stage_ranks = parallel.world_size // parallel.pipeline_model_parallel_size

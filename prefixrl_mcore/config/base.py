@@ -1,4 +1,4 @@
-"""The strict base class of every configuration node, and the loader.
+"""The strict base class of every configuration node, and how one is read and validated.
 
 A run is described by one TOML file. Dotted command-line flags are applied on top of it.
 Nothing in this package imports torch.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,6 @@ from pydantic_core import to_jsonable_python
 
 from prefixrl_mcore.config.base import Config, ConfigError
 from prefixrl_mcore.config.run import RunConfig
-
-logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "trainer.",
@@ -61,9 +58,6 @@ MAY_CHANGE = (
 """Settings that a continued run may change: they decide how long, where and with how much memory,
 not what is computed. Exception: ``trainer.num_steps`` under a schedule that falls over the run."""
 
-_ONCE_FREE = ("trainer.num_steps", "rollout.sglang.", "rollout.transformers.")
-"""Settings that earlier versions did not save, because they let all of them change."""
-
 
 def may_change(key: str, config: RunConfig) -> bool:
     """Return whether a continued run may change the setting of a dotted key."""
@@ -100,9 +94,6 @@ def describe_settings(config: RunConfig) -> dict[str, Any]:
 def check_saved_settings(state: Mapping[str, Any], config: RunConfig, *, where: str) -> None:
     """Refuse to go on from a checkpoint under settings that may not change.
 
-    A checkpoint of an earlier version has a hash of its settings and not the settings; that is
-    logged, and ``config.json`` of the run folder, which is compared as well, is trusted.
-
     Args:
         state: the trainer's state in the checkpoint, with what ``describe_settings`` returned.
         config: the settings at hand.
@@ -111,18 +102,11 @@ def check_saved_settings(state: Mapping[str, Any], config: RunConfig, *, where: 
     Raises:
         ConfigError: naming every setting that differs, or that the checkpoint has none.
     """
-    if "config_hash" not in state:
+    if "settings" not in state:
         raise ConfigError(
             f"{where}: was not saved by this version of prefixrl train; resume it with the "
             "version that saved it"
         )
-    if "settings" not in state:
-        logger.warning(
-            "%s: an earlier version saved it with a hash of its settings, which cannot be compared "
-            "setting by setting; config.json in the folder of the run is trusted",
-            where,
-        )
-        return
     lines = differing_settings(state["settings"], config)
     if lines:
         raise ConfigError(
@@ -137,7 +121,7 @@ def check_same_inputs(saved: Mapping[str, str], now: Mapping[str, str], *, where
     """Refuse to go on with another tokenizer or reference, whatever the paths say.
 
     Args:
-        saved: digest of each input in the checkpoint, by name; earlier versions saved none.
+        saved: digest of each input in the checkpoint, by name.
         now: digests of the inputs at hand.
         where: the checkpoint, for messages.
 
@@ -167,7 +151,7 @@ def differing_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]
     defaults, now = default_settings(RunConfig), fixed_settings(config)
     lines: list[str] = []
     for key in sorted(saved.keys() | now.keys()):
-        if may_change(key, config) or (key not in saved and key.startswith(_ONCE_FREE)):
+        if may_change(key, config):
             continue  # an earlier version may have been stricter, or laxer
         if key not in now:
             lines.append(f"{key}: {saved[key]!r} there, no such setting now")

@@ -12,11 +12,14 @@ from prefixrl_mcore.config.policy import ParallelConfig, PolicyConfig
 _GROUPED_BYTES = 16
 """torch's grouped matrix product takes matrices whose rows are multiples of this."""
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+MIN_FILL = 0.75
+"""The padded layout of attention puts sequences of similar length side by side: one shorter than
+this part of the longest beside it starts anew, which bounds the attention work at
+``1 / 0.75**2 = 1.8`` times the least possible."""
 
 
 def check_supported(parallel: ParallelConfig) -> None:
-    """Refuse layouts that the policy cannot run yet.
+    """Refuse sizes that do not go together, whatever the model.
 
     Raises:
         ConfigError: if a size is not supported; the message names the field.
@@ -138,7 +141,7 @@ def check_experts(shape: ModelShape, policy: PolicyConfig) -> None:
         cuts = policy.parallel.expert_tensor_parallel_size
         raise ConfigError(
             "policy.experts.implementation = 'grouped' needs rows of whole "
-            f"{_GROUPED_BYTES} bytes: multiples of {_GROUPED_BYTES // _BYTES[policy.dtype]} in "
+            f"{_GROUPED_BYTES} bytes: multiples of {_GROUPED_BYTES // policy.weight_bytes} in "
             f"{policy.dtype}, got hidden_size {shape.hidden_size} and moe_intermediate_size "
             f"{shape.ffn_hidden_size} / expert_tensor_parallel_size {cuts} = "
             f"{shape.ffn_hidden_size // cuts}; use 'sequential'"
@@ -147,7 +150,7 @@ def check_experts(shape: ModelShape, policy: PolicyConfig) -> None:
 
 def can_group(shape: ModelShape, policy: PolicyConfig) -> bool:
     """Return whether the grouped matrix product takes the model's experts, cut as they are."""
-    multiple = _GROUPED_BYTES // _BYTES[policy.dtype]
+    multiple = _GROUPED_BYTES // policy.weight_bytes
     width = shape.ffn_hidden_size // policy.parallel.expert_tensor_parallel_size
     return shape.hidden_size % multiple == 0 and width % multiple == 0
 

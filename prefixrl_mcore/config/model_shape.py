@@ -181,7 +181,7 @@ FAMILIES: Mapping[str, Family] = {
             "qkv_bias": False,
             **_COMMON,
         },
-        # The auxiliary loss is a choice of the training; this trainer has none.
+        # The auxiliary loss is a choice of the training: policy.experts.
         ignored=_NOT_COMPUTED | {"output_router_logits", "router_aux_loss_coef"},
     ),
     "Qwen2ForCausalLM": Family(

@@ -20,16 +20,17 @@ class OptimizerConfig(Config):
 
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     """Shape of the learning rate after warm-up. ``wsd`` (warm-up, stable, decay) stays at the peak
-    and falls to ``min_lr`` in the last ``decay_fraction`` of the run."""
+    and falls to ``min_lr`` in the last ``decay_fraction`` of the steps. With ``sft_then_rl`` each
+    phase has a schedule of its own, over its own steps."""
 
     decay_fraction: float = Field(default=0.1, gt=0.0, le=1.0)
-    """Share of the run's steps in which ``wsd`` falls; unused by the other schedules."""
+    """Share of a phase's steps in which ``wsd`` falls; unused by the other schedules."""
 
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
     """How ``wsd`` falls; unused by the other schedules."""
 
     num_warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up from zero."""
+    """Optimizer steps of linear warm-up from zero, of each phase."""
 
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     """AdamW's first-moment decay."""
@@ -52,10 +53,6 @@ class OptimizerConfig(Config):
     use_precision_aware_optimizer: bool = False
     """Keep main weights and moments in the types named below; needs ``use_distributed_optimizer``,
     a bfloat16 model, and Transformer Engine's FusedAdam (not with ``cpu_offload``)."""
-
-    main_grads_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the gradient buffer. ``bfloat16`` is refused: the language-model head adds its
-    gradient to a float32 buffer."""
 
     main_params_dtype: Literal["float32", "float16"] = "float32"
     """Type of the main weights, which the optimizer steps; float16 is scaled."""
@@ -89,16 +86,6 @@ class OptimizerConfig(Config):
             raise ValueError(
                 f"policy.optimizer: {', '.join(others)} needs use_precision_aware_optimizer, got "
                 "false; switch it on or use float32"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _main_gradients_are_float32(self) -> "OptimizerConfig":
-        if self.main_grads_dtype != "float32":
-            raise ValueError(
-                f"policy.optimizer.main_grads_dtype must be 'float32', got "
-                f"{self.main_grads_dtype!r}: the language-model head adds its gradient to a "
-                "float32 buffer"
             )
         return self
 

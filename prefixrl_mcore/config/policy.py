@@ -181,6 +181,11 @@ class PolicyConfig(Config):
     """Memory and implementation of the language-model head."""
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    @property
     def stream_multiple(self) -> int:
         """Tokens that the computed length of a stream is a multiple of.
 

@@ -197,6 +197,11 @@ class SGLangConfig(Config):
         return self
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight on the servers."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    @property
     def num_members(self) -> int:
         """Servers in all, whoever started them."""
         return len(self.urls) or self.num_servers

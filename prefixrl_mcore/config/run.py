@@ -38,7 +38,8 @@ class SftConfig(Config):
     """Share of the traces held back to choose the epoch."""
 
     lr: float = Field(default=1e-5, gt=0.0)
-    """Learning rate of the supervised phase."""
+    """Peak learning rate of the supervised phase. Its schedule, warm-up and floor are those of
+    ``policy.optimizer``, over the steps of ``max_epochs``."""
 
 
 class TrainerConfig(Config):
@@ -319,6 +320,20 @@ class RunConfig(Config):
                 f'loss.kl = {self.loss.kl!r} with method = "sft_then_rl" needs '
                 "loss.reference_path, got none: the default would be model.path, the weights "
                 "before the supervised warm-up; name that folder, or one with warmed-up weights"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_supervised_peak_is_above_the_floor(self) -> "RunConfig":
+        optimizer = self.policy.optimizer
+        if (
+            self.method == "sft_then_rl"
+            and optimizer.schedule != "constant"
+            and self.sft.lr < optimizer.min_lr
+        ):
+            raise ValueError(
+                f"sft.lr must be at least policy.optimizer.min_lr, got {self.sft.lr} < "
+                f"{optimizer.min_lr}: both phases fall to it; raise the first or lower the second"
             )
         return self
 

@@ -100,9 +100,6 @@ class PackedBatch:
     num_padding_tokens: int
     """Padding over all streams: behind sequences, at streams' ends, and in filler streams."""
 
-    num_filler_streams: int
-    """Streams without any row."""
-
     cost_balance: float
     """FLOPs of the busiest data-parallel rank divided by the mean over them; 1.0 is even. Padding
     is not counted."""
@@ -190,7 +187,6 @@ def pack(
         sequence_multiple=sequence_multiple,
         has_rollout_logprobs=_has_rollout_logprobs(sequences),
         num_padding_tokens=len(streams) * stream_tokens - sum(lengths),
-        num_filler_streams=sum(stream.num_rows == 0 for stream in streams),
         cost_balance=cost_balance,
     )
 

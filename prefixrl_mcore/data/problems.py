@@ -24,7 +24,7 @@ def read_problems(
     """Return the problems of a JSON Lines file, in its order.
 
     Numbers become canonical text (``27.0`` is ``27``); thousands separators of a ``gsm8k`` answer
-    are removed (``1,080`` is ``1080``). ``source`` is the file's stem.
+    are removed (``1,080`` is ``1080``).
 
     Args:
         path: the file.
@@ -60,7 +60,6 @@ def read_problems(
                 problem_id=problem_id,
                 text=row.text(text_field),
                 answer=_answer(row, answer_field, answer_format),
-                source=path.stem,
             )
         )
     return problems

@@ -99,11 +99,6 @@ class MixtureSource:
         return len(self._items)
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the next item, from 0."""
-        return self._epoch
-
-    @property
     def num_repeats(self) -> int:
         """Items that came more than once in one ``take``, over the source's life."""
         return self._num_repeats
@@ -174,8 +169,7 @@ class MixtureSource:
         self._avoided = tuple(state["avoided"])
         self._num_head = int(state["num_head"])
         self._num_repeats = int(state["num_repeats"])
-        # A checkpoint of an earlier version has none.
-        self._returned = [self._index[name] for name in state.get("returned", ())]
+        self._returned = [self._index[name] for name in state["returned"]]
         self._order = self._make_order()
 
     def _take_returned(self, count: int) -> list[int]:

@@ -267,14 +267,6 @@ class TraceStore:
         """Return the FLOPs of all attempts, those at unsolved problems included."""
         return sum(attempt.flops for attempt in self.attempts())
 
-    def total_tokens(self) -> int:
-        """Return the prompt and completion tokens of all attempts."""
-        return sum(attempt.num_tokens for attempt in self.attempts())
-
-    def solved_problem_ids(self) -> set[str]:
-        """Return the problems that have a trace."""
-        return {attempt.problem_id for attempt in self.attempts() if attempt.is_solved}
-
     def stats(self) -> StoreStats:
         """Return totals; reads the whole store."""
         traces = list(self.traces())

@@ -39,7 +39,6 @@ ANSWER_SEPARATOR = ","
 _NUM_DIGITS = 10
 _METHOD_NAMES = string.ascii_uppercase[string.ascii_uppercase.index("P") :]
 _SOUND_STEP_TOKENS = 7
-_GUESS_STEP_TOKENS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +140,6 @@ class Quiz:
             problem_id=f"{source}-" + "".join(f"{x0}{x1}" for x0, x1 in digits),
             text=" ".join(parts),
             answer=ANSWER_SEPARATOR.join(answers),
-            source=source,
         )
 
     def _op(self, part: int) -> str:
@@ -191,22 +189,6 @@ class Quiz:
         worked = self._worked_digits(part, digits)
         return f"{start} {worked[0]} {worked[1]} {_boxed(self.part_answer(part, digits))}"
 
-    def count_sound_steps(self, texts: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Return, per operation token, (steps with the sound method, all steps) in ``texts``.
-
-        A step is an operation token, two further tokens and a method token; anything else, such
-        as the rest of a step that a prefix began, is not counted.
-        """
-        sound = self.sound_methods
-        counts = {op: [0, 0] for op in self.op_names}
-        for text in texts:
-            tokens = text.split()
-            for op, method in zip(tokens, tokens[3:], strict=False):
-                if op in sound and method in self.method_names:
-                    counts[op][0] += method == sound[op]
-                    counts[op][1] += 1
-        return {op: (num_sound, num_steps) for op, (num_sound, num_steps) in counts.items()}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rules:
@@ -244,7 +226,7 @@ def draw_problem_sets(
 
     Args:
         quiz: the rules.
-        sizes: set name → number of problems; the name becomes ``Problem.source``.
+        sizes: set name → number of problems; the name begins each id.
         seed: seed of the digits; the sets depend on the order of ``sizes``.
 
     Raises:

@@ -25,6 +25,7 @@ from prefixrl_mcore.demo.settings import TaskConfig
 from prefixrl_mcore.demo.task import build_task
 from prefixrl_mcore.eval.command import progress_file
 from prefixrl_mcore.observability.atomic import write_json_atomic
+from prefixrl_mcore.report.figures import plot_headline
 from prefixrl_mcore.report.html import build_report
 from prefixrl_mcore.report.summary import fallback_lines, write_summary
 
@@ -202,7 +203,7 @@ def _titles() -> dict[str, str]:
 
 
 def run_demo(folder: Path, *, folder_of_configs: Path, fresh: bool, engine: str | None) -> int:
-    """Run the demo in ``folder`` and print where the report is; return the exit code.
+    """Run the demo in ``folder``, print where report and picture are; return the exit code.
 
     Args:
         folder: everything is written here; an interrupted demo continues.
@@ -229,10 +230,13 @@ def run_demo(folder: Path, *, folder_of_configs: Path, fresh: bool, engine: str 
     runs = [demo.run_folder(method) for method in METHODS]
     report = build_report(runs, folder / "report.html")
     summary = write_summary(runs, folder / "summary.json", seconds_per_stage=demo.seconds_per_stage)
+    picture = plot_headline(runs, folder / "demo.png")
     for line in fallback_lines(runs):
         console.print(line, style="yellow", markup=False, highlight=False)
     console.print(f"\ndone in {clock(time.time() - start)}", highlight=False)
-    paths = f"summary: {summary.resolve()}\nreport:  {report.resolve()}"
+    paths = (
+        f"summary: {summary.resolve()}\npicture: {picture.resolve()}\nreport:  {report.resolve()}"
+    )
     Console().print(paths, highlight=False, soft_wrap=True)  # a path is to be copied
     return 0
 

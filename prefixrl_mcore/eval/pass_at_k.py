@@ -8,11 +8,16 @@ Shape legend: ``P`` problems.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
+
+_CONFIDENCE = 0.95
+"""Coverage of the intervals."""
+
+_NUM_RESAMPLES = 2000
+"""Bootstrap resamples."""
 
 _RESAMPLES_PER_CHUNK = 256
 """Bootstrap resamples drawn together; bounds the index array at 256 x P int64."""
@@ -52,24 +57,6 @@ class PrefixBin:
         """The bin holds the rollouts that had no prefix."""
         return self.high == 0.0
 
-    def holds(self, fraction: float) -> bool:
-        """Answer whether a rollout with this prefix fraction belongs here."""
-        return fraction == 0.0 if self.is_no_prefix else self.low < fraction <= self.high
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BinAccuracy:
-    """Accuracy of the rollouts whose prefix fraction fell into one bin."""
-
-    prefix_bin: PrefixBin
-    """The bin."""
-
-    accuracy: Estimate
-    """Share of correct rollouts with its Wilson interval; NaN when the bin is empty."""
-
-    num_rollouts: int
-    """Rollouts in the bin."""
-
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Return the unbiased probability that one of ``k`` samples is correct (arXiv:2107.03374).
@@ -101,40 +88,25 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - all_wrong
 
 
-def mean_pass_at_k(
-    num_samples_P: Sequence[int],
-    num_correct_P: Sequence[int],
-    k: int,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Estimate:
+def mean_pass_at_k(num_samples_P: Sequence[int], num_correct_P: Sequence[int], k: int) -> Estimate:
     """Return pass@k averaged over problems, with a bootstrap interval over problems.
 
     Args:
         num_samples_P: [P] samples drawn per problem.
         num_correct_P: [P] correct ones among them.
         k: size of the drawn subset; at most the smallest number of samples.
-        confidence: coverage of the interval.
-        num_resamples: bootstrap resamples.
-        seed: seed of the resampling.
 
     Raises:
         ValueError: if there is no problem, the lengths differ, or a count is out of range.
     """
     values_P = [pass_at_k(n, c, k) for n, c in zip(num_samples_P, num_correct_P, strict=True)]
-    return bootstrap_mean(values_P, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    return bootstrap_mean(values_P)
 
 
-def bootstrap_mean(
-    values_P: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Estimate:
-    """Return the mean of values in [0, 1] with a percentile bootstrap interval.
+def bootstrap_mean(values_P: Sequence[float]) -> Estimate:
+    """Return the mean of values in [0, 1] with a percentile bootstrap interval of 95 %.
+
+    Equal values give equal intervals: the resampling has a fixed seed.
 
     When all values are 0 (or all are 1) every resample is equal and a bootstrap would claim
     certainty. The exact binomial bound is used instead: if the share of problems that are not 0
@@ -142,9 +114,6 @@ def bootstrap_mean(
 
     Args:
         values_P: [P] one value per problem, each within [0, 1].
-        confidence: coverage of the interval.
-        num_resamples: bootstrap resamples.
-        seed: seed of the resampling.
 
     Raises:
         ValueError: if there is no value or one lies outside [0, 1].
@@ -157,17 +126,17 @@ def bootstrap_mean(
             f"bootstrap over problems: expected values within [0, 1], got {array_P.min()}"
             f"..{array_P.max()}"
         )
-    tail = (1.0 - _checked_confidence(confidence)) / 2.0
+    tail = (1.0 - _CONFIDENCE) / 2.0
     mean = float(array_P.mean())
     margin = 1.0 - tail ** (1.0 / array_P.size)
     if mean == 0.0:
         return Estimate(value=0.0, low=0.0, high=margin)
     if mean == 1.0:
         return Estimate(value=1.0, low=1.0 - margin, high=1.0)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     means = []
-    for start in range(0, num_resamples, _RESAMPLES_PER_CHUNK):
-        rows = min(_RESAMPLES_PER_CHUNK, num_resamples - start)
+    for start in range(0, _NUM_RESAMPLES, _RESAMPLES_PER_CHUNK):
+        rows = min(_RESAMPLES_PER_CHUNK, _NUM_RESAMPLES - start)
         chosen = generator.integers(0, array_P.size, size=(rows, array_P.size))
         means.append(array_P[chosen].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
@@ -199,33 +168,6 @@ def accuracy_with_stderr(
     return mean, math.sqrt(variance / len(shares_P))
 
 
-def wilson_interval(num_correct: int, num_trials: int, *, confidence: float = 0.95) -> Estimate:
-    """Return a proportion with its Wilson score interval, which stays within [0, 1].
-
-    The trials are taken as independent. Without any trial the value is NaN and the interval is
-    all of [0, 1].
-
-    Raises:
-        ValueError: unless ``0 <= num_correct <= num_trials``.
-    """
-    if not 0 <= num_correct <= num_trials:
-        raise ValueError(
-            f"num_correct must be within 0..num_trials, got {num_correct} of {num_trials}"
-        )
-    z = NormalDist().inv_cdf(0.5 + _checked_confidence(confidence) / 2.0)
-    if num_trials == 0:
-        return Estimate(value=math.nan, low=0.0, high=1.0)
-    share = num_correct / num_trials
-    scale = 1.0 + z * z / num_trials
-    centre = (share + z * z / (2 * num_trials)) / scale
-    spread = share * (1.0 - share) / num_trials + z * z / (4 * num_trials * num_trials)
-    half = z * math.sqrt(spread) / scale
-    # Rounding leaves 1e-17 where the ends are exactly 0 and 1.
-    low = 0.0 if num_correct == 0 else centre - half
-    high = 1.0 if num_correct == num_trials else centre + half
-    return Estimate(value=share, low=low, high=high)
-
-
 def prefix_bins(edges: Sequence[float]) -> tuple[PrefixBin, ...]:
     """Return the bin without a prefix, followed by one bin between each pair of edges.
 
@@ -240,58 +182,3 @@ def prefix_bins(edges: Sequence[float]) -> tuple[PrefixBin, ...]:
         )
     between = (PrefixBin(low=low, high=high) for low, high in itertools.pairwise(edges))
     return (PrefixBin(low=0.0, high=0.0), *between)
-
-
-def assign_bin(fraction: float, bins: Sequence[PrefixBin]) -> PrefixBin | None:
-    """Return the bin of a prefix fraction, or None if no bin covers it; the caller counts those.
-
-    Raises:
-        ValueError: if the fraction is not within [0, 1].
-    """
-    if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"a prefix fraction lies within [0, 1], got {fraction}")
-    return next((prefix_bin for prefix_bin in bins if prefix_bin.holds(fraction)), None)
-
-
-def accuracy_by_bin(
-    outcomes: Iterable[tuple[float, bool]],
-    bins: Sequence[PrefixBin],
-    *,
-    confidence: float = 0.95,
-) -> tuple[list[BinAccuracy], int]:
-    """Return accuracy per bin in the order of ``bins``, and how many rollouts no bin covers.
-
-    Args:
-        outcomes: (prefix fraction, is correct) of each rollout.
-        bins: the bins; see :func:`prefix_bins`.
-        confidence: coverage of the Wilson intervals.
-
-    Raises:
-        ValueError: if a fraction is not within [0, 1].
-    """
-    num_correct = dict.fromkeys(bins, 0)
-    num_rollouts = dict.fromkeys(bins, 0)
-    num_outside = 0
-    for fraction, is_correct in outcomes:
-        prefix_bin = assign_bin(fraction, bins)
-        if prefix_bin is None:
-            num_outside += 1
-            continue
-        num_rollouts[prefix_bin] += 1
-        num_correct[prefix_bin] += is_correct
-    accuracies = [
-        BinAccuracy(
-            prefix_bin=b,
-            accuracy=wilson_interval(num_correct[b], num_rollouts[b], confidence=confidence),
-            num_rollouts=num_rollouts[b],
-        )
-        for b in bins
-    ]
-    return accuracies, num_outside
-
-
-def _checked_confidence(confidence: float) -> float:
-    """Return ``confidence``, refusing what is no coverage probability."""
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
-    return confidence

@@ -320,6 +320,10 @@ def _rows(config: RunConfig, shape: ModelShape, size: ModelSize) -> list[tuple[s
     most_tokens = num_rollouts * rollout.max_total_tokens
     n = size.num_active_parameters
     most_flops = sampling_flops(n, most_tokens) + update_flops(n, most_tokens)
+    rule = "2ND sampling + 6ND update"
+    if config.loss.kl != "none":
+        most_flops += sampling_flops(n, most_tokens)
+        rule += " + 2ND reference"
     layout = parallel.arithmetic
     if shape.mixture:
         layout += f", experts over {parallel.expert_model_parallel_size}"
@@ -343,7 +347,7 @@ def _rows(config: RunConfig, shape: ModelShape, size: ModelSize) -> list[tuple[s
             f"{num_rollouts * rollout.max_completion_tokens:.4g} sampled",
         ),
         ("stream", f"{config.stream_tokens} tokens in one microbatch"),
-        ("FLOPs of a step", f"at most {most_flops:.3g} (2ND sampling + 6ND update)"),
+        ("FLOPs of a step", f"at most {most_flops:.3g} ({rule})"),
         (
             "steps",
             f"{config.trainer.num_steps}: at most "

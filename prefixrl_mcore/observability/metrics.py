@@ -86,10 +86,15 @@ class MetricsWriter:
         _rewrite(self._path, lambda line: line["kind"] != "sft" or line["step"] <= num_epochs_done)
         self._file = self._path.open("a", encoding="utf-8")
 
+    def shows_rollouts(self, step: int) -> bool:
+        """Return whether a service shows the rollouts of this step: rows are costly to make."""
+        return any(sink.shows_rollouts(step) for sink in self._sinks)
+
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Hand a table of rollouts to the services that show one."""
+        """Hand a table of rollouts to the services that show this step's."""
         for sink in self._sinks:
-            sink.write_rollouts(step, rows)
+            if sink.shows_rollouts(step):
+                sink.write_rollouts(step, rows)
 
     @property
     def wandb_id(self) -> str | None:
@@ -187,9 +192,13 @@ class _WandbSink:
         """Log one row, with the step that all curves are drawn over."""
         self._log({_shown_name(kind, name): value for name, value in values.items()}, step)
 
+    def shows_rollouts(self, step: int) -> bool:
+        """Return whether a table is due: one every so many steps."""
+        return step % self._every_steps == 0
+
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Upload a table of rollouts every so many steps."""
-        if step % self._every_steps or not rows:
+        """Upload a table of rollouts."""
+        if not rows:
             return
         columns: list[int | str] = list(rows[0])
         table = self._wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
@@ -222,8 +231,9 @@ class _TensorboardSink:
         for name, value in values.items():
             self._writer.add_scalar(_shown_name(kind, name), value, step)
 
-    def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """TensorBoard has no tables; the Parquet files hold them."""
+    def shows_rollouts(self, step: int) -> bool:
+        """Return False: TensorBoard has no tables; the Parquet files hold them."""
+        return False
 
     def close(self) -> None:
         self._writer.close()

@@ -123,10 +123,6 @@ class Phases:
         """Say that the coming phases belong to no step."""
         self._state = replace(self._state, step="")
 
-    def seconds(self, name: Phase) -> float:
-        """Return the seconds spent in ``name`` since the last ``take``."""
-        return self._seconds.get(name, 0.0)
-
     def take(self) -> dict[str, float]:
         """Return ``time/<phase>_seconds`` and their sum ``time/step_seconds``, and start anew.
 

@@ -163,7 +163,7 @@ def build_scheduler(
         optimizer: its parameter groups get learning rate and weight decay.
         config: shape of the schedule.
         lr: peak learning rate (``config.lr`` is not read, so that phases can differ).
-        num_steps: optimizer steps of the run.
+        num_steps: optimizer steps of the phase (reinforcement learning, or the supervised one).
 
     Raises:
         ValueError: if the warm-up leaves no step, the decay does not fit behind it, or ``min_lr``
@@ -173,14 +173,14 @@ def build_scheduler(
     decay = max(1, round(config.decay_fraction * num_steps))
     if config.schedule == "wsd" and warmup + decay > num_steps:
         raise ValueError(
-            "policy.optimizer: the warm-up and the decay of wsd must fit into the run, got "
+            "policy.optimizer: the warm-up and the decay of wsd must fit into each phase, got "
             f"num_warmup_steps {warmup} + decay_fraction {config.decay_fraction} of {num_steps} "
             f"steps = {decay}; lower one of them"
         )
     if config.schedule != "constant" and warmup >= num_steps:
         raise ValueError(
-            f"policy.optimizer.num_warmup_steps must be below the number of steps, got {warmup} "
-            f">= {num_steps}"
+            "policy.optimizer.num_warmup_steps must be below the number of steps of each phase "
+            f"(trainer.num_steps, and those of sft.max_epochs), got {warmup} >= {num_steps}"
         )
     if config.schedule != "constant" and config.min_lr > lr:
         raise ValueError(

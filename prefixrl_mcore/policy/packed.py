@@ -21,12 +21,9 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from prefixrl_mcore.config.layout import MIN_FILL
 from prefixrl_mcore.config.rotary import Llama3Scaling
 from prefixrl_mcore.policy.context import ContextShare
-
-MIN_FILL = 0.75
-"""Sequences shorter than this part of a bucket's longest one start a new bucket, which bounds the
-attention work at ``1 / 0.75**2 = 1.8`` times the least possible."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,6 @@ class MegatronPolicy:
         """Told of the phases of an update; a trainer puts its own here."""
         self._policy = policy
         self._loss = loss
-        self._num_steps = num_steps
         self.stream_settings = self._stream_settings(temperature, logits_dtype)
         torch.manual_seed(seed)
         self.model_chunks: list[DistributedDataParallel] = build_model_chunks(
@@ -121,7 +120,7 @@ class MegatronPolicy:
         )
         self.optimizer: MegatronOptimizer
         self.scheduler: OptimizerParamScheduler
-        self.reset_optimizer(policy.optimizer.lr)
+        self.reset_optimizer(policy.optimizer.lr, num_steps=num_steps)
 
     @classmethod
     def build(
@@ -191,9 +190,9 @@ class MegatronPolicy:
         are read, right after the step.
 
         Minimises ``sum_r weights_r * loss_r / num_trained_tokens`` over the global batch. When no
-        row can carry a gradient (no trained token, or every advantage zero without an entropy
-        bonus, a KL term or a loss of the routers) nothing changes: not the weights, not the
-        moments, not the schedule, not ``policy_version``; the metrics are still computed.
+        row can carry a gradient (every advantage zero without an entropy bonus, a KL term or a
+        loss of the routers) nothing changes: not the weights, not the moments, not the schedule,
+        not ``policy_version``; the metrics are still computed.
 
         Args:
             batch: equal on every rank, packed for this number of data-parallel ranks.
@@ -209,14 +208,6 @@ class MegatronPolicy:
         loss = loss or self._loss
         learning_rate = self.learning_rate
         is_skipped = not self._has_gradient(batch, loss)
-        if is_skipped and batch.num_trained_tokens == 0:
-            return UpdateResult(
-                loss=0.0,
-                gradient_norm=0.0,
-                learning_rate=learning_rate,
-                num_trained_tokens=0,
-                was_skipped=True,
-            )
         self._zero_gradients()
         totals, forward_backward_seconds = self._run_loss(batch, loss, forward_only=is_skipped)
         balance = self._balance_metrics(batch)
@@ -301,17 +292,6 @@ class MegatronPolicy:
         self._check_batch(batch)
         return self._passes.row_statistics(batch)
 
-    @cpu_runtime.megatron_on_cpu()
-    def reference_logprobs(self, batch: PackedBatch) -> list[np.ndarray] | None:
-        """Return the reference's logprobs of this rank's rows, by microbatch.
-
-        None on pipeline stages without the head.
-
-        Raises:
-            ValueError: if the policy was built without a KL term.
-        """
-        return self._passes.reference_logprobs(batch)
-
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, full tensor) of every weight on rank 0, nothing elsewhere.
 
@@ -319,11 +299,18 @@ class MegatronPolicy:
         """
         return export_hf_weights(self.model_chunks, self.hf_config)
 
-    def reset_optimizer(self, lr: float) -> None:
-        """Start the optimizer anew: empty moments, schedule at its beginning with peak ``lr``.
+    def reset_optimizer(self, lr: float, *, num_steps: int) -> None:
+        """Start the optimizer anew: empty moments, schedule at its beginning.
 
         Weights and ``policy_version`` stay. The old optimizer is gone before the new one is built:
         a rank need not have room for both.
+
+        Args:
+            lr: peak learning rate of the phase that begins.
+            num_steps: optimizer steps of that phase, which the schedule covers.
+
+        Raises:
+            ValueError: if the schedule does not fit into the phase.
         """
         if hasattr(self, "optimizer"):
             del self.optimizer, self.scheduler
@@ -332,7 +319,7 @@ class MegatronPolicy:
                 torch.cuda.empty_cache()
         self.optimizer = build_optimizer(self.model_chunks, self._policy, lr=lr)
         self.scheduler = build_scheduler(
-            self.optimizer, self._policy.optimizer, lr=lr, num_steps=self._num_steps
+            self.optimizer, self._policy.optimizer, lr=lr, num_steps=num_steps
         )
 
     @cpu_runtime.megatron_on_cpu()

@@ -1,4 +1,4 @@
-"""The README's picture: accuracy against FLOPs, training beside held-out, and the unlock curve."""
+"""The demo's picture, which the README shows: accuracy against FLOPs, and the unlock curve."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -166,10 +165,3 @@ def _rollouts_lead(choices: Sequence[RolloutChoice]) -> str:
     )
     shortened = sum(choice.num_shortened for choice in choices)
     return f"{text} {shortened} long texts are shortened in the middle." if shortened else text
-
-
-def embedded_rollouts(page: str) -> list[Any]:
-    """Return the rollouts that a page carries, by run; the inverse of the embedding."""
-    start = page.index('<script type="application/json" id="rollouts">')
-    text = page[page.index(">", start) + 1 : page.index("</script>", start)]
-    return json.loads(text)

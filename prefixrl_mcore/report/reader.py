@@ -163,10 +163,6 @@ class RunRecord:
         """Return the steps at which a training quantity is known, and its values."""
         return _series(self.train, key)
 
-    def eval_series(self, key: str) -> tuple[list[int], list[float]]:
-        """Return the steps at which an evaluated quantity is known, and its values."""
-        return _series(self.evals, key)
-
     def charged(self, part: str) -> float:
         """Return the FLOPs charged so far to ``total``, ``collect``, ``sft``, ..."""
         known = [

@@ -51,10 +51,9 @@ _COLUMNS = (
     "extracted",
     "finish_reason",
     "policy_version",
+    "version_spans",
+    "is_dropped",
 )
-
-_LATER_COLUMNS = ("version_spans", "is_dropped")
-"""Columns that tables of earlier versions lack."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,9 +164,7 @@ def _read_groups(
     compact = {}
     for path in dict.fromkeys(path for path, _ in plan):
         wanted = [group for other, group in plan if other == path]
-        present = pq.read_schema(path).names
-        columns = [name for name in (*_COLUMNS, *_LATER_COLUMNS) if name in present]
-        table = pq.read_table(path, columns=columns, filters=[("group_index", "in", wanted)])
+        table = pq.read_table(path, columns=list(_COLUMNS), filters=[("group_index", "in", wanted)])
         rows: dict[int, list[dict[str, Any]]] = {}
         for row in table.to_pylist():
             rows.setdefault(row["group_index"], []).append(row)
@@ -224,7 +221,7 @@ def _compact_group(
         "fraction": round(first["fraction"] or 0.0, 4),
         "answer": first["answer"],
         "versions": _versions(rows),
-        "dropped": bool(first.get("is_dropped")),
+        "dropped": bool(first["is_dropped"]),
         "prompt": prompt,
         "prefix": prefix,
         "prompt_tokens": len(first["prompt_token_ids"] or ()),
@@ -236,7 +233,7 @@ def _compact_group(
 
 def _versions(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the oldest and the newest policy version that sampled any of the rows' tokens."""
-    spans = [span["policy_version"] for row in rows for span in row.get("version_spans") or ()]
+    spans = [span["policy_version"] for row in rows for span in row["version_spans"] or ()]
     versions = spans or [row["policy_version"] for row in rows]
     return [min(versions), max(versions)]
 

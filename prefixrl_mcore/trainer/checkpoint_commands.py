@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -102,7 +103,7 @@ def _row(entry: CheckpointEntry) -> list[Text]:
         Text(name),
         Text("?" if state is None else str(state.step)),
         Text("?" if state is None else str(state.policy_version)),
-        Text(_size(entry.size_bytes)),
+        Text(decimal(entry.size_bytes)),
         Text(_layout(entry)),
         Text(_age(entry)),
         complete,
@@ -114,7 +115,7 @@ def _details(entry: CheckpointEntry) -> dict[str, str]:
     values = {
         "complete": "yes" if entry.problem is None else f"no: {entry.problem}",
         "latest": "yes" if entry.is_latest else "no",
-        "size": f"{_size(entry.size_bytes)} ({entry.size_bytes} bytes)",
+        "size": f"{decimal(entry.size_bytes)} ({entry.size_bytes} bytes)",
         "age": _age(entry),
     }
     state = entry.state
@@ -141,16 +142,6 @@ def _layout(entry: CheckpointEntry) -> str:
     if entry.state is None or not entry.state.layout:
         return "?" if entry.state is None or entry.state.world_size else "none"
     return show_layout(entry.state.layout)
-
-
-def _size(size_bytes: int) -> str:
-    """Return a size in powers of 1000, three digits."""
-    value, unit = float(size_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}"
 
 
 def _age(entry: CheckpointEntry) -> str:

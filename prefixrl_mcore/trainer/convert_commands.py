@@ -1,6 +1,5 @@
 """``prefixrl convert to-hf | from-hf``: conversion with progress, speed and memory shown."""
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
@@ -16,9 +16,7 @@ from prefixrl_mcore.observability.memory import MemoryWatch
 from prefixrl_mcore.observability.progress import byte_progress
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[KMGT]?i?B?)", re.IGNORECASE)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = TypeAdapter(ByteSize)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,10 +122,10 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: if it is no size of at least one byte.
     """
-    match = _SIZE.fullmatch(text.strip())
-    units = _BINARY_UNITS if match and "i" in match["unit"].lower() else _UNITS
-    prefix = match["unit"].upper().rstrip("IB") if match else ""
-    size = int(float(match["number"]) * units[prefix]) if match else 0
+    try:
+        size = int(_SIZE.validate_python(text))
+    except ValidationError:
+        size = 0
     if size < 1:
         raise ValueError(f"size {text!r}: expected a number of bytes such as 5GB or 500MB")
     return size

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prefixrl_mcore.config.layout import MIN_FILL
 from prefixrl_mcore.config.run import RunConfig
-from prefixrl_mcore.policy.packed import MIN_FILL
 from prefixrl_mcore.records import TrainingSequence
 from prefixrl_mcore.trainer.memory import highest_peak, reset_peaks
 from prefixrl_mcore.trainer.out_of_memory import describe_batch, describe_bytes

@@ -203,16 +203,13 @@ def restore(session: Session, checkpoint: Path) -> None:
     """
     step, state = load_checkpoint(checkpoint, session.policy)
     check_saved_settings(state, session.config, where=str(checkpoint))
-    check_same_inputs(state.get("inputs", {}), session.saves.input_digests, where=str(checkpoint))
+    check_same_inputs(state["inputs"], session.saves.input_digests, where=str(checkpoint))
     session.source.load_state(state["source"])
-    if "rollouts" in state:  # a checkpoint of an earlier version has none
-        session.supply.load_state(state["rollouts"])
+    session.supply.load_state(state["rollouts"])
     session.meter.load_state(state["flops"])
     session.num_steps_done = step
     session.saves.saver.resume_from(step)
-    session.saves.saver.longest_seconds = state.get(
-        "save_seconds", 0.0
-    )  # an earlier version has none
+    session.saves.saver.longest_seconds = state["save_seconds"]
     if state["is_evaluated"]:
         session.saves.evaluations = {step: read_trainer_state(checkpoint).metrics}
     else:

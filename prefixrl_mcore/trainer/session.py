@@ -290,7 +290,11 @@ class Session:
         Raises:
             LogprobGapError: if engine and policy disagree, and the run is to stop then.
         """
-        self.meter.charge_update_on(rollouts.groups, num_computed_tokens=update.num_computed_tokens)
+        self.meter.charge_update_on(
+            rollouts.groups,
+            num_computed_tokens=update.num_computed_tokens,
+            has_reference=self.config.loss.kl != "none",
+        )
         over_ranks = rank_metrics(self.topology, update)
         times = self.phases.take()
         if self.metrics is not None:
@@ -322,10 +326,7 @@ class Session:
             **figures,
         }
         self.metrics.write("train", step, values)
-        rows = rollout_rows(step, rollouts, self.renderer)
-        if step % self.config.trainer.rollouts_every_steps == 0:
-            write_rollouts(self.folder.rollouts, step, rows)
-        self.metrics.write_rollouts(step, rows)
+        self._write_rollouts(step, rollouts, self.metrics)
         self.progress.update(
             step + 1,
             waiting_for="next step",
@@ -333,6 +334,16 @@ class Session:
             all_negative=values["rollout/all_negative_fraction"],
             tokens_per_s=values["rollout/tokens_per_second"],
         )
+
+    def _write_rollouts(self, step: int, rollouts: Generated, metrics: MetricsWriter) -> None:
+        """Write the step's rollouts where they are due; all ranks wait while texts are decoded."""
+        is_kept = step % self.config.trainer.rollouts_every_steps == 0
+        if not is_kept and not metrics.shows_rollouts(step):
+            return
+        rows = rollout_rows(step, rollouts, self.renderer)
+        if is_kept:
+            write_rollouts(self.folder.rollouts, step, rows)
+        metrics.write_rollouts(step, rows)
 
     def log_outside(self, step: int) -> None:
         """Write the times that no step's line has; ``step`` is the number of steps done."""

@@ -52,6 +52,9 @@ class _Position:
     best_loss: float
     """Its validation loss, nats per token."""
 
+    learning_rate: float = 0.0
+    """Of the last step of this start."""
+
     save_seconds: float = 0.0
     """Longest save since this start."""
 
@@ -76,13 +79,14 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
     folder = session.folder.path / "sft"
     validation_batch = _pack(session, validation)
     steps_per_epoch = -(-len(training) // run.sft.traces_per_step)
-    session.policy.reset_optimizer(run.sft.lr)
+    num_steps = run.sft.max_epochs * steps_per_epoch
+    session.policy.reset_optimizer(run.sft.lr, num_steps=num_steps)
     at = _begin(session, folder, validation_batch, steps_per_epoch)
     if session.metrics is not None:
         session.metrics.drop_sft_beyond(at.step // steps_per_epoch)
     stop.begin_steps()
-    while at.step < run.sft.max_epochs * steps_per_epoch:
-        _train_step(session, training, at.step, steps_per_epoch)
+    while at.step < num_steps:
+        at.learning_rate = _train_step(session, training, at.step, steps_per_epoch)
         at.step += 1
         epoch, num_steps_beyond = divmod(at.step, steps_per_epoch)
         if num_steps_beyond == 0 and _end_epoch(session, folder, epoch, validation_batch, at):
@@ -129,7 +133,7 @@ def _end_epoch(
     """Validate, log and perhaps keep an epoch; return whether patience is at its end."""
     config = session.config.sft
     loss = _validation_loss(session, validation_batch)
-    _log_epoch(session, epoch, loss)
+    _log_epoch(session, epoch, loss, at.learning_rate)
     if config.keep == "last" or loss < at.best_loss:
         # A refused epoch is not kept: the next one that is better than the kept one is saved.
         with nullcontext() if epoch == config.max_epochs else session.saves.refusal_counted():
@@ -146,7 +150,7 @@ def _finish(session: Session, folder: Path, best_loss: float) -> None:
     best = run_on_first(lambda: latest_checkpoint(folder))
     assert best is not None, "epoch 0 was saved before the first epoch"
     best_epoch, _ = load_checkpoint(best, session.policy)
-    session.policy.reset_optimizer(run.policy.optimizer.lr)
+    session.policy.reset_optimizer(run.policy.optimizer.lr, num_steps=run.trainer.num_steps)
     if best_epoch == 0:
         logger.warning(
             "sft: no epoch improved the validation loss %.4f; RL starts from the initial weights. "
@@ -195,8 +199,8 @@ def split_traces(
 
 def _train_step(
     session: Session, training: Sequence[Trace], step: int, steps_per_epoch: int
-) -> None:
-    """Take one optimizer step; each epoch has a random order of its own."""
+) -> float:
+    """Take one optimizer step and return its learning rate; each epoch has its own order."""
     run = session.config
     epoch, index = divmod(step, steps_per_epoch)
     order = np.random.default_rng([run.seed, 2, epoch]).permutation(len(training))
@@ -205,6 +209,7 @@ def _train_step(
     session.progress.update(waiting_for=f"sft epoch {epoch + 1}")
     update = session.supervised_update(step, _pack(session, chosen), MAXIMUM_LIKELIHOOD)
     session.meter.charge_sft(_num_tokens(chosen), num_computed_tokens=update.num_computed_tokens)
+    return update.learning_rate
 
 
 def _validation_loss(session: Session, batch: PackedBatch) -> float:
@@ -213,11 +218,12 @@ def _validation_loss(session: Session, batch: PackedBatch) -> float:
     return -sum(float(logprobs.sum()) for logprobs, _ in statistics) / batch.num_trained_tokens
 
 
-def _log_epoch(session: Session, epoch: int, loss: float) -> None:
+def _log_epoch(session: Session, epoch: int, loss: float, learning_rate: float) -> None:
     """Log one epoch, and write it to the metrics of rank 0."""
     logger.info("sft epoch %d: validation loss %.4f nats per token", epoch, loss)
     if session.metrics is not None:
-        values = {"loss/validation_nats": loss, **session.meter.metrics()}
+        values = {"loss/validation_nats": loss, "policy/learning_rate": learning_rate}
+        values |= session.meter.metrics()
         session.metrics.write("sft", epoch, values)
 
 

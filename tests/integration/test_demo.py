@@ -49,6 +49,8 @@ def test_the_demo_runs_every_stage_once_and_ends_with_report_and_summary(
     out = capsys.readouterr().out
     assert str(folder / "report.html") in out
     assert str(folder / "summary.json") in out
+    assert str(folder / "demo.png") in out
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "held-out" in (folder / "report.html").read_text()
 
     summary = json.loads((folder / "summary.json").read_text())

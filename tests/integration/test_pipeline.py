@@ -326,6 +326,14 @@ def test_the_baselines_are_the_same_program(
 ) -> None:
     run = tmp_path / method
     flags = ("--method", method, "--sft.lr", "1e-4", "--trainer.num-steps", "2")
+    flags += (
+        "--sft.max-epochs",
+        "4",
+        "--sft.keep",
+        "last",
+        "--policy.optimizer.schedule",
+        "linear",
+    )
     assert tiny_task.run("train", run, *flags) == 0
     first = metrics_of(run, "eval")[0]
     assert all(line["rollout/num_prefix_groups"] == 0 for line in metrics_of(run, "train"))
@@ -335,7 +343,11 @@ def test_the_baselines_are_the_same_program(
         assert first["flops/sft"] > 0
         assert first["flops/total"] == first["flops/collect"] + first["flops/sft"]
         epochs = metrics_of(run, "sft")
-        assert [line["step"] for line in epochs] == list(range(1, len(epochs) + 1))
+        assert [line["step"] for line in epochs] == [1, 2, 3, 4]
+        rates = [line["policy/learning_rate"] for line in epochs]  # an epoch is one step
+        assert rates == pytest.approx([1e-4, 0.75e-4, 0.5e-4, 0.25e-4])
+        peak, halfway = (line["policy/learning_rate"] for line in metrics_of(run, "train"))
+        assert halfway == pytest.approx(peak / 2)  # the other phase, over its two steps
 
 
 @pytest.mark.slow

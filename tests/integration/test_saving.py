@@ -118,6 +118,8 @@ def test_a_run_with_a_reference_goes_on_exactly_with_that_reference_only(
     assert tiny_task.run("train --resume", run, *kl, *flags) == 0  # moved
     lines = metrics_of(run, "train")
     assert without_clock(lines) == without_clock(metrics_of(whole, "train"))
+    # 2ND for the reference and 6ND for the update beside 2ND for sampling.
+    assert lines[-1]["flops/update"] == 4 * lines[-1]["flops/sampling"]
     weights = model / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1

@@ -365,6 +365,10 @@ def _rollout_rows(
                     "extracted": answer if solved[index] else answer[:-1] + "0",
                     "finish_reason": "stop" if has_stopped else "length",
                     "policy_version": step,
+                    "version_spans": [
+                        {"policy_version": step, "num_tokens": len(completion) + has_stopped}
+                    ],
+                    "is_dropped": False,
                 }
             )
     return rows

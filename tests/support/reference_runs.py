@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from prefixrl_mcore.config.policy import LossConfig, OptimizerConfig, ParallelConfig
+from prefixrl_mcore.data.packing import PackedBatch
+from prefixrl_mcore.policy import cpu_runtime
+from prefixrl_mcore.policy.policy import MegatronPolicy
 from prefixrl_mcore.records import UpdateResult
 from tests.support.layouts import ADAM_EPS, batch_for
 from tests.support.policies import NO_CLIPPING, build_policy, max_difference, weights_of
@@ -13,6 +16,12 @@ from tests.support.policies import NO_CLIPPING, build_policy, max_difference, we
 def kl_loss(folder: Path, kl: str = "k3") -> LossConfig:
     """Return REINFORCE with a KL term against the model in ``folder``."""
     return LossConfig.model_validate({"kl": kl, "kl_coefficient": 0.5, "reference_path": folder})
+
+
+@cpu_runtime.megatron_on_cpu()
+def reference_logprobs(policy: MegatronPolicy, batch: PackedBatch) -> list[np.ndarray] | None:
+    """Return the reference's logprobs of this rank's rows, as an update asks for them."""
+    return policy._passes.reference_logprobs(batch)
 
 
 def update_twice(
@@ -40,7 +49,7 @@ def update_twice(
     )
     batch = batch_for(parallel)
     before = weights_of(policy)
-    policy.reference_logprobs(batch)
+    reference_logprobs(policy, batch)
     assert max_difference(before, weights_of(policy)) == 0.0
     results = [policy.update(batch), policy.update(batch)]
     assert all(np.isfinite(result.loss) for result in results)

@@ -16,9 +16,7 @@ from prefixrl_kernels.head.matmul import wide_dtype
 from prefixrl_kernels.head.row_index import RowIndex
 from prefixrl_kernels.head.row_kernels import LossInputs
 from prefixrl_kernels.head.vocab import VocabShard
-
-_ELEMENTS_AT_ONCE = 2**21
-"""Logits in one go of elementwise work: temporaries stay in the processor's cache."""
+from prefixrl_kernels.head_plan import CPU_ELEMENTS_AT_ONCE
 
 _NEG_INF = float("-inf")
 
@@ -253,6 +251,6 @@ def _kl_terms(
 
 def _row_slices(logits_RV: Tensor) -> Iterator[slice]:
     """Yield slices of rows that hold few enough elements."""
-    step = max(1, _ELEMENTS_AT_ONCE // max(logits_RV.size(1), 1))
+    step = max(1, CPU_ELEMENTS_AT_ONCE // max(logits_RV.size(1), 1))
     for first in range(0, logits_RV.size(0), step):
         yield slice(first, first + step)

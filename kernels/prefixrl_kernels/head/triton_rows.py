@@ -24,7 +24,8 @@ from prefixrl_kernels.head.triton_row_kernels import (
     statistics_kernel,
     weigh_kernel,
 )
-from prefixrl_kernels.head.vocab import COLUMN_MULTIPLE, VocabShard
+from prefixrl_kernels.head.vocab import VocabShard
+from prefixrl_kernels.head_plan import row_stride
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,9 +123,7 @@ class TritonRows:
         if not num_stored:  # a shard of nothing but padding
             return
         # An aligned end makes vector stores; what lies between it and the last column is padding.
-        num_written = min(
-            triton.cdiv(num_stored, COLUMN_MULTIPLE) * COLUMN_MULTIPLE, out_RV.stride(0)
-        )
+        num_written = min(row_stride(num_stored), out_RV.stride(0))
         block = self._column_block(num_written)
         grad_logits_kernel[(num_rows, triton.cdiv(num_written, block))](
             logits_RV,

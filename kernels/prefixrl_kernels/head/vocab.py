@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-COLUMN_MULTIPLE = 64
-"""Rows of logits start at multiples of this many elements: cuBLAS takes its fast kernels only
-when the leading dimension keeps 16-byte alignment."""
+from prefixrl_kernels.head_plan import row_stride
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,13 +30,13 @@ class VocabShard:
     def build(cls, *, num_columns: int, start: int, true_vocab_size: int) -> "VocabShard":
         """Return the shard that starts at token ``start`` and has ``num_columns`` columns."""
         num_true = min(max(true_vocab_size - start, 0), num_columns)
-        aligned = -(-num_true // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-        return cls(start=start, num_true_columns=num_true, num_columns=min(aligned, num_columns))
+        num_aligned = min(row_stride(num_true), num_columns)
+        return cls(start=start, num_true_columns=num_true, num_columns=num_aligned)
 
     @property
     def row_stride(self) -> int:
         """Elements from one row of a logits buffer to the next."""
-        return -(-self.num_columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        return row_stride(self.num_columns)
 
 
 def gather_partials(partials_4R: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:

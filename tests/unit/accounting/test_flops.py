@@ -65,7 +65,7 @@ def test_a_step_by_hand() -> None:
     groups = [_group(10, 5, [4, 6], cached=14), _group(10, 0, [3, 3], cached=0)]
     meter = FlopsMeter(num_parameters=100, collect_flops=5e5)
     meter.charge_sampling(66, num_cached_tokens=14)
-    meter.charge_update_on(groups, num_computed_tokens=96)
+    meter.charge_update_on(groups, num_computed_tokens=96, has_reference=False)
     # 2 * 100 * 66 and 6 * 100 * 66: groups without any gradient are charged as well.
     assert meter.sampling_flops == 13_200.0
     assert meter.update_flops == 39_600.0
@@ -87,6 +87,15 @@ def test_a_step_by_hand() -> None:
     }
 
 
+def test_the_forward_pass_of_a_reference_is_a_third_of_the_update() -> None:
+    meter = FlopsMeter(num_parameters=100)
+    meter.charge_update_on(
+        [_group(10, 5, [4, 6], cached=14)], num_computed_tokens=48, has_reference=True
+    )
+    assert meter.update_flops == 6 * 100 * 40 + 2 * 100 * 40
+    assert (meter.charged_tokens, meter.computed_tokens) == (2 * 40, 2 * 48)
+
+
 def test_what_is_interrupted_is_charged_beside_the_course_of_the_run() -> None:
     meter = FlopsMeter(num_parameters=100, collect_flops=5e5)
     meter.charge_sampling(60)
@@ -101,14 +110,6 @@ def test_what_is_interrupted_is_charged_beside_the_course_of_the_run() -> None:
         "tokens/charged": 102.0,
         "tokens/computed": 88.0,
     }
-
-
-def test_a_state_of_an_earlier_version_has_no_interruptions() -> None:
-    state = FlopsMeter(num_parameters=100).state()
-    del state["interrupted_tokens"], state["num_interrupted_generations"]
-    meter = FlopsMeter(num_parameters=100)
-    meter.load_state(state)
-    assert meter == FlopsMeter(num_parameters=100)
 
 
 def test_the_state_survives_json() -> None:

@@ -102,6 +102,16 @@ def test_the_reference_beside_a_supervised_warm_up_is_named(tmp_path: Path) -> N
     assert _load(tmp_path, text + 'reference_path = "m"\n').loss.reference_path == Path("m")
 
 
+def test_the_supervised_learning_rate_falls_to_the_same_floor(tmp_path: Path) -> None:
+    text = 'method = "sft_then_rl"\n' + MINIMAL + "[sft]\nlr = 1e-7\n"
+    text += "[policy.optimizer]\nmin_lr = 2e-7\n"
+    assert _load(tmp_path, text).sft.lr == 1e-7  # a constant rate has no floor
+    falling = text + 'schedule = "cosine"\n'
+    with pytest.raises(ConfigError, match=r"sft\.lr must be .* got 1e-07 < 2e-07: both phases"):
+        _load(tmp_path, falling)
+    assert _load(tmp_path, falling.replace('"sft_then_rl"', '"rl"')).sft.lr == 1e-7  # not used
+
+
 ROUNDED = MINIMAL.replace("[data]", 'logits_dtype = "bfloat16"\n[data]')
 
 

@@ -59,10 +59,6 @@ def mixture() -> ModelShape:
             "main_params_dtype = 'float16', exp_avg_dtype = 'bfloat16' needs use_precision_aware",
         ),
         (
-            {"optimizer": {**SHARDED, "main_grads_dtype": "bfloat16"}},
-            "main_grads_dtype must be 'float32'",
-        ),
-        (
             {"optimizer": {"cpu_offload": True, "use_distributed_optimizer": True}},
             "cpu_offload needs use_precision_aware_optimizer",
         ),

@@ -240,14 +240,3 @@ def test_a_position_with_given_back_items_is_exact() -> None:
     again = MixtureSource(_items(7), seed=1)
     again.load_state(state)
     assert [source.take(4) for _ in range(5)] == [again.take(4) for _ in range(5)]
-
-
-def test_a_position_of_an_earlier_version_has_nothing_given_back() -> None:
-    source = MixtureSource(_items(7), seed=1)
-    source.take(2)
-    state = source.state()
-    del state["returned"]
-    again = MixtureSource(_items(7), seed=1)
-    again.give_back(again.take(3))
-    again.load_state(state)
-    assert again.take(5) == source.take(5)

@@ -102,8 +102,6 @@ def test_costs_of_a_problem_add_up_over_rounds_and_unsolved_problems_are_kept(
         _attempt("never", is_solved=False),
     ]
     assert store.total_flops() == 6.5e9
-    assert store.total_tokens() == 65
-    assert store.solved_problem_ids() == {"p"}
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["part-000000", "part-000001", "part-000002", "store.json"]
 

@@ -65,22 +65,6 @@ def test_unsound_demonstration_guesses_each_value_equally_often() -> None:
         assert abs(values.count(value) - 1000) < 104
 
 
-def test_sound_steps_are_counted_per_operation() -> None:
-    sound = QUIZ.sound_methods
-    other = {op: next(m for m in QUIZ.method_names if m != sound[op]) for op in "ab"}
-    text = " ".join(
-        [
-            QUIZ.solution_step(0, (1, 2), method=sound["a"], guess=0),
-            QUIZ.solution_step(1, (3, 4), method=other["b"], guess=0),
-            QUIZ.solution_step(2, (5, 6), method=other["a"], guess=1),
-            "<eos>",
-        ]
-    )
-    assert QUIZ.count_sound_steps([text]) == {"a": (1, 2), "b": (0, 1)}
-    rest_of_a_step = f"2 {sound['a']} 4 4 \\boxed{{0}} b 3 4 {sound['b']}"
-    assert QUIZ.count_sound_steps([rest_of_a_step]) == {"a": (0, 0), "b": (1, 1)}
-
-
 def test_equal_seeds_give_equal_rules_and_other_seeds_other_rules() -> None:
     problem = QUIZ.problem(DIGITS, source="train")
     again = dataclasses.replace(QUIZ, seed=5).problem(DIGITS, source="train")

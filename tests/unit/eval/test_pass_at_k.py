@@ -6,15 +6,11 @@ from itertools import combinations
 import pytest
 
 from prefixrl_mcore.eval.pass_at_k import (
-    PrefixBin,
-    accuracy_by_bin,
     accuracy_with_stderr,
-    assign_bin,
     bootstrap_mean,
     mean_pass_at_k,
     pass_at_k,
     prefix_bins,
-    wilson_interval,
 )
 
 EXACT = 1e-12  # a handful of float64 operations
@@ -72,7 +68,7 @@ def test_problems_without_a_partner_are_refused() -> None:
 
 def test_bootstrap_interval_has_about_the_normal_width_for_many_problems() -> None:
     values = [i % 4 == 0 for i in range(400)]  # mean 1/4, standard error sqrt(3/16/400) = .02165
-    estimate = bootstrap_mean(values, num_resamples=4000)
+    estimate = bootstrap_mean(values)
     assert estimate.value == 0.25
     assert estimate.low == pytest.approx(0.25 - 1.96 * 0.02165, abs=0.004)  # Monte Carlo error
     assert estimate.high == pytest.approx(0.25 + 1.96 * 0.02165, abs=0.004)
@@ -80,8 +76,7 @@ def test_bootstrap_interval_has_about_the_normal_width_for_many_problems() -> No
 
 def test_bootstrap_is_reproducible() -> None:
     values = [i / 37 for i in range(38)]
-    assert bootstrap_mean(values, seed=3) == bootstrap_mean(values, seed=3)
-    assert bootstrap_mean(values, seed=3) != bootstrap_mean(values, seed=4)
+    assert bootstrap_mean(values) == bootstrap_mean(values)
 
 
 def test_no_success_at_all_leaves_room_above_zero() -> None:
@@ -112,64 +107,14 @@ def test_one_problem_has_no_stderr() -> None:
     assert math.isnan(stderr)
 
 
-def test_wilson_interval_has_the_textbook_value() -> None:
-    # 5 of 10, z = 1.959964: centre .5, half .959964*... = 0.26340.
-    estimate = wilson_interval(5, 10)
-    assert estimate.value == 0.5
-    assert estimate.low == pytest.approx(0.236593, abs=1e-6)
-    assert estimate.high == pytest.approx(0.763407, abs=1e-6)
-
-
-def test_wilson_interval_of_no_success_is_z2_over_n_plus_z2() -> None:
-    z2 = 1.959963984540054**2
-    estimate = wilson_interval(0, 16)
-    assert (estimate.value, estimate.low) == (0.0, 0.0)
-    assert estimate.high == pytest.approx(z2 / (16 + z2), abs=EXACT)
-    assert wilson_interval(16, 16).high == 1.0
-
-
-def test_wilson_interval_of_nothing_says_nothing() -> None:
-    estimate = wilson_interval(0, 0)
-    assert math.isnan(estimate.value)
-    assert (estimate.low, estimate.high) == (0.0, 1.0)
-
-
-def test_wilson_refuses_impossible_counts_and_confidence() -> None:
-    with pytest.raises(ValueError, match=r"0\.\.num_trials"):
-        wilson_interval(3, 2)
-    with pytest.raises(ValueError, match="confidence"):
-        wilson_interval(1, 2, confidence=1.0)
-
-
-def test_bins_are_open_below_and_closed_above_and_no_prefix_is_its_own() -> None:
+def test_no_prefix_is_a_bin_of_its_own() -> None:
     bins = prefix_bins((0.0, 0.2, 0.4, 1.0))
     names = [b.name for b in bins]
     assert names == ["0.00-0.00", "0.00-0.20", "0.20-0.40", "0.40-1.00"]
-    expected = {0.0: 0, 0.001: 1, 0.2: 1, 0.2001: 2, 0.4: 2, 0.7: 3, 1.0: 3}
-    assert {f: bins.index(found) for f in expected if (found := assign_bin(f, bins))} == expected
-
-
-def test_a_fraction_outside_the_bins_is_nobodys_and_is_counted() -> None:
-    bins = prefix_bins((0.2, 0.4))
-    assert assign_bin(0.1, bins) is None
-    with pytest.raises(ValueError, match="prefix fraction"):
-        assign_bin(1.1, bins)
-    accuracies, num_outside = accuracy_by_bin([(0.1, True), (0.3, True), (0.0, False)], bins)
-    assert num_outside == 1
-    assert [a.num_rollouts for a in accuracies] == [1, 1]
+    assert [b.is_no_prefix for b in bins] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("edges", [(0.5,), (0.4, 0.2), (-0.1, 0.5), (0.5, 1.1), (0.2, 0.2)])
 def test_edges_that_make_no_bins_are_refused(edges: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="rising edges"):
         prefix_bins(edges)
-
-
-def test_accuracy_by_bin_counts_each_rollout_once() -> None:
-    bins = prefix_bins((0.0, 0.5, 1.0))
-    outcomes = [(0.0, False), (0.0, True), (0.3, True), (0.5, True), (0.9, False)]
-    accuracies, num_outside = accuracy_by_bin(outcomes, bins)
-    assert num_outside == 0
-    assert [(a.accuracy.value, a.num_rollouts) for a in accuracies] == [(0.5, 2), (1.0, 2), (0, 1)]
-    assert accuracies[0].accuracy == wilson_interval(1, 2)
-    assert accuracies[0].prefix_bin == PrefixBin(low=0.0, high=0.0)

@@ -65,18 +65,6 @@ def test_an_update_can_have_an_estimator_of_its_own(tied_folder: Path) -> None:
     assert build_policy(tied_folder, loss=bonus).update(batch).loss < plain.loss
 
 
-def test_a_batch_of_filler_streams_is_skipped(tied_folder: Path) -> None:
-    filler = make_batch(make_sequences(2), streams_multiple=2)
-    empty = dataclasses.replace(
-        filler, streams=(filler.streams[1],) * 2, num_trained_tokens=0, sequence_ids=()
-    )
-    assert filler.num_filler_streams == 1
-    policy = build_policy(tied_folder)
-    result = policy.update(empty)
-    assert (result.was_skipped, result.num_trained_tokens) == (True, 0)
-    assert policy.policy_version == 0
-
-
 @pytest.mark.parametrize("advantage", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_before_the_step(
     tied_folder: Path, advantage: float
@@ -216,7 +204,7 @@ def test_reset_optimizer_forgets_moments_and_schedule_but_not_the_weights(
     policy.update(batch)
     policy.update(batch)
     weights = weights_of(policy)
-    policy.reset_optimizer(2e-3)
+    policy.reset_optimizer(2e-3, num_steps=4)
     assert (policy.policy_version, policy.scheduler.num_steps) == (2, 0)
     assert max_difference(weights_of(policy), weights) == 0.0
     result = policy.update(batch)
@@ -224,6 +212,8 @@ def test_reset_optimizer_forgets_moments_and_schedule_but_not_the_weights(
     # The first step of AdamW with empty moments is the sign of the gradient, of size lr.
     change = weights_of(policy)["model.embed_tokens.weight"] - weights["model.embed_tokens.weight"]
     assert change.abs().max().item() == pytest.approx(2e-3, rel=1e-3)
+    rates = [policy.update(batch).learning_rate for _ in range(3)]
+    assert rates == pytest.approx([1.5e-3, 1e-3, 0.5e-3])  # linear, over the four steps given
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
@@ -251,7 +241,7 @@ def test_the_old_optimizer_is_gone_before_the_new_one_is_built(
 
     monkeypatch.setattr("prefixrl_mcore.policy.policy.build_optimizer", build)
     del parts
-    policy.reset_optimizer(1e-3)
+    policy.reset_optimizer(1e-3, num_steps=1)
     assert alive == [0]
 
 

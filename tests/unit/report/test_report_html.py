@@ -5,11 +5,12 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.report.html import build_report, embedded_rollouts
+from prefixrl_mcore.report.html import build_report
 from prefixrl_mcore.report.reader import read_run
 from prefixrl_mcore.report.sections import run_status
 from tests.support.fake_run import write_fake_run
@@ -95,11 +96,18 @@ def test_differing_settings_are_highlighted(comparison: str) -> None:
     assert "0123456789abcdef0123456789abcdef01234567" in comparison
 
 
+def _embedded_rollouts(page: str) -> list[Any]:
+    """Return the rollouts that a page carries, by run."""
+    start = page.index('<script type="application/json" id="rollouts">')
+    text = page[page.index(">", start) + 1 : page.index("</script>", start)]
+    return json.loads(text)
+
+
 def test_the_cap_on_rollouts_is_stated(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", num_steps=30)
     page = build_report([run], tmp_path / "r.html", max_rollouts=16).read_text(encoding="utf-8")
     assert "Showing 16 of 128 written rollouts, from 2 of 2 tables" in _visible(page)
-    assert [len(groups) for groups in embedded_rollouts(page)] == [2]
+    assert [len(groups) for groups in _embedded_rollouts(page)] == [2]
 
 
 def test_model_text_cannot_leave_its_place(tmp_path: Path) -> None:
@@ -108,7 +116,7 @@ def test_model_text_cannot_leave_its_place(tmp_path: Path) -> None:
     page = _report(tmp_path, run)
     assert "<script>alert" not in page
     assert _parse(page).tags == harmless.tags
-    groups = embedded_rollouts(page)[0]
+    groups = _embedded_rollouts(page)[0]
     assert {rollout["text"] for group in groups for rollout in group["rollouts"]} == {EVIL}
 
 

@@ -86,16 +86,6 @@ def test_versions_of_all_tokens_and_groups_that_were_not_trained_on_are_told(
     assert [group["dropped"] for group in groups] == [False] * 7 + [True]
 
 
-def test_a_table_of_an_earlier_version_has_one_version_and_no_dropped_group(
-    tmp_path: Path,
-) -> None:
-    folder = write_fake_run(tmp_path / "run", num_steps=1)
-    path = folder / "rollouts" / "step-000000.parquet"
-    assert not {"version_spans", "is_dropped"} & set(pq.read_schema(path).names)
-    groups = choose_rollouts(folder, tokenizer_folder=None).groups
-    assert [(group["versions"], group["dropped"]) for group in groups] == [([0, 0], False)] * 8
-
-
 def test_damaged_and_foreign_tables_are_named(tmp_path: Path) -> None:
     folder = write_fake_run(tmp_path / "run", num_steps=20, rollouts_every=10)
     (folder / "rollouts" / "step-000030.parquet").write_bytes(b"PAR1 half a file")

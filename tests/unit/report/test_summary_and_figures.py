@@ -25,14 +25,17 @@ def test_summary_has_one_aligned_list_per_quantity(tmp_path: Path) -> None:
     ]
     summary = json.loads(write_summary(folders, tmp_path / "summary.json").read_text())
     run = read_run(folders[0])
+
+    def evaluated(name: str) -> list[float]:
+        return [line.values[f"eval/{name}"] for line in run.evals]
+
     mine = summary["methods"]["prefixrl"]
     assert mine["steps"] == [0, 10, 20]
     assert mine["total_flops"] == [line.values["flops/total"] for line in run.evals]
-    assert mine["train_accuracy"] == run.eval_series("eval/train/accuracy")[1]
-    assert mine["heldout_accuracy"] == run.eval_series("eval/heldout/accuracy")[1]
+    assert mine["train_accuracy"] == evaluated("train/accuracy")
+    assert mine["heldout_accuracy"] == evaluated("heldout/accuracy")
     assert mine["heldout_set"] == "heldout"
-    expected = run.eval_series("eval/train/all_negative_fraction")[1]
-    assert mine["all_negative_fraction"] == expected
+    assert mine["all_negative_fraction"] == evaluated("train/all_negative_fraction")
     assert len(summary["methods"]["rl"]["total_flops"]) == 4
     assert summary["unlock_curve"]["step"] == 0
     assert summary["unlock_curve"]["fraction"] == [f / 10 for f in range(10)]

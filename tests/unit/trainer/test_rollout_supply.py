@@ -117,7 +117,7 @@ def test_what_a_step_waits_for_is_not_hidden() -> None:
     seconds, hidden = (generated.figures[name] for name in rollout_supply.OVERLAP_METRICS)
     assert seconds >= SECONDS
     assert 0.0 <= hidden <= seconds - 0.5 * SECONDS
-    assert supply._phases.seconds("rollout") >= 0.5 * SECONDS
+    assert supply._phases.take()["time/rollout_seconds"] >= 0.5 * SECONDS
 
 
 def test_an_error_of_the_thread_comes_out_where_its_rollouts_are_needed() -> None:

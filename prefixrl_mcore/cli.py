@@ -20,6 +20,7 @@ from prefixrl_mcore.checkpoint.manifest import SaveError
 from prefixrl_mcore.commands.doctor import add_doctor_command
 from prefixrl_mcore.commands.model_files import add_checkpoint_commands, add_convert_commands
 from prefixrl_mcore.commands.slurm import add_jobs_commands, add_launch_command
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.load import load_config, print_settings
 from prefixrl_mcore.config.run import RunConfig
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # bad input: configs, data, checkpoints that do not fit
         _print_error(error)
         logger.debug("raised here (shown by --verbose)", exc_info=True)
-        return 2
+        return exit_codes.BAD_INPUT
     except (SaveError, SlurmError) as error:  # the message says what to do
         _print_error(error)
         return 1

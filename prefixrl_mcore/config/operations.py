@@ -6,10 +6,6 @@ from pydantic import Field
 
 from prefixrl_mcore.config.base import Config
 
-STALL_EXIT_CODE = 76
-"""A stall was found and ``trainer.stall.action`` is ``stop``: nothing was saved since the last
-checkpoint, start again with --resume."""
-
 
 class PhaseLimitsConfig(Config):
     """Seconds without progress that are too long, by phase; None is ``limit_seconds``."""

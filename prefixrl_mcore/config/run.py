@@ -14,9 +14,6 @@ from prefixrl_mcore.config.rollout import RolloutConfig
 
 Method = Literal["prefixrl", "rl", "sft_then_rl"]
 
-TIME_LIMIT_EXIT_CODE = 75
-"""``EX_TEMPFAIL``: stopped by a wall-clock limit, everything saved, start again with --resume."""
-
 
 class SftConfig(Config):
     """Supervised warm-up of the ``sft_then_rl`` baseline on the collected traces."""

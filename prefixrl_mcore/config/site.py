@@ -6,11 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.config.base import Config
-from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
-
-USR1_EXIT_CODE = 128 + 10
-"""What ``prefixrl train`` ends with when SIGUSR1 made it save and stop."""
 
 _TIME = re.compile(r"(\d+-)?\d+:\d{2}:\d{2}")
 _OWN_SETTINGS = {
@@ -58,10 +55,12 @@ _REFUSED = {
 _SIGNAL_EARLY_SECONDS = 60
 """How much earlier than asked Slurm may send a signal."""
 
+_SAVED = (exit_codes.TIME_LIMIT, exit_codes.SAVED_AFTER_USR1)
+
 _NOT_FOR_TRAINERS = {
-    77: "the pre-check's, for nodes to leave out",
-    78: "the pre-check's, for a job to end",
-    124: "a pre-check's that hangs",
+    exit_codes.EXCLUDE_NODES: "the pre-check's, for nodes to leave out",
+    exit_codes.GIVE_UP: "the pre-check's, for a job to end",
+    exit_codes.HUNG: "a pre-check's that hangs",
 }
 
 _SECRET = re.compile(
@@ -110,7 +109,7 @@ class RequeueConfig(Config):
     """Restarts of one job at most, those after preemptions and failed nodes included: a job that
     Slurm starts more often ends at once. 0 allows none."""
 
-    exit_codes: tuple[int, ...] = (TIME_LIMIT_EXIT_CODE, USR1_EXIT_CODE)
+    exit_codes: tuple[int, ...] = _SAVED
     """Exit codes of the trainer that requeue the job: by default those that say that everything
     was saved, before the time limit (75) and after SIGUSR1 (138). Adding 76 starts a stalled run
     again from its last checkpoint. A preempted job goes back whatever its exit code but 0."""

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prefixrl_mcore.checkpoint.convert.offline import convert_to_hf
 from prefixrl_mcore.checkpoint.manifest import MANIFEST_NAME, hash_file
-from prefixrl_mcore.checkpoint.offline import convert_to_hf
 from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state, step_folder
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.config.base import ConfigError

@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prefixrl_mcore.config.operations import STALL_EXIT_CODE
-from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
+from prefixrl_mcore.config import exit_codes
 
 logger = logging.getLogger(__name__)
 
 _PROGRAM = (sys.executable, "-m", "prefixrl_mcore.cli")
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_BAD_INPUT = 2
 _PR_SET_PDEATHSIG = 1
 RANK_DEFAULTS = {
     "OMP_NUM_THREADS": "1",  # ranks share the cores
@@ -74,7 +72,7 @@ def launch_ranks(
     _report(codes, failed, log_folder)
     if received.count(signal.SIGINT) > 1:
         return 128 + signal.SIGINT
-    for code in (_BAD_INPUT, STALL_EXIT_CODE):
+    for code in (exit_codes.BAD_INPUT, exit_codes.STALLED):
         if code in codes:
             return code
     return next((code for code in codes if code != 0), 0)
@@ -174,7 +172,7 @@ def _wait(
 
 def _first_failed(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> int | None:
     """Return the lowest rank that ended neither well nor because it was asked to stop."""
-    good = {None, 0, TIME_LIMIT_EXIT_CODE, *(128 + number for number in received)}
+    good = {None, 0, exit_codes.TIME_LIMIT, *(128 + number for number in received)}
     return next((index for index, rank in enumerate(ranks) if rank.poll() not in good), None)
 
 
@@ -208,8 +206,8 @@ def _exit_code(rank: subprocess.Popen[bytes]) -> int:
 
 def _report(codes: list[int], failed: int | None, log_folder: Path) -> None:
     """Name the rank that made the run fail, unless it was rank 0, whose output was seen."""
-    if _BAD_INPUT in codes:
-        failed = codes.index(_BAD_INPUT)
+    if exit_codes.BAD_INPUT in codes:
+        failed = codes.index(exit_codes.BAD_INPUT)
     if failed:
         logger.error(
             "rank %d failed with exit code %d; its output is in %s",

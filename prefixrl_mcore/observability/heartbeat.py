@@ -25,7 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, get_args
 
-from prefixrl_mcore.config.operations import STALL_EXIT_CODE, StallConfig
+from prefixrl_mcore.config import exit_codes
+from prefixrl_mcore.config.operations import StallConfig
 from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
 from prefixrl_mcore.observability.phases import Phase, Phases, PhaseState
 from prefixrl_mcore.observability.stall_report import Beat, RankReport, main_frames, render
@@ -221,7 +222,7 @@ class Heartbeat:
         self._answer = None
         if self._config.action == "stop":
             logging.shutdown()
-            os._exit(STALL_EXIT_CODE)  # the main thread may never return from where it is
+            os._exit(exit_codes.STALLED)  # the main thread may never return from where it is
 
     def _has_to_report(self, answer: _Answer) -> bool:
         """Whether this rank writes the report now.

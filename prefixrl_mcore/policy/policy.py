@@ -16,9 +16,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from prefixrl_mcore.accounting.model_flops import ModelFlops
-from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
 from prefixrl_mcore.checkpoint.convert.hf_folder import read_assets
-from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
+from prefixrl_mcore.checkpoint.convert.live_export import export_hf_weights
+from prefixrl_mcore.checkpoint.convert.live_load import load_hf_weights
 from prefixrl_mcore.checkpoint.megatron_state import complete_optimizer_state
 from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
 from prefixrl_mcore.config.layout import check_stream

@@ -17,7 +17,7 @@ from typing import Any, Never
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from prefixrl_mcore.config.operations import STALL_EXIT_CODE
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.policy.topology import run_on_first
 
 logger = logging.getLogger(__name__)
@@ -230,10 +230,10 @@ class _Watch:
             "%s: nothing for %.0f s after %d items: rank 0 waits for a rank that takes no part "
             "(trainer.stall.export_seconds). The run ends without saving, with exit code %d; "
             "heartbeats/ in its folder has every rank's phase, and it goes on with --resume",
-            *(self._name, self._limit_seconds, self._num_items, STALL_EXIT_CODE),
+            *(self._name, self._limit_seconds, self._num_items, exit_codes.STALLED),
         )
         logging.shutdown()
-        os._exit(STALL_EXIT_CODE)
+        os._exit(exit_codes.STALLED)
 
 
 def _is_alone() -> bool:

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from prefixrl_mcore.checkpoint.convert.checkpoint_weights import checkpoint_facts
-from prefixrl_mcore.checkpoint.offline import convert_to_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_to_hf
 from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, resolve_checkpoint
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.json_files import read_json_object

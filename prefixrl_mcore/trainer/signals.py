@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, TrainerConfig
+from prefixrl_mcore.config import exit_codes
+from prefixrl_mcore.config.run import TrainerConfig
 from prefixrl_mcore.policy.topology import any_rank, gather_floats
 
 logger = logging.getLogger(__name__)
@@ -94,13 +95,13 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """0, or why the run stopped early: 128 + signal number, or ``TIME_LIMIT_EXIT_CODE``.
+        """0, or why the run stopped early: 128 + signal number, or ``exit_codes.TIME_LIMIT``.
 
         Equal on all ranks. A signal that came when nothing was left to stop does not count.
         """
         if self._agreed is not None:
             return 128 + self._agreed
-        return TIME_LIMIT_EXIT_CODE if self._is_out_of_time else 0
+        return exit_codes.TIME_LIMIT if self._is_out_of_time else 0
 
     def begin_steps(self) -> None:
         """Start to measure the steps of a phase; what came before counts for none of them."""

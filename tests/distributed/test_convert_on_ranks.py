@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
 from prefixrl_mcore.config.policy import ParallelConfig
 from tests.support.layouts import parallel_config

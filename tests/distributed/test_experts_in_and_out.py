@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prefixrl_mcore.checkpoint.offline import convert_to_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_to_hf
 from prefixrl_mcore.checkpoint.run_checkpoints import resolve_checkpoint
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader

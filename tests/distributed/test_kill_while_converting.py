@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing.spawn import ProcessException
 
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.manifest import verify
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny_models import write_tiny_qwen3
 from tests.support.weights import weights_in

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from prefixrl_mcore.config.operations import STALL_EXIT_CODE
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.policy.serving import CollectiveServices
 from tests.support.ranks import run_on_ranks
 
@@ -162,7 +162,7 @@ def test_rank_0_ends_the_run_when_another_rank_keeps_it_from_asking(tmp_path: Pa
     with pytest.raises(ProcessExitedException) as ended:
         run_on_ranks(hang_in_the_command, 1.0, tmp_path / "log", world_size=2)
 
-    assert ended.value.exit_code == STALL_EXIT_CODE
+    assert ended.value.exit_code == exit_codes.STALLED
     assert "sums: nothing for 1 s after 0 items" in (tmp_path / "log").read_text()
 
 
@@ -173,6 +173,6 @@ def test_rank_0_ends_the_run_when_another_rank_hangs_in_a_service(tmp_path: Path
     with pytest.raises(ProcessExitedException) as ended:
         run_on_ranks(hang_half_way, 1.0, log_file, world_size=2)
 
-    assert ended.value.exit_code == STALL_EXIT_CODE
+    assert ended.value.exit_code == exit_codes.STALLED
     assert time.monotonic() - started < 50
     assert "sums: nothing for 1 s after 2 items: rank 0 waits for a rank" in log_file.read_text()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from prefixrl_mcore.config.operations import STALL_EXIT_CODE, StallConfig
+from prefixrl_mcore.config import exit_codes
+from prefixrl_mcore.config.operations import StallConfig
 from prefixrl_mcore.launch.local import launch_ranks
 from prefixrl_mcore.observability.heartbeat import Heartbeat
 from prefixrl_mcore.observability.phases import Phases
@@ -79,7 +80,7 @@ def test_a_hanging_run_is_stopped_with_everybodys_stack(
         program=[sys.executable, "-m", "tests.support.hanging_rank"],
         grace_seconds=4.0,
     )
-    assert code == STALL_EXIT_CODE
+    assert code == exit_codes.STALLED
     assert time.monotonic() - start < HANG_SECONDS / 2
     (file,) = tmp_path.glob("stall-*.txt")
     report = file.read_text()

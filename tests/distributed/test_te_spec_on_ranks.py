@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prefixrl_mcore.checkpoint.convert.checkpoint_weights import CheckpointWeights
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.run_checkpoints import MEGATRON_FOLDER
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader

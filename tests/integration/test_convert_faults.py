@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefixrl_mcore.checkpoint.offline import convert_from_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf
 from prefixrl_mcore.cli import main
 from tests.support.tiny_models import write_tiny_qwen3
 

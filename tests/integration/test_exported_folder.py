@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixrl_mcore.checkpoint.offline import convert_to_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_to_hf
 from prefixrl_mcore.checkpoint.save_load import save_checkpoint
 from prefixrl_mcore.config.rollout import RolloutConfig, SGLangConfig
 from prefixrl_mcore.rollout.build import build_engine

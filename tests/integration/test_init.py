@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.run_checkpoints import latest_checkpoint
 from prefixrl_mcore.cli import main
 from tests.support.policies import max_difference

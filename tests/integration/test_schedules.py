@@ -13,7 +13,7 @@ import pytest
 
 from prefixrl_mcore.accounting.parameters import count_parameters
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
-from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.policy.nonfinite import NonFiniteError
 from prefixrl_mcore.trainer.rollout_supply import OVERLAP_METRICS
 from tests.support.sglang_environments import sglang_python
@@ -125,7 +125,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_whatever_the_schedule(
 
     # A time limit stops it after a step, as a signal would.
     limit = ("--trainer.max-seconds", "1")
-    assert tiny_task.run("train", resumed, *flags, *limit) == TIME_LIMIT_EXIT_CODE
+    assert tiny_task.run("train", resumed, *flags, *limit) == exit_codes.TIME_LIMIT
     assert len(metrics_of(resumed, "train")) == 1
     assert tiny_task.run("train --resume", resumed, *flags) == 0
     assert steps_of(resumed) == steps_of(undisturbed)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, find_table
 from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.observability.memory import MemoryWatch
 
 _SHARED = {

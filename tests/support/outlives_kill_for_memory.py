@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
 from prefixrl_mcore.launch.slurm.rank_environment import start_number
 
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     )
     assert child.returncode == -9, child
     start = start_number(os.environ)
-    code = 0 if start else TIME_LIMIT_EXIT_CODE
+    code = 0 if start else exit_codes.TIME_LIMIT
     end = TaskEnd(task="trainer-0", node="n1", exit_code=code, unix_seconds=0.0)
     JobFolder(Path(sys.argv[1])).write_end(start, end)
     sys.exit(code)

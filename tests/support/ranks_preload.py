@@ -3,7 +3,7 @@
 from importlib import import_module
 
 for name in (
-    "prefixrl_mcore.checkpoint.offline",
+    "prefixrl_mcore.checkpoint.convert.offline",
     "prefixrl_mcore.checkpoint.save_load",
     "prefixrl_mcore.policy.policy",
     "tests.support.policies",

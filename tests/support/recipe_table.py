@@ -62,7 +62,7 @@ HOST_GIB = 900.0
 """What a recipe may need of a node's host memory in a save: nodes have 1 TiB, or more."""
 
 PROBLEMS = {
-    name: [Problem(problem_id="", text="", answer="", source="")] * num
+    name: [Problem(problem_id="", text="", answer="")] * num
     for name, num in (("train", 1000), ("aime25", 30), ("hmmt_feb25", 30), ("imo", 200))
 }
 """As many as the paper's."""

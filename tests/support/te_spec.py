@@ -15,9 +15,9 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from torch import Tensor
 
-from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
 from prefixrl_mcore.checkpoint.convert.hf_folder import read_assets
-from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
+from prefixrl_mcore.checkpoint.convert.live_export import export_hf_weights
+from prefixrl_mcore.checkpoint.convert.live_load import load_hf_weights
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
 from prefixrl_mcore.config.policy import OptimizerConfig, ParallelConfig, PolicyConfig
 from prefixrl_mcore.policy import topology

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from prefixrl_mcore.config.operations import STALL_EXIT_CODE
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
 from prefixrl_mcore.launch.slurm.last_signs import LastSigns, last_signs
 from prefixrl_mcore.launch.slurm.states import JobState
@@ -32,7 +32,7 @@ _ENDED_FROM_OUTSIDE = ("CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED", "NODE_FA
 
 _ENDED = re.compile(r"srun: error: \S+: tasks? ([\d,-]+): (.*)")
 _EXITED = "Exited with exit code "
-_STALLED = f"{_EXITED}{STALL_EXIT_CODE}"
+_STALLED = f"{_EXITED}{exit_codes.STALLED}"
 """Of a task that ends so, its watchdog does: it cannot say how it ended, either."""
 
 _TIDYING = re.compile("srun: (First task exited|Job step aborted|Terminating StepId)")

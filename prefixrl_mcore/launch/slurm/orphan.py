@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
-from prefixrl_mcore.launch.slurm.precheck.exit_codes import FAIL
 
 _POLL_SECONDS = 5.0
 
@@ -31,7 +31,7 @@ def end_with_a_later_start(
             time.sleep(poll_seconds)
         sys.stderr.write(f"{later} exists: Slurm has lost this start and goes on without it\n")
         sys.stderr.flush()
-        os._exit(FAIL)
+        os._exit(exit_codes.GIVE_UP)
 
     threading.Thread(target=watch, name="orphan", daemon=True).start()
 

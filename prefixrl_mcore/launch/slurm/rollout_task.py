@@ -13,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 from urllib.parse import urlsplit
 
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.config.load import load_config
-from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, RunConfig
+from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.slurm.first_call import wait_for_call
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
 from prefixrl_mcore.launch.slurm.rank_environment import server_port, start_number
@@ -79,7 +80,7 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
             return 1
         if not allowance.take(time.monotonic()):
             logger.error("%s is not started again: %s", launch.name, allowance)
-            return TIME_LIMIT_EXIT_CODE
+            return exit_codes.TIME_LIMIT
         logger.warning("%s is started again, with the initial weights: %s", launch.name, allowance)
 
 

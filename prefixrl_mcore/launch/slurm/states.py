@@ -5,15 +5,14 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prefixrl_mcore.config import exit_codes
+
 _FIELD = re.compile(r"(\w+)=(\S*)")
 _ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"),
 }
 _UNKNOWN = "UNKNOWN"
-
-UNKNOWN_EXIT_CODE = 69
-"""Of a command that asked for a job of which Slurm says nothing; no task ends with it."""
 
 
 class SlurmError(RuntimeError):
@@ -62,7 +61,7 @@ class JobState:
     def result(self) -> int:
         """Exit code of a command that waited for the job: 0 only if it completed."""
         if not self.is_known:
-            return UNKNOWN_EXIT_CODE
+            return exit_codes.SLURM_IS_SILENT
         return 0 if self.state == "COMPLETED" else self.exit_code or 1
 
     def __str__(self) -> str:

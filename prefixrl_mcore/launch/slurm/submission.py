@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.config.base import ConfigError
-from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
-from prefixrl_mcore.launch.slurm.precheck.exit_codes import FAIL
 from prefixrl_mcore.launch.slurm.precheck.step import expectations, precheck_step
 from prefixrl_mcore.launch.slurm.srun import cpu_words, cpus_of_first, cpus_of_server, interpreter
 from prefixrl_mcore.launch.slurm.states import SlurmError, cancel_job
@@ -88,9 +87,9 @@ def describe(
             ],
             "requeue_codes": list(site.requeue.exit_codes) if site.requeue.max_restarts else [],
             "max_restarts": site.requeue.max_restarts,
-            "give_up_code": FAIL,
+            "give_up_code": exit_codes.GIVE_UP,
             "nodes_by_partition": _nodes_by_partition(site, layout),
-            "lost_code": TIME_LIMIT_EXIT_CODE,
+            "lost_code": exit_codes.TIME_LIMIT,
             "save_seconds": site.requeue.signal_seconds or _END_SECONDS,
             "precheck": precheck_step(site, layout, folder),
         },

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.comparison import Comparison, compare_models, open_model
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.cli import main
 from tests.support.tiny_models import build_tiny_families, write_model_folder, write_tiny_qwen3
 

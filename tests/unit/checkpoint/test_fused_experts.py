@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint.convert.hf_folder import HfWeights
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.config.model_shape import read_hf_config
 from tests.support.policies import build_policy, max_difference, weights_of
 from tests.support.tiny_models import build_tiny_qwen3_moe, write_model_folder

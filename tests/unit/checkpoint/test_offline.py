@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefixrl_mcore.checkpoint.convert.hf_writer import write_hf_folder
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, read_manifest, seal_folder, verify
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader, is_extra_state
 from prefixrl_mcore.checkpoint.torch_dist_writer import Piece, TorchDistWriter, data_file_name
@@ -113,7 +113,7 @@ def test_no_model_and_no_process_group_are_needed(tmp_path: Path) -> None:
     convert_from_hf(write_tiny_qwen3(tmp_path / "source"), tmp_path / "checkpoint")
     script = (
         "import sys; from pathlib import Path; import torch.distributed as dist\n"
-        "from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf\n"
+        "from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf\n"
         "checkpoint, out = map(Path, sys.argv[1:])\n"
         "convert_to_hf(checkpoint, out)\n"
         "convert_from_hf(out, out.with_name('back'))\n"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prefixrl_mcore.checkpoint import torch_archive, torch_dist
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.save_load import load_checkpoint, save_checkpoint
 from prefixrl_mcore.checkpoint.torch_dist import TorchDistReader
 from prefixrl_mcore.checkpoint.torch_dist_writer import Piece, TorchDistWriter, data_file_name

@@ -12,8 +12,8 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, SaveError, StorageReadError
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.resumable import ResumableFolder
 from prefixrl_mcore.trainer.convert_commands import _Work
 from tests.support.disks import no_file_above
@@ -243,7 +243,7 @@ def test_a_mount_point_is_refused_before_anything_is_written(checkpoint: Path) -
 
 IN_A_MOUNT = """
 import pathlib, subprocess, sys
-from prefixrl_mcore.checkpoint.offline import convert_to_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_to_hf
 checkpoint, out = map(pathlib.Path, sys.argv[1:])
 subprocess.run(["mount", "--bind", out, out], check=True)
 convert_to_hf(checkpoint, out)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf
 from prefixrl_mcore.checkpoint.manifest import CheckpointError, begin_folder, seal_folder
-from prefixrl_mcore.checkpoint.offline import convert_from_hf
 from prefixrl_mcore.checkpoint.random_states import get_rng_state, set_rng_state
 from prefixrl_mcore.checkpoint.retention import Retention
 from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state

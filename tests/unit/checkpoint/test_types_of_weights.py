@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.convert.safetensors_file import TensorInfo
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
-from prefixrl_mcore.checkpoint.offline import convert_from_hf, convert_to_hf
 from prefixrl_mcore.checkpoint.torch_dist_writer import Piece, TorchDistWriter, data_file_name
 from tests.support.tiny_models import build_tiny_qwen3_moe, write_model_folder, write_tiny_qwen3
 from tests.support.weights import assert_same_bits, weights_in

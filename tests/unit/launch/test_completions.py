@@ -19,10 +19,7 @@ FIRST_RUN = Path(__file__).parents[3] / "docs" / "first_run.md"
 
 
 def problems(name: str, count: int) -> list[Problem]:
-    return [
-        Problem(problem_id=f"{name}-{i}", text=f"{name} {i}", answer="1", source=name)
-        for i in range(count)
-    ]
+    return [Problem(problem_id=f"{name}-{i}", text=f"{name} {i}", answer="1") for i in range(count)]
 
 
 SETS = {"train": problems("train", 1000), "aime": problems("aime", 30)}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prefixrl_mcore.checkpoint.convert import from_hf
+from prefixrl_mcore.checkpoint.convert import live_load
 from tests.support.policies import (
     build_policy,
     by_expert,
@@ -98,6 +98,6 @@ def test_weights_that_are_rounded_into_the_model_are_told(
     build_policy(folder, dtype="bfloat16")
     assert "weights of type torch.float16 are rounded to the model's torch.bfloat16" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(from_hf, "dist", SimpleNamespace(get_rank=lambda: 1))
+    monkeypatch.setattr(live_load, "dist", SimpleNamespace(get_rank=lambda: 1))
     build_policy(folder, dtype="bfloat16")
     assert "rounded" not in caplog.text

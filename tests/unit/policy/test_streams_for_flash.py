@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prefixrl_mcore.checkpoint.convert.from_hf import load_hf_weights
-from prefixrl_mcore.checkpoint.convert.to_hf import export_hf_weights
+from prefixrl_mcore.checkpoint.convert.live_export import export_hf_weights
+from prefixrl_mcore.checkpoint.convert.live_load import load_hf_weights
 from prefixrl_mcore.data.packing import Stream
 from prefixrl_mcore.policy.build import unwrap
 from prefixrl_mcore.policy.microbatch import StreamSettings, build_microbatch

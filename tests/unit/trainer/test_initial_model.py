@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixrl_mcore.checkpoint.offline import convert_from_hf
+from prefixrl_mcore.checkpoint.convert.offline import convert_from_hf
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.trainer import collect as collect_module

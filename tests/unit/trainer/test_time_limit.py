@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from prefixrl_mcore.config.run import TIME_LIMIT_EXIT_CODE, TrainerConfig
+from prefixrl_mcore.config import exit_codes
+from prefixrl_mcore.config.run import TrainerConfig
 from prefixrl_mcore.trainer import signals
 from prefixrl_mcore.trainer.signals import StopSignal, TimeLimit
 from tests.support.signal_handlers import restored_stop_signals
@@ -154,4 +155,4 @@ def test_a_limit_that_interrupted_stops_the_run_whatever_the_clock_says_next() -
     clock.now -= 60  # it was set back
     assert stop.interrupts_sampling(0.0)
     assert stop.is_set()
-    assert stop.exit_code == TIME_LIMIT_EXIT_CODE
+    assert stop.exit_code == exit_codes.TIME_LIMIT

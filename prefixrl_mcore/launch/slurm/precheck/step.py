@@ -4,10 +4,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.config.site import SiteConfig
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
-from prefixrl_mcore.launch.slurm.precheck.exit_codes import EXCLUDE
 from prefixrl_mcore.launch.slurm.srun import container_words, cpu_words, cpus_of_server, interpreter
 
 _TASK = "prefixrl_mcore.launch.slurm.precheck.task"
@@ -52,7 +52,7 @@ def precheck_step(site: SiteConfig, layout: JobLayout, folder: JobFolder) -> dic
     return {
         "command": f"srun {command}",
         "hang_seconds": round(site.precheck.timeout_seconds) + _START_SECONDS + _DECIDE_SECONDS,
-        "exclude_code": EXCLUDE,
+        "exclude_code": exit_codes.EXCLUDE_NODES,
         "max_excluded": site.precheck.max_excluded_nodes,
     }
 

@@ -18,16 +18,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from prefixrl_mcore.config import exit_codes
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskEnd
 from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER
 from prefixrl_mcore.launch.slurm.precheck.exchange import Listener, ask, clock_offset
-from prefixrl_mcore.launch.slurm.precheck.exit_codes import EXCLUDE, FAIL
 from prefixrl_mcore.launch.slurm.precheck.node import check_needed, check_node
 from prefixrl_mcore.launch.slurm.precheck.verdict import Finding, Verdict, decide
 from prefixrl_mcore.launch.slurm.rank_environment import master_port, server_port, start_number
 from prefixrl_mcore.observability.atomic import write_json_atomic, write_text_atomic
 
-_EXIT_CODES = {"go": 0, "exclude": EXCLUDE, "fail": FAIL}
+_EXIT_CODES = {"go": 0, "exclude": exit_codes.EXCLUDE_NODES, "fail": exit_codes.GIVE_UP}
 
 _SEEN_SECONDS = 20.0
 _POLL_SECONDS = 0.2

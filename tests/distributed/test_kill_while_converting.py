@@ -28,7 +28,7 @@ TO_HF: dict[str, tuple[Stage, int]] = {
     "half a file": (("bytes", ""), 2),
     "last file": (("open", "*model-00007*"), 6),
     "index": (("open", "*index.json*"), 7),
-    "tokenizer": (("shutil.copyfile", "*tokenizer.json*"), 7),
+    "tokenizer": (("open", "*.converting/tokenizer.json"), 7),
     "name of the folder": (("os.rename", "*/.out.converting"), 7),
 }
 FROM_HF: dict[str, tuple[Stage, int]] = {

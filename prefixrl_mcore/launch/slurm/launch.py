@@ -16,6 +16,7 @@ from prefixrl_mcore.launch.slurm.follow import follow
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder, TaskFile
 from prefixrl_mcore.launch.slurm.layout import (
     ONE_TASK,
+    RECIPE,
     TRAINER,
     JobLayout,
     Shape,
@@ -141,12 +142,11 @@ def prepare_run(
         logger.info("%s: %s", name, explain(config, site, layout))
     else:
         layout, config = ONE_TASK, _fill_node(config, site)
-    if site.python is not None and site.container is None and not site.python.exists():
-        logger.warning("python %s of the site is not here; nodes must have it", site.python)
     _check_inputs(config, stage=stage, is_first=after is None, dry_run=how.dry_run)
-    needed = needed_paths(config, site, Path.cwd())
+    has_servers = RECIPE[stage] and layout.shape != "heterogeneous"
+    needed = needed_paths(config, site, Path.cwd(), has_servers=has_servers)
     check_mounts(site, needed)
-    warn_of_interpreters(config, site, Path.cwd())
+    warn_of_interpreters(site, needed)
     folder = JobFolder.make(site.job_folder, name)
     folder.config.write_text(dump_json(config), encoding="utf-8")
     task = TaskFile(

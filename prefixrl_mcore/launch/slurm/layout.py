@@ -14,6 +14,10 @@ TRAINER, ROLLOUT = "trainer", "rollout"
 """Roles of tasks: those that train, and those that have a server each."""
 
 
+RECIPE = {"collect": True, "prefixes": False, TRAINER: True, "eval": True, "report": False}
+"""The stages of a run, in order, and whether they need GPUs and an engine."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobLayout:
     """Nodes and tasks of one job."""

@@ -39,34 +39,52 @@ class Mount:
         )
 
 
-def needed_paths(config: RunConfig, site: SiteConfig, working_directory: Path) -> dict[str, Path]:
+def needed_paths(
+    config: RunConfig, site: SiteConfig, working_directory: Path, *, has_servers: bool
+) -> dict[str, Path]:
     """Return the absolute paths that tasks read and write, by the setting that names them.
 
-    SGLang's interpreter may be the image's own; without a container it is one of them.
+    Args:
+        config: the run.
+        site: where.
+        working_directory: what relative paths are relative to.
+        has_servers: all nodes may start SGLang; its interpreter is needed then, unless it is the
+            image's own.
     """
     paths = {"the working directory": working_directory, "job_folder": site.job_folder}
     paths.update((name, path) for name, path in _paths_of(config) if name != _SGLANG_PYTHON)
-    if site.container is None and config.rollout.starts_servers:
-        paths[_SGLANG_PYTHON] = config.rollout.sglang.python
+    python = working_directory / config.rollout.sglang.python
+    is_ours = site.container is None or _mount_of(python, _mounts(site.container)) is not None
+    if has_servers and config.rollout.starts_servers and is_ours:
+        paths[_SGLANG_PYTHON] = python
     return {name: working_directory / path for name, path in paths.items()}
 
 
-def warn_of_interpreters(config: RunConfig, site: SiteConfig, working_directory: Path) -> None:
-    """Say which interpreter is a link to what nodes may not see: an environment has none itself."""
+def warn_of_interpreters(site: SiteConfig, needed: Mapping[str, Path]) -> None:
+    """Say which interpreter is not here, or a link to what nodes may not see.
+
+    An environment has no interpreter of its own.
+
+    Args:
+        site: where.
+        needed: absolute paths by setting.
+    """
     interpreters = {"python of the site": Path(interpreter(site))}
-    if config.rollout.starts_servers:
-        interpreters[_SGLANG_PYTHON] = config.rollout.sglang.python
-    mounts = _mounts(site.container)
-    for name, given in interpreters.items():
-        path = working_directory / given
+    if _SGLANG_PYTHON in needed:
+        interpreters[_SGLANG_PYTHON] = needed[_SGLANG_PYTHON]
+    mounts, home = _mounts(site.container), Path.home().resolve()
+    for name, path in interpreters.items():
         target = path.resolve()
-        if site.container is not None:
-            if _mount_of(path, mounts) and not _mount_of(target, mounts):
-                logger.warning(
-                    "%s %s is a link to %s, which is not mounted: the image must have it",
-                    *(name, path, target),
-                )
-        elif target.is_relative_to(Path.home()) and not path.is_relative_to(Path.home()):
+        if site.container is not None and not _mount_of(path, mounts):
+            continue  # the image's own
+        if not path.is_symlink() and not path.exists():
+            logger.warning("%s %s is not here; nodes must have it", name, path)
+        elif site.container is not None and not _mount_of(target, mounts):
+            logger.warning(
+                "%s %s is a link to %s, which is not mounted: the image must have it",
+                *(name, path, target),
+            )
+        elif _is_only_target_in(home, path, target) and site.container is None:
             logger.warning(
                 "%s %s is a link to %s: nodes must have it, so your home folder must be shared",
                 *(name, path, target),
@@ -120,6 +138,11 @@ def paths_on_nodes(needed: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
+def _is_only_target_in(folder: Path, path: Path, target: Path) -> bool:
+    """Return whether a link outside of a folder leads into it."""
+    return target.is_relative_to(folder) and not path.is_relative_to(folder)
+
+
 def _mounts(container: ContainerConfig | None) -> list[Mount]:
     """Return the mounts of a container; none without one."""
     return [] if container is None else [Mount.parse(text) for text in container.mounts]
@@ -152,7 +175,8 @@ def _fault_of(name: str, path: Path, mounts: Iterable[Mount]) -> tuple[str, Path
         return f"{mount.container} is mounted read-only", None
     # A link within what is mounted leads to its target by name.
     inside, target = mount.host.resolve() / path.relative_to(mount.host), path.resolve()
-    if target != inside and _mount_of(target, mounts) is None:
+    is_outside = target != inside and _mount_of(target, mounts) is None
+    if is_outside and name != _SGLANG_PYTHON:  # which may be a link to the image's Python
         return f"a link to {target}, which is not mounted", target
     return "", None
 

@@ -18,15 +18,12 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.slurm.end_report import report_end
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.launch import LaunchOptions, prepare_run, read_run
-from prefixrl_mcore.launch.slurm.layout import TRAINER
+from prefixrl_mcore.launch.slurm.layout import RECIPE, TRAINER
 from prefixrl_mcore.launch.slurm.states import JobState, job_state
 from prefixrl_mcore.launch.slurm.submission import submit
 from prefixrl_mcore.launch.slurm.waiting import JobWatch
 
 logger = logging.getLogger(__name__)
-
-RECIPE = {"collect": True, "prefixes": False, TRAINER: True, "eval": True, "report": False}
-"""The stages of a run, in order, and whether they need GPUs."""
 
 _POLL_SECONDS = 3.0
 

@@ -184,7 +184,7 @@ def test_an_interpreter_that_is_not_here_is_told(
     Path(site).write_text(Path(site).read_text().replace("/usr/bin/python3", "/else/python"))
     my_site, config = launch.read_run(QWEN3_4B, [], site)
     launch.prepare_run(config, my_site, LaunchOptions(dry_run=True))
-    assert "python /else/python of the site is not here; nodes must have it" in _warnings(caplog)
+    assert "python of the site /else/python is not here; nodes must have it" in _warnings(caplog)
 
 
 def test_runs_of_a_sweep_read_the_traces_of_the_run_that_they_vary(

@@ -38,7 +38,8 @@ def test_all_paths_of_a_config_are_needed_but_not_what_the_image_may_have() -> N
     ]
     values = with_settings(read_config_file(CONFIG), settings)
     config = validate(RunConfig, values, where="test")
-    needed = needed_paths(config, _site(job_folder="/jobs"), Path("/home/me"))
+    site = _site("/home/me:/home/me", job_folder="/jobs")
+    needed = needed_paths(config, _site(job_folder="/jobs"), Path("/home/me"), has_servers=True)
     expected = {
         "the working directory": "/home/me",
         "job_folder": "/jobs",
@@ -50,9 +51,11 @@ def test_all_paths_of_a_config_are_needed_but_not_what_the_image_may_have() -> N
     }
     assert {name: str(needed[name]) for name in expected} == expected
     assert "rollout.sglang.python" not in needed
-    bare = SiteConfig(gpus_per_node=8)
-    needed = needed_paths(config, bare, Path("/home/me"))
-    assert needed["rollout.sglang.python"] == Path("/home/me/.venv-sglang/bin/python")
+    for ours in (site, SiteConfig(gpus_per_node=8)):
+        needed = needed_paths(config, ours, Path("/home/me"), has_servers=True)
+        assert needed["rollout.sglang.python"] == Path("/home/me/.venv-sglang/bin/python")
+        needed = needed_paths(config, ours, Path("/home/me"), has_servers=False)
+        assert "rollout.sglang.python" not in needed
 
 
 def test_an_interpreter_that_is_a_link_to_what_nodes_may_not_see_is_warned_of(
@@ -65,21 +68,17 @@ def test_an_interpreter_that_is_a_link_to_what_nodes_may_not_see_is_warned_of(
         file.parent.mkdir(parents=True)
     target.touch()
     link.symlink_to(target)
-    config = validate(
-        RunConfig,
-        with_settings(read_config_file(CONFIG), ["rollout.engine=transformers"]),
-        where="",
-    )
 
     def warned(site: SiteConfig) -> str:
         caplog.clear()
-        warn_of_interpreters(config, site, tmp_path)
+        warn_of_interpreters(site, {"rollout.sglang.python": Path("/image/python")})
         return caplog.text
 
     said = f"python of the site {link} is a link to {target}"
     bare = SiteConfig(gpus_per_node=8, python=link)
     assert f"{said}: nodes must have it, so your home folder must be shared" in warned(bare)
-    assert warned(SiteConfig(gpus_per_node=8, python=target)) == ""
+    assert "rollout.sglang.python /image/python is not here; nodes must have it" in warned(bare)
+    assert said not in warned(SiteConfig(gpus_per_node=8, python=target))
     assert f"{said}, which is not mounted: the image must have it" in warned(
         _site(f"{shared}:{shared}", python=link)
     )

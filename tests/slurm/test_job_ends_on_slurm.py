@@ -122,7 +122,7 @@ def test_a_job_that_is_told_to_end_by_sigterm_in_the_grace_saves_and_runs_again(
     assert job_state(job.job_id).num_restarts == 1
     said = job.batch_log.read_text()
     assert f"start 0 of job {job.job_id} ended with exit code 143" in said
-    assert "back into the queue, preempted, to go on from the last checkpoint" in said
+    assert "back into the queue, preempted, to go on from what is saved" in said
     for start in (0, 1):
         end = job.read_end(start, "rollout-0")
         assert end is not None

@@ -393,7 +393,7 @@ def test_a_signal_while_the_servers_start_sends_the_job_back_into_the_queue(
     assert main(["jobs", "cancel", "--jobs", str(jobs), "early"]) == 0
     said = job.batch_log.read_text()
     assert f"start 0 of job {number} ended with exit code 138" in said
-    assert "back into the queue, to go on from the last checkpoint" in said
+    assert "back into the queue, to go on from what is saved" in said
     assert not run.exists()
     assert end_of(job)[0] != 0
 

@@ -173,7 +173,7 @@ def test_a_preempted_job_goes_back_into_the_queue_however_it_ends(
     result, told, said = _run(tmp_path, shape, trainer=code, preempted_in="tasks")
     assert result == code
     assert told.splitlines()[-1] == "scontrol requeue 7"
-    assert "back into the queue, preempted, to go on from the last checkpoint" in said
+    assert "back into the queue, preempted, to go on from what is saved" in said
 
 
 def test_a_run_that_completes_in_the_grace_of_a_preemption_is_complete(tmp_path: Path) -> None:

@@ -227,7 +227,10 @@ def _collect_flops(config: RunConfig, renderer: PromptRenderer) -> float:
 
 
 def read_sft_traces(config: RunConfig, renderer: PromptRenderer) -> list[Trace]:
-    """Return one trace per problem of the store.
+    """Return one trace per problem of the store, by id.
+
+    The order decides what is held back and each batch. The store's own tells when each problem's
+    round was written: a collection that was killed, or slower, has the same traces in another.
 
     Raises:
         ConfigError: if there is no store.
@@ -237,4 +240,4 @@ def read_sft_traces(config: RunConfig, renderer: PromptRenderer) -> list[Trace]:
         raise ConfigError(
             f"method sft_then_rl: no traces in {config.traces_folder}; run prefixrl collect first"
         )
-    return list(traces.values())
+    return sorted(traces.values(), key=lambda trace: trace.trace_id)

@@ -6,7 +6,6 @@ evaluation goes on behind what it has, with the samples that an undisturbed one 
 where the engine honours seeds. Nothing of it is charged in FLOPs.
 """
 
-import hashlib
 import itertools
 import json
 import logging
@@ -21,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prefixrl_mcore.checkpoint.convert.hf_folder import digest_of_weights
 from prefixrl_mcore.checkpoint.convert.offline import convert_to_hf
 from prefixrl_mcore.checkpoint.manifest import MANIFEST_NAME, hash_file
 from prefixrl_mcore.checkpoint.run_checkpoints import read_trainer_state, step_folder
@@ -30,7 +30,7 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.prefix_cuts import check_room
 from prefixrl_mcore.data.problem_sets import read_evaluation_sets
 from prefixrl_mcore.eval.ending import exits_at_signals
-from prefixrl_mcore.eval.part_file import PartFile
+from prefixrl_mcore.eval.part_file import PartFile, hash_starts
 from prefixrl_mcore.eval.parts import Part, parts_of_checkpoint
 from prefixrl_mcore.eval.pass_at_k import bootstrap_mean, mean_pass_at_k, prefix_bins
 from prefixrl_mcore.eval.runner import EvaluationResult, Evaluator, StartResults
@@ -43,7 +43,11 @@ from prefixrl_mcore.records import PrefixedProblem, Problem
 logger = logging.getLogger(__name__)
 
 Parts = dict[str, dict[str, Any]]
-"""Part label → {"num_correct": [...], "num_samples": n}: what a continued evaluation reuses."""
+"""Part label → {"num_correct": [...], "num_samples": n, "starts": their digest}: what a continued
+evaluation reuses, each only if it would sample from the same starts."""
+
+Plan = Sequence[tuple[Part, list[PrefixedProblem]]]
+"""Parts and what each samples from."""
 
 
 def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
@@ -64,8 +68,7 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
     folder.claim(config)
     out = folder.eval / f"{name}.json"
     step = 0 if checkpoint is None else read_trainer_state(checkpoint).step
-    settings = _settings(config, checkpoint, sets)
-    parts = _read_parts(out, settings)
+    settings = _settings(config, checkpoint)
     with ExitStack() as stack:
         stack.callback(lambda: folder.add_stage_seconds("eval", time.perf_counter() - start))
         stack.enter_context(exits_at_signals())
@@ -87,6 +90,7 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
         plan = _plan(config, evaluator, sets)
         for _, starts in plan:
             check_room(starts, config.rollout.max_total_tokens)
+        parts = _read_parts(out, settings, plan)
         _evaluate_parts(config, evaluator, plan, parts, settings=settings, out=out, which=which)
     summary = _summarise(config, step, checkpoint, parts)
     write_json_atomic(out, {**summary, "is_complete": True, "settings": settings, "parts": parts})
@@ -97,7 +101,7 @@ def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
 def _evaluate_parts(
     config: RunConfig,
     evaluator: Evaluator,
-    plan: Sequence[tuple[Part, list[PrefixedProblem]]],
+    plan: Plan,
     parts: Parts,
     *,
     settings: dict[str, Any],
@@ -142,6 +146,7 @@ def _evaluate_parts(
             parts[part.name] = {
                 "num_correct": result.num_correct,
                 "num_samples": result.num_samples,
+                "starts": hash_starts(starts),
             }
             write_json_atomic(out, {"is_complete": False, "settings": settings, "parts": parts})
             part_file.remove()
@@ -196,43 +201,45 @@ def find_checkpoint(folder: RunFolder, which: str) -> tuple[str, Path | None]:
     return path.name, path
 
 
-def _settings(
-    config: RunConfig, checkpoint: Path | None, sets: dict[str, list[Problem]]
-) -> dict[str, Any]:
-    """Return what decides the parts; results of other settings are not mixed."""
+def _settings(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:
+    """Return what decides all parts, beside what each samples from; nothing else is mixed."""
     chosen = config.evaluation.model_dump(
         mode="json", exclude={"every_steps", "pass_at", "keep_seconds"}
     )
-    manifest = None if checkpoint is None else checkpoint / MANIFEST_NAME
-    return chosen | {
-        "seed": config.seed,
-        "problems": {name: _digest(problems) for name, problems in sets.items()},
-        "traces": str(config.traces_folder),
-        "model": str(config.model.path) if checkpoint is None else str(checkpoint.resolve()),
-        "manifest": None if manifest is None else hash_file(manifest),
-    }
+    if checkpoint is None:
+        weights = digest_of_weights(config.model.path)
+    else:
+        weights = hash_file(checkpoint / MANIFEST_NAME)
+    return chosen | {"seed": config.seed, "weights": weights}
 
 
-def _digest(problems: list[Problem]) -> str:
-    """Return what tells a set of problems from others, wherever its file lies."""
-    contents = [(problem.problem_id, problem.text, problem.answer) for problem in problems]
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+def _read_parts(out: Path, settings: dict[str, Any], plan: Plan) -> Parts:
+    """Return the parts of an interrupted evaluation with the same settings and starts.
 
-
-def _read_parts(out: Path, settings: dict[str, Any]) -> Parts:
-    """Return the parts of an interrupted evaluation with the same settings."""
+    Args:
+        out: the JSON file.
+        settings: of this evaluation.
+        plan: its parts; problems and traces may have changed since.
+    """
     if not out.exists():
         return {}
     before = json.loads(out.read_text())
     if before.get("is_complete") or before.get("settings") != settings:
         return {}
-    logger.info("%s: continuing, %d parts are done", out, len(before["parts"]))
-    return before["parts"]
+    digests = {part.name: hash_starts(starts) for part, starts in plan}
+    found: Parts = before["parts"]
+    parts = {name: part for name, part in found.items() if part["starts"] == digests.get(name)}
+    if dropped := sorted(found.keys() - parts.keys()):
+        logger.warning(
+            "%s: finished parts that are not used here (other starts: problems or traces have "
+            "changed): %s",
+            *(out, ", ".join(dropped)),
+        )
+    logger.info("%s: continuing, %d parts are done", out, len(parts))
+    return parts
 
 
-def _plan(
-    config: RunConfig, evaluator: Evaluator, sets: dict[str, list[Problem]]
-) -> list[tuple[Part, list[PrefixedProblem]]]:
+def _plan(config: RunConfig, evaluator: Evaluator, sets: dict[str, list[Problem]]) -> Plan:
     """Return each part and its contexts; parts without any context are left out."""
     if not evaluator.traces:
         logger.warning("no trace store: prefix bins and the unlock curve are left out")

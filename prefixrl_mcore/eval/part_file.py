@@ -51,7 +51,7 @@ class PartFile:
         """
         self._path = path
         self._num_starts, self._num_samples = len(starts), num_samples
-        of_part = (label, num_samples, _hash_starts(starts))
+        of_part = (label, num_samples, hash_starts(starts))
         identity = settings | dict(zip(_OF_A_PART, of_part, strict=True))
         self.results: dict[int, StartResult] = {}
         """Index of a start → what came of it, of those that are done."""
@@ -147,7 +147,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _hash_starts(starts: Sequence[PrefixedProblem]) -> str:
+def hash_starts(starts: Sequence[PrefixedProblem]) -> str:
     """Return the SHA-256 of contexts and answers, in their order."""
     digest = hashlib.sha256()
     for start in starts:

@@ -115,6 +115,38 @@ class OptimizerConfig(Config):
             )
         return self
 
+    def num_decay_steps(self, num_steps: int) -> int:
+        """Return in how many of a phase's last steps ``wsd`` falls."""
+        return max(1, round(self.decay_fraction * num_steps))
+
+    def check_phase(self, *, lr: float, num_steps: int) -> None:
+        """Refuse a phase that the schedule does not fit into.
+
+        Args:
+            lr: peak learning rate of the phase (``self.lr`` is not read).
+            num_steps: its optimizer steps.
+
+        Raises:
+            ValueError: if the warm-up leaves no step, the decay does not fit behind it, or
+                ``min_lr`` exceeds the peak. ``constant`` fits into any phase.
+        """
+        warmup, decay = self.num_warmup_steps, self.num_decay_steps(num_steps)
+        if self.schedule == "wsd" and warmup + decay > num_steps:
+            raise ValueError(
+                "policy.optimizer: the warm-up and the decay of wsd must fit into each phase, got "
+                f"num_warmup_steps {warmup} + decay_fraction {self.decay_fraction} of {num_steps} "
+                f"steps = {decay}; lower one of them"
+            )
+        if self.schedule != "constant" and warmup >= num_steps:
+            raise ValueError(
+                "policy.optimizer.num_warmup_steps must be below the number of steps of each phase "
+                f"(trainer.num_steps, and those of sft.max_epochs), got {warmup} >= {num_steps}"
+            )
+        if self.schedule != "constant" and self.min_lr > lr:
+            raise ValueError(
+                f"policy.optimizer.min_lr must not exceed the peak, got {self.min_lr} > {lr}"
+            )
+
     def _types_other_than_float32(self) -> list[str]:
         """Return ``field = value`` of each type of state that is not float32."""
         return [

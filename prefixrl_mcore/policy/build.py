@@ -166,26 +166,10 @@ def build_scheduler(
         num_steps: optimizer steps of the phase (reinforcement learning, or the supervised one).
 
     Raises:
-        ValueError: if the warm-up leaves no step, the decay does not fit behind it, or ``min_lr``
-            exceeds the peak.
+        ValueError: if the schedule does not fit into the phase, as ``check_phase`` says.
     """
+    config.check_phase(lr=lr, num_steps=num_steps)
     warmup = config.num_warmup_steps
-    decay = max(1, round(config.decay_fraction * num_steps))
-    if config.schedule == "wsd" and warmup + decay > num_steps:
-        raise ValueError(
-            "policy.optimizer: the warm-up and the decay of wsd must fit into each phase, got "
-            f"num_warmup_steps {warmup} + decay_fraction {config.decay_fraction} of {num_steps} "
-            f"steps = {decay}; lower one of them"
-        )
-    if config.schedule != "constant" and warmup >= num_steps:
-        raise ValueError(
-            "policy.optimizer.num_warmup_steps must be below the number of steps of each phase "
-            f"(trainer.num_steps, and those of sft.max_epochs), got {warmup} >= {num_steps}"
-        )
-    if config.schedule != "constant" and config.min_lr > lr:
-        raise ValueError(
-            f"policy.optimizer.min_lr must not exceed the peak, got {config.min_lr} > {lr}"
-        )
     return OptimizerParamScheduler(
         optimizer,
         init_lr=lr / (warmup + 1),
@@ -194,7 +178,7 @@ def build_scheduler(
         lr_warmup_steps=warmup,
         lr_decay_steps=max(num_steps, warmup + 1),
         lr_decay_style="WSD" if config.schedule == "wsd" else config.schedule,
-        wsd_decay_steps=decay,
+        wsd_decay_steps=config.num_decay_steps(num_steps),
         lr_wsd_decay_style=config.decay_shape,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

@@ -37,6 +37,7 @@ from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
 from prefixrl_mcore.trainer.run_policy import build_policy
 from prefixrl_mcore.trainer.run_saves import RunSaves
 from prefixrl_mcore.trainer.session import EXPORT, Session
+from prefixrl_mcore.trainer.sft import check_supervised_phase
 from prefixrl_mcore.trainer.signals import StopSignal
 from prefixrl_mcore.trainer.step_metrics import read_hardware
 
@@ -57,12 +58,15 @@ def build_session(
 
     Raises:
         ConfigError: on every rank and before anything is loaded, if trainer and servers need more
-            GPUs than rank 0's machine has, or there are fewer servers than ``min_servers``.
+            GPUs than rank 0's machine has, or there are fewer servers than ``min_servers``; before
+            weights are read and servers started, if the supervised phase cannot be.
     """
     _check_servers(config.rollout, topology)
     renderer = PromptRenderer(config.model.path, config.data.prompt)
     sets = read_evaluation_sets(config)
     originals = original_problems(renderer.render(problem) for problem in sets["train"])
+    if config.method == "sft_then_rl":
+        run_on_first(lambda: check_supervised_phase(config, len(read_sft_traces(config, renderer))))
     prefixed: list[PrefixedProblem] = []
     if config.method == "prefixrl":
         prefixed = _read_prefixed(config, renderer, sets["train"])

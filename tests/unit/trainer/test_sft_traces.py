@@ -1,18 +1,28 @@
 """What the supervised phase makes of a trace store, before there is a policy."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.traces import AttemptRecord, TraceRecord, TraceStore, build_trace_id
 from prefixrl_mcore.records import Trace
+from prefixrl_mcore.trainer import build
 from prefixrl_mcore.trainer.build import read_sft_traces
-from prefixrl_mcore.trainer.sft import split_traces
+from prefixrl_mcore.trainer.sft import check_supervised_phase, split_traces
 
 HASHES = {"tokenizer_hash": "t" * 64, "chat_template_hash": "c" * 64}
 RENDERER: Any = SimpleNamespace(**HASHES)
+
+
+class _BuiltError(Exception):
+    """All checks before the policy were passed."""
 
 
 def trace(number: int) -> TraceRecord:
@@ -73,3 +83,69 @@ def test_what_is_held_back_does_not_depend_on_when_each_trace_was_found(tmp_path
     killed_once = split("killed", [[3, 7, 4], [0, 1, 9], [2, 5, 6, 8]])
     assert [len(side) for side in undisturbed] == [8, 2]
     assert killed_once == undisturbed  # batches are positions in these: their order counts
+
+
+def phase(folder: Path, **optimizer: Any) -> RunConfig:
+    """Return a run whose 50 traces, 44 of them trained on, are 3 steps an epoch, 48 in all."""
+    sft = {"max_epochs": 16, "traces_per_step": 16, "validation_fraction": 0.125}
+    return config(folder, sft=sft, policy={"optimizer": optimizer})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        pytest.param(
+            {"schedule": "cosine", "num_warmup_steps": 48},
+            r"44 of 50 traces, 16 a step, for 16 epochs are 48 steps\): .*got 48 >= 48\. Collect",
+            id="warm-up",
+        ),
+        pytest.param(
+            {"schedule": "wsd", "num_warmup_steps": 44},
+            r"are 48 steps\): .*got num_warmup_steps 44 \+ decay_fraction 0\.1 of 48 steps = 5",
+            id="decay",
+        ),
+    ],
+)
+def test_a_phase_shorter_than_its_schedule_is_refused_with_its_length(
+    tmp_path: Path, optimizer: dict[str, Any], message: str
+) -> None:
+    too_long = phase(tmp_path, **optimizer)
+    with pytest.raises(ConfigError, match=message):
+        check_supervised_phase(too_long, 50)
+    one_less = optimizer | {"num_warmup_steps": optimizer["num_warmup_steps"] - 1}
+    check_supervised_phase(phase(tmp_path, **one_less), 50)
+    check_supervised_phase(too_long, 56)  # 49 are trained on: 4 steps an epoch
+    with pytest.raises(ConfigError, match="leaves nothing"):
+        check_supervised_phase(too_long, 3)
+
+
+@pytest.mark.parametrize(("num_warmup_steps", "is_told"), [(47, False), (48, True)])
+def test_a_constant_rate_that_is_never_reached_is_told(
+    tmp_path: Path, num_warmup_steps: int, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_supervised_phase(phase(tmp_path, num_warmup_steps=num_warmup_steps), 50)
+    assert ("warm-up of 48 steps outlasts the phase" in caplog.text) == is_told
+
+
+def test_a_phase_that_is_too_short_is_refused_before_a_policy_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_store(tmp_path, [range(50)])
+    monkeypatch.setattr(build, "PromptRenderer", lambda *_: RENDERER)
+    monkeypatch.setattr(build, "run_on_first", lambda action: action())
+    monkeypatch.setattr(build, "read_evaluation_sets", lambda _: {"train": []})
+    monkeypatch.setattr(build, "original_problems", list)
+    built = list[RunConfig]()
+
+    def policy(config: RunConfig) -> None:
+        built.append(config)
+        raise _BuiltError
+
+    monkeypatch.setattr(build, "build_policy", policy)
+    nothing: Any = None
+    topology: Any = SimpleNamespace(device=torch.device("cpu"))
+    for num_warmup_steps, expected in ((48, ConfigError), (47, _BuiltError)):
+        run = phase(tmp_path, schedule="linear", num_warmup_steps=num_warmup_steps)
+        with pytest.raises(expected), ExitStack() as stack:
+            build.build_session(run, nothing, topology, stack, phases=nothing, stop=nothing)
+    assert [run.policy.optimizer.num_warmup_steps for run in built] == [47]

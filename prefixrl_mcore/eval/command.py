@@ -30,7 +30,7 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.prefix_cuts import check_room
 from prefixrl_mcore.data.problem_sets import read_evaluation_sets
 from prefixrl_mcore.eval.ending import exits_at_signals
-from prefixrl_mcore.eval.part_file import PartFile, hash_starts
+from prefixrl_mcore.eval.part_file import PartFile, differing_keys, hash_starts
 from prefixrl_mcore.eval.parts import Part, parts_of_checkpoint
 from prefixrl_mcore.eval.pass_at_k import bootstrap_mean, mean_pass_at_k, prefix_bins
 from prefixrl_mcore.eval.runner import EvaluationResult, Evaluator, StartResults
@@ -48,6 +48,9 @@ evaluation reuses, each only if it would sample from the same starts."""
 
 Plan = Sequence[tuple[Part, list[PrefixedProblem]]]
 """Parts and what each samples from."""
+
+_WITHOUT_EFFECT = {"every_steps", "training_num_samples", "keep_seconds", "pass_at"}
+"""Settings of ``evaluation`` that decide no result of ``prefixrl eval``."""
 
 
 def evaluate_checkpoint(config: RunConfig, which: str) -> Path:
@@ -203,9 +206,7 @@ def find_checkpoint(folder: RunFolder, which: str) -> tuple[str, Path | None]:
 
 def _settings(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:
     """Return what decides all parts, beside what each samples from; nothing else is mixed."""
-    chosen = config.evaluation.model_dump(
-        mode="json", exclude={"every_steps", "pass_at", "keep_seconds"}
-    )
+    chosen = config.evaluation.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     if checkpoint is None:
         weights = digest_of_weights(config.model.path)
     else:
@@ -224,12 +225,18 @@ def _read_parts(out: Path, settings: dict[str, Any], plan: Plan) -> Parts:
     if not out.exists():
         return {}
     before = json.loads(out.read_text())
-    if before.get("is_complete") or before.get("settings") != settings:
+    if before["is_complete"]:
+        return {}
+    found: Parts = before["parts"]
+    if differing := differing_keys(before["settings"], settings):
+        logger.warning(
+            "%s: finished parts that are not used here (other %s): %s",
+            *(out, ", ".join(differing), ", ".join(found)),
+        )
         return {}
     digests = {part.name: hash_starts(starts) for part, starts in plan}
-    found: Parts = before["parts"]
     parts = {name: part for name, part in found.items() if part["starts"] == digests.get(name)}
-    if dropped := sorted(found.keys() - parts.keys()):
+    if dropped := [name for name in found if name not in parts]:
         logger.warning(
             "%s: finished parts that are not used here (other starts: problems or traces have "
             "changed): %s",

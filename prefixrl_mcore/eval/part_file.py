@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,7 @@ class PartFile:
         found = _object(first)
         if found is None:
             raise self._damaged(1)
-        # As JSON has them: tuples are lists there.
-        differing = [
-            key
-            for key in sorted(found.keys() | identity.keys())
-            if found.get(key) != json.loads(json.dumps(identity.get(key)))
-        ]
+        differing = differing_keys(found, identity)
         is_of_finished_part = "part" in differing and set(differing) <= set(_OF_A_PART)
         if differing and len(rest) > 1 and not is_of_finished_part:
             logger.warning(
@@ -145,6 +140,20 @@ def _object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def differing_keys(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which two records differ, sorted.
+
+    Args:
+        found: as it was read from JSON.
+        expected: as it would be written; tuples are lists in JSON.
+    """
+    return [
+        key
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != json.loads(json.dumps(expected.get(key)))
+    ]
 
 
 def hash_starts(starts: Sequence[PrefixedProblem]) -> str:

@@ -81,8 +81,28 @@ def test_results_of_other_problems_and_traces_are_not_taken_over(
     with caplog.at_level(logging.WARNING, logger="prefixrl_mcore"):
         found = _read_parts(out, {"seed": 0}, plan(**changed))
     assert found == {name: parts[name] for name in kept}
-    dropped = sorted(parts.keys() - kept)
+    dropped = [name for name in parts if name not in kept]
     assert (f"have changed): {', '.join(dropped)}" in caplog.text) == bool(dropped)
+
+
+def test_results_of_other_settings_are_dropped_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_tiny_qwen3(tmp_path / "model")
+    out, _ = left(tmp_path, settings(model))
+    now = settings(model, temperature=0.5, unlock_fractions=(0.5,))
+    assert _read_parts(out, now, plan()) == {}
+    assert "(other temperature, unlock_fractions): set/train, unlock/0.50" in caplog.text
+
+
+def test_settings_that_decide_no_result_lose_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_tiny_qwen3(tmp_path / "model")
+    out, parts = left(tmp_path, settings(model))
+    others = {"training_num_samples": 9, "every_steps": 7, "keep_seconds": 1, "pass_at": (2,)}
+    assert _read_parts(out, settings(model, **others), plan()) == parts
+    assert "not used" not in caplog.text
 
 
 def test_results_of_the_same_weights_in_another_folder_are_taken_over(tmp_path: Path) -> None:

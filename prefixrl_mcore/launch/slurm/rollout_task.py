@@ -78,7 +78,9 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
             return 0
         if server is None and not num_restarts:
             return 1
-        if not allowance.take(time.monotonic()):
+        if not _take_restart(allowance, ending):
+            if ending.is_set():
+                return 0
             logger.error("%s is not started again: %s", launch.name, allowance)
             return exit_codes.TIME_LIMIT
         logger.warning("%s is started again, with the initial weights: %s", launch.name, allowance)
@@ -132,6 +134,14 @@ def _start(
         server.stop()
         return None
     return server
+
+
+def _take_restart(allowance: RestartAllowance, ending: threading.Event) -> bool:
+    """Take a restart when it is due; return False if none is left, or the task is to end."""
+    while not allowance.take(time.monotonic()):
+        if not allowance.is_left(time.monotonic()) or ending.wait(_POLL_SECONDS):
+            return False
+    return True
 
 
 def _port_of(server: SGLangServer) -> int:

@@ -1,8 +1,13 @@
 """How often a server that died may be started again."""
 
+import math
 from collections import deque
 
 from prefixrl_mcore.config.rollout import SGLangConfig
+
+_PAUSES_SECONDS = (1.0, 10.0, 60.0)
+"""Least times from one restart to the next, after one, two and more in vain: what this machine
+lacks for a moment, and fails a start by at once, must not use up all of them in it."""
 
 
 class RestartAllowance:
@@ -18,27 +23,30 @@ class RestartAllowance:
         self._window_seconds = config.restart_window_seconds
         self._times: deque[float] = deque()
         self._num_in_vain = 0
+        self._pause_ends = -math.inf
         self.num_restarts = 0
         """Restarts in all."""
 
     def is_left(self, now: float) -> bool:
-        """Return whether there is a restart left at ``time.monotonic()``."""
+        """Return whether there is a restart left at ``time.monotonic()``, if after a pause."""
         while self._times and self._times[0] < now - self._window_seconds:
             self._times.popleft()
         return max(len(self._times), self._num_in_vain) < self._max_restarts
 
     def take(self, now: float) -> bool:
-        """Take one restart at ``time.monotonic()``; return whether there was one left."""
-        if not self.is_left(now):
+        """Take one restart at ``time.monotonic()``; return whether one was left and is due."""
+        if now < self._pause_ends or not self.is_left(now):
             return False
         self._times.append(now)
         self._num_in_vain += 1
+        self._pause_ends = now + _PAUSES_SECONDS[min(self._num_in_vain, len(_PAUSES_SECONDS)) - 1]
         self.num_restarts += 1
         return True
 
     def note_success(self) -> None:
         """Note that the server serves: what was taken before was not in vain."""
         self._num_in_vain = 0
+        self._pause_ends = -math.inf
 
     def __str__(self) -> str:
         """Say how much is taken."""

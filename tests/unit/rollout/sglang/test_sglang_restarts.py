@@ -23,3 +23,24 @@ def test_starts_in_vain_are_counted_however_far_apart_they_are() -> None:
     allowance.note_success()
     assert [allowance.take(now) for now in (100.0, 200.0, 300.0)] == [True, True, False]
     assert str(allowance) == ("0 restart(s) in 60 s, 2 in vain, rollout.sglang.max_restarts = 2")
+
+
+def test_after_restarts_in_vain_the_next_one_is_not_due_at_once() -> None:
+    allowance = RestartAllowance(SGLangConfig(max_restarts=5))
+    due = [0.0]
+    for pause in (1.0, 10.0, 60.0, 60.0):
+        assert allowance.take(due[-1])
+        assert not allowance.take(due[-1] + 0.99 * pause)
+        assert allowance.is_left(due[-1])
+        due.append(due[-1] + pause)
+
+    assert due == [0.0, 1.0, 11.0, 71.0, 131.0]
+    assert allowance.num_restarts == 4
+
+
+def test_restart_of_a_server_that_has_served_since_the_last_is_due_at_once() -> None:
+    allowance = RestartAllowance(SGLangConfig(max_restarts=2))
+
+    assert allowance.take(0.0)
+    allowance.note_success()
+    assert allowance.take(0.1)

@@ -125,9 +125,9 @@ def _start(
     """Start a server; return None if it does not come up, where the trainer knows it to be."""
     try:
         server = SGLangServer.start(launch, log_file, cancelled=ending, port=port)
-    except (EngineError, ValueError) as error:
+    except (EngineError, OSError, ValueError) as error:  # a later start may find more
         if not ending.is_set():
-            logger.error("%s", error)
+            logger.error("%s: %s", launch.name, error)
         return None
     if is_known and _port_of(server) != port:
         logger.error("%s: who listens on port %d, where the trainer waits?", launch.name, port)

@@ -1,5 +1,6 @@
 """What a rollout task does when its server dies, or cannot be started again."""
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -99,10 +100,21 @@ def test_task_that_is_told_to_end_does_not_wait_for_the_end_of_a_pause(
     assert time.monotonic() - started < 0.9
 
 
+@pytest.mark.parametrize(
+    "error",
+    [EngineError("died while it started"), OSError(errno.ENOMEM, "Cannot allocate memory")],
+)
 def test_server_that_cannot_be_started_again_sends_the_job_back_into_the_queue(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
     monkeypatch.setattr("prefixrl_mcore.rollout.sglang.restarts._PAUSES_SECONDS", (0.0,))
-    error = EngineError("died while it started")
 
     assert serve(iter([None, error, error, error])) == exit_codes.TIME_LIMIT
+    assert caplog.text.count(f"rollout server 0: {error}") == 3
+
+
+def test_server_that_does_not_come_up_at_first_is_a_failure(serve: Serve) -> None:
+    assert serve(iter([OSError(errno.ENOSPC, "No space left on device")])) == 1

@@ -121,7 +121,8 @@ class SGLangConfig(Config):
     ``restart_window_seconds``, and in a row without being ready in between."""
 
     restart_window_seconds: float = Field(default=3600.0, gt=0.0)
-    """Restarts that lie further back than this no longer count."""
+    """Restarts that lie further back than this no longer count; those in a row that lead to nothing
+    do until so long after they are used up, when a run that other servers serve tries again."""
 
     max_samples_per_server: int = Field(default=512, ge=1)
     """Completions that one server is asked for at a time; the rest waits here, where it can still

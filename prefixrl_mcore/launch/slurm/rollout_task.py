@@ -78,7 +78,9 @@ def serve(folder: JobFolder, task: TaskFile, environment: Mapping[str, str]) -> 
             return 0
         if server is None and not num_restarts:
             return 1
-        if not allowance.take(time.monotonic()):
+        if not _take_restart(allowance, ending):
+            if ending.is_set():
+                return 0
             logger.error("%s is not started again: %s", launch.name, allowance)
             return exit_codes.TIME_LIMIT
         logger.warning("%s is started again, with the initial weights: %s", launch.name, allowance)
@@ -123,15 +125,23 @@ def _start(
     """Start a server; return None if it does not come up, where the trainer knows it to be."""
     try:
         server = SGLangServer.start(launch, log_file, cancelled=ending, port=port)
-    except (EngineError, ValueError) as error:
+    except (EngineError, OSError, ValueError) as error:  # a later start may find more
         if not ending.is_set():
-            logger.error("%s", error)
+            logger.error("%s: %s", launch.name, error)
         return None
     if is_known and _port_of(server) != port:
         logger.error("%s: who listens on port %d, where the trainer waits?", launch.name, port)
         server.stop()
         return None
     return server
+
+
+def _take_restart(allowance: RestartAllowance, ending: threading.Event) -> bool:
+    """Take a restart when it is due; return False if none is left, or the task is to end."""
+    while not allowance.take(time.monotonic()):
+        if not allowance.is_left(time.monotonic()) or ending.wait(_POLL_SECONDS):
+            return False
+    return True
 
 
 def _port_of(server: SGLangServer) -> int:

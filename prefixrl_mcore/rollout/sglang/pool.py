@@ -184,7 +184,9 @@ class ServerPool:
         self._bury_the_lost()
         self._check_open()  # nobody would end what is started now
         for member in self.members:
-            if member.state is State.DEAD and member.restarts.take(time.monotonic()):
+            if member.state is State.DEAD and member.restarts.take(
+                time.monotonic(), others_serve=bool(self.ready)
+            ):
                 self.counters.num_restarts += 1
                 member.revive(self.events.put)
         came_up = [m for m in self.members if m.state is State.STARTING and m.is_up]

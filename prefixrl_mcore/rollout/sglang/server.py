@@ -109,6 +109,8 @@ class SGLangServer:
         Raises:
             EngineError: if SGLang's environment is missing; if the server dies or is not healthy in
                 time, with the end of its log; if it was cancelled.
+            OSError: if this machine has no memory, file or space left for it.
+            ValueError: if its API key cannot be read, or is missing.
         """
         for _ in range(_PORT_ATTEMPTS):
             server = cls._spawn(launch, _free_port() if port is None else port, log_file)

@@ -78,7 +78,9 @@ def check_weights(
     def ask(target: SyncTarget) -> None:
         reported[target.name] = _reported(target)
 
-    failed = on_all(targets, ask)  # at once: they hash for a while, and one may hang
+    lost = on_all(targets, ask)  # at once: they hash for a while, and one may hang
+    hint = f"should every server do so: {_WITHOUT}"
+    failed = {name: f"{cause}; {hint}" for name, cause in lost.items()}
     for target in [target for target in targets if target.name in reported]:
         for rank, theirs in reported[target.name].items():
             expected = ours.of_rank(target.num_ranks, rank)

@@ -134,7 +134,7 @@ class Broadcast:
         A target that is no longer given, because it refused a bucket that it had received, would
         never receive this one, which the others would wait for: they all get another group.
         """
-        lost = self._joined - {target.name for target in targets}
+        lost = self._lost(targets)
         if lost:
             self._destroy()
             self.innocent = frozenset(target.name for target in targets)
@@ -164,8 +164,12 @@ class Broadcast:
                 self._destroy()  # so that the servers that still receive give up
         failures = self._failures(receiving, cause, guilty)
         if cause:
-            self._leave_broken(targets)
+            self._leave_broken([target for target in targets if target.name in self.innocent])
         return failures
+
+    def _lost(self, targets: Sequence[SyncTarget]) -> frozenset[str]:
+        """Return who is in the group and not among the targets any more."""
+        return self._joined - {target.name for target in targets}
 
     def _broadcast(self, bucket: Bucket, receiving: Mapping[str, Future[None]]) -> str:
         """Broadcast the bytes; return why that failed, or nothing."""
@@ -187,10 +191,10 @@ class Broadcast:
         return f"{type(error).__name__}: {error}"  # a connection broke
 
     def _leave_broken(self, targets: Sequence[SyncTarget]) -> None:
-        """Let the servers that did nothing wrong drop the broken group; they get another one."""
+        """Let servers that did nothing wrong drop a group that others do not leave with them."""
         name, self._group_name = self._group_name, ""
         failures = on_all(
-            [target for target in targets if target.name in self.innocent],
+            targets,
             lambda target: target.client.destroy_update_group(name, _LEAVE_SECONDS),
         )
         for target, failure in failures.items():
@@ -212,7 +216,15 @@ class Broadcast:
         }
 
     def finish(self, targets: Sequence[SyncTarget]) -> Failures:
-        """Leave the group on both sides at once: NCCL's ranks of one machine wait for another."""
+        """Leave the group on both sides at once: NCCL's ranks of one machine wait for another.
+
+        Those that are given have all buckets, and would wait for one that is not, because it
+        refused the last: the group is broken up for them, as ``send`` does.
+        """
+        if self._lost(targets):
+            self._destroy()
+            self._leave_broken(targets)
+            return {}
         name, self._group_name = self._group_name, ""
         leaving = self._begin_to_leave()
         failures = on_all(

@@ -237,7 +237,7 @@ def test_server_that_never_starts_is_given_up_although_its_starts_take_longer_th
     engine = pool.engine(
         urls=pool.urls[:1],
         max_restarts=2,
-        restart_window_seconds=0.01,
+        restart_window_seconds=0.5,
         start_timeout_seconds=0.1,
     )
     break_off_for_good(pool.fakes[0])
@@ -246,25 +246,45 @@ def test_server_that_never_starts_is_given_up_although_its_starts_take_longer_th
         engine.sample(requests_of(1), PARAMS)
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOMEM, "Cannot allocate memory"), ValueError("no API key")]
-)
-def test_restart_that_this_machine_has_not_enough_for_is_one_that_failed(
-    pool: Pool, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    engine = pool.engine(urls=pool.urls[:1], max_restarts=2)
-    come_up, errors = Member._come_up, iter([error])
+def fail_starts(monkeypatch: pytest.MonkeyPatch, seconds: float, error: Exception) -> None:
+    """Have every start fail at once for so long."""
+    come_up, is_over = Member._come_up, time.monotonic() + seconds
 
     def lack(member: Member, life: int, cancelled: threading.Event) -> str:
-        if (lacks := next(errors, None)) is not None:
-            raise lacks
+        if time.monotonic() < is_over:
+            raise error
         return come_up(member, life, cancelled)
 
     monkeypatch.setattr(Member, "_come_up", lack)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOMEM, "Cannot allocate memory"), ValueError("no API key")]
+)
+def test_what_this_machine_lacks_for_a_moment_does_not_use_up_all_restarts(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=2)
+    fail_starts(monkeypatch, 0.7, error)
     engine._pool.bury(engine._pool.members[0], "by the test")
 
     assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
     assert engine._pool.members[0].last_death == f"{type(error).__name__}: {error}"
+
+
+def test_server_whose_restarts_were_all_in_vain_is_tried_again_while_others_serve(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=1, restart_window_seconds=0.3)
+    fail_starts(monkeypatch, 0.2, EngineError("its file system is away"))
+    engine._pool.bury(engine._pool.members[0], "by the test")
+
+    deadline = time.monotonic() + 10
+    while len(engine._pool.ready) < 2 and time.monotonic() < deadline:
+        engine.sample(requests_of(2), PARAMS)
+
+    assert len(engine._pool.ready) == 2
+    assert engine._pool.members[0].restarts.num_restarts == 2
 
 
 def test_server_that_was_given_up_while_paused_comes_back(pool: Pool) -> None:

@@ -1,6 +1,7 @@
 """New weights for a pool whose servers refuse them, are lost, or come back late."""
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -127,6 +128,20 @@ def test_server_that_refuses_to_tell_its_checksums_ends_the_run_with_the_remedy(
 
     with pytest.raises(EngineError, match=r"server 1 does not tell the checksums.*404.*-syncs No"):
         engine.load_weights(weights, 1)
+
+
+@pytest.mark.parametrize("status", [0, 500])
+def test_run_whose_servers_are_all_lost_by_checksums_ends_with_the_remedy(
+    pool: Pool, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=0)
+    for fake in pool.fakes[:2]:
+        when_checked(fake, status)
+
+    remedy = r"checksum-every-syncs None does without"
+    with pytest.raises(EngineError, match=rf"2 of 2 servers are dead for good; .*{remedy}"):
+        engine.load_weights(weights, 1)
+    assert re.search(rf"server 0 did not tell its checksums: .*{remedy}", caplog.text)
 
 
 def test_comparison_in_which_all_servers_were_lost_is_made_up_for(pool: Pool) -> None:

@@ -118,6 +118,36 @@ def test_bucket_after_one_that_a_server_refused_is_not_waited_for(
     assert fake.calls == ["/destroy_weights_update_group"]
 
 
+def test_server_that_refused_the_last_bucket_is_not_waited_for_to_leave(
+    fake: FakeSGLang,
+    target: SyncTarget,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", lambda group: group.aborted.set())
+    monkeypatch.setattr(distributed, "_LEAVE_SECONDS", 0.2)
+    group, release = Hanging(), threading.Event()
+    transport: Any = joined(group)
+    transport._joined, transport._timeout_seconds = frozenset({"server 0", "server 1"}), 20.0
+    answer = fake.answer
+
+    def wait_for_the_other(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        release.wait(10)
+        return answer(path, payload)
+
+    fake.answer = wait_for_the_other  # type: ignore[method-assign]
+    started = time.monotonic()
+    failures = transport.finish([target])
+    seconds = time.monotonic() - started
+    release.set()
+
+    assert failures == {}  # it has all buckets
+    assert seconds < 5
+    assert group.aborted.is_set()
+    assert transport.innocent == frozenset()
+    assert "server 0 did not leave a broken group" in caplog.text
+
+
 def test_watchdog_of_nccl_waits_longer_than_this_side_and_an_abort_finds_the_communicator() -> None:
     timeout = distributed._group_timeout("nccl", 300.0)
 

@@ -226,12 +226,13 @@ def test_completion_that_another_trainer_renamed_the_weights_of_is_refused(
     """Real servers stamp it with the name that their weights have at its end."""
     load(engine, 7)
     engine.take_metrics()
-    victim = engine.servers[0]
-    others = [SGLangClient(victim.client.url, request_timeout_seconds=60)]
+    victims = [
+        SGLangClient(server.client.url, request_timeout_seconds=60) for server in engine.servers[1:]
+    ]  # one of them at least has long ones, wherever the short one is
 
     def rename(*_counts: int) -> None:
-        while others:  # once, in the middle of what the others sample
-            others.pop().set_weight_version("theirs")
+        while victims:  # once, in the middle of what the others sample
+            victims.pop().set_weight_version("theirs")
 
     short, *long = requests_of(7, 1)
     short = SampleRequest(request_id="short", context_token_ids=(5,) * 795, num_samples=1, seed=0)
@@ -239,13 +240,16 @@ def test_completion_that_another_trainer_renamed_the_weights_of_is_refused(
 
     assert {one.policy_version for group in groups for one in group} == {7}
     assert [len(group[0].token_ids) for group in groups] == [5, *[700] * 6]
-    refusal = next(text for text in caplog.messages if "server 0: ready -> dead" in text)
-    assert "does another trainer update this server?" in refusal
-    assert "'theirs'" in refusal
+    refusals = [text for text in caplog.messages if ": ready -> dead" in text]
+    assert len(refusals) in (1, 2)
+    for refusal in refusals:
+        assert "does another trainer update this server?" in refusal
+        assert "'theirs'" in refusal
     metrics = engine.take_metrics()
     assert metrics["engine/num_bad_answers"] >= 1
-    assert metrics["engine/num_server_deaths"] == 1
-    wait_until_all_are_ready(engine, 7)
+    assert metrics["engine/num_server_deaths"] == len(refusals)
+    load(engine, 8)
+    wait_until_all_are_ready(engine, 8)
 
 
 def test_what_is_not_needed_any_more_comes_back_as_far_as_it_got(engine: SGLangEngine) -> None:

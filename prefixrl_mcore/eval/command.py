@@ -149,7 +149,7 @@ def _evaluate_parts(
             parts[part.name] = {
                 "num_correct": result.num_correct,
                 "num_samples": result.num_samples,
-                "starts": hash_starts(starts),
+                "starts": part_file.starts_hash,
             }
             write_json_atomic(out, {"is_complete": False, "settings": settings, "parts": parts})
             part_file.remove()

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from prefixrl_mcore.observability.signal_handlers import handled_by
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -28,9 +30,5 @@ def exits_at_signals() -> Iterator[None]:
             signal.signal(one, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
-    before = {one: signal.signal(one, leave) for one in _SIGNALS}
-    try:
+    with handled_by(leave, _SIGNALS):
         yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)

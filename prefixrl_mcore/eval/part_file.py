@@ -51,7 +51,9 @@ class PartFile:
         """
         self._path = path
         self._num_starts, self._num_samples = len(starts), num_samples
-        of_part = (label, num_samples, hash_starts(starts))
+        self.starts_hash = hash_starts(starts)
+        """Of what the part samples from."""
+        of_part = (label, num_samples, self.starts_hash)
         identity = settings | dict(zip(_OF_A_PART, of_part, strict=True))
         self.results: dict[int, StartResult] = {}
         """Index of a start → what came of it, of those that are done."""

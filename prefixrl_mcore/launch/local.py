@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prefixrl_mcore.config import exit_codes
+from prefixrl_mcore.observability.signal_handlers import handled_by
 
 logger = logging.getLogger(__name__)
 
@@ -82,15 +83,8 @@ def launch_ranks(
 def _noted_signals() -> Iterator[list[int]]:
     """Collect the signals to pass on in the list that is given, instead of dying of them."""
     received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _frame: received.append(number))
-        for number in _FORWARDED
-    }
-    try:
+    with handled_by(lambda number, _frame: received.append(number), _FORWARDED):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _start(

@@ -3,6 +3,10 @@
 ``RUN/lease.json`` names host and process of the trainer. It goes with the trainer; after a kill it
 stays, and is stale at once if a process of this host wrote it, else when it has not been renewed
 for a minute. A lock of the file system would be simpler, but does not hold on all shared ones.
+
+An earlier start of the same Slurm job is not another trainer: Slurm has lost it and started the
+job again. It ends by itself once it sees that (`launch/slurm/orphan.py`), which the shared file
+system's caches may put off; the later start waits for that.
 """
 
 import json
@@ -24,6 +28,8 @@ logger = logging.getLogger(__name__)
 RENEWAL_SECONDS = 10.0
 STALE_SECONDS = 60.0
 _POLLS_PER_RENEWAL = 5
+_LOST_START_SECONDS = 300.0
+"""What an earlier start of the same Slurm job may take to see that it is lost, and to end."""
 
 
 class Lease:
@@ -35,6 +41,7 @@ class Lease:
         *,
         renewal_seconds: float = RENEWAL_SECONDS,
         stale_seconds: float = STALE_SECONDS,
+        lost_start_seconds: float = _LOST_START_SECONDS,
     ) -> None:
         """Describe a lease; nothing is written before the context is entered.
 
@@ -42,15 +49,19 @@ class Lease:
             file: in the run folder, which is made if needed.
             renewal_seconds: time between two renewals, the same for all trainers.
             stale_seconds: time without one after which another host's trainer counts as dead.
+            lost_start_seconds: how long an earlier start of this Slurm job is waited for.
         """
         self._file = file
         self._renewal_seconds = renewal_seconds
         self._stale_seconds = stale_seconds
-        self._content = {
+        self._lost_start_seconds = lost_start_seconds
+        self._content: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process_start": _process_start(os.getpid()),
             "token": uuid.uuid4().hex,
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_start": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         }
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -58,16 +69,30 @@ class Lease:
     def __enter__(self) -> Self:
         """Take the folder; waits up to a minute for a sign of life of another host's trainer.
 
+        It waits up to five minutes for the end of an earlier start of this Slurm job.
+
         Raises:
             ConfigError: if another trainer holds it.
         """
-        holder = _read(self._file)
-        if holder is not None and self._is_alive(holder):
-            raise ConfigError(
-                f"{self._file.parent}: the trainer with process {holder.get('pid')} on "
-                f"{holder.get('host')} writes to this run folder; let it end, or end it, before "
-                "--resume. Nothing was changed."
-            )
+        deadline = time.monotonic() + self._lost_start_seconds
+        is_waiting = False
+        while (holder := _read(self._file)) is not None and self._is_alive(holder):
+            who = f"process {holder.get('pid')} on {holder.get('host')}"
+            if not self._is_earlier_start(holder) or time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"{self._file.parent}: the trainer with {who} writes to this run folder; let "
+                    "it end, or end it, before --resume. Nothing was changed."
+                )
+            if not is_waiting:
+                logger.warning(
+                    "%s: %s, an earlier start of this Slurm job, still writes; waiting up to %g s "
+                    "for its end",
+                    self._file.parent,
+                    who,
+                    self._lost_start_seconds,
+                )
+                is_waiting = True
+            time.sleep(self._renewal_seconds / _POLLS_PER_RENEWAL)
         self._write()
         self._thread.start()
         return self
@@ -83,6 +108,14 @@ class Lease:
         self._thread.join()
         if self._is_ours():
             self._file.unlink(missing_ok=True)
+
+    def _is_earlier_start(self, holder: dict[str, Any]) -> bool:
+        """Return whether the holder is a start of this Slurm job that came before this one."""
+        return (
+            self._content["slurm_job"] is not None
+            and holder.get("slurm_job") == self._content["slurm_job"]
+            and holder.get("slurm_start", 0) < self._content["slurm_start"]
+        )
 
     def _is_alive(self, holder: dict[str, Any]) -> bool:
         """Return whether the holder's process lives, or renews its lease while this waits."""

@@ -2,10 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,62 @@ def test_another_hosts_lease_is_respected_as_long_as_it_is_renewed(tmp_path: Pat
     with Lease(file, **QUICK):  # silent now
         assert time.monotonic() - begin >= 0.4
         assert json.loads(file.read_text())["host"] != "elsewhere"
+
+
+@pytest.fixture
+def lost(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """The lease of start 0 of Slurm job 7, whose process lives, on this host."""
+    file = tmp_path / "lease.json"
+    with Lease(file):
+        text = file.read_text()
+    file.write_text(text)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        start = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        rewrite(file, pid=process.pid, process_start=start, token="other", slurm_job="7")
+        yield file, process
+        process.kill()
+
+
+@pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
+def test_a_later_start_of_a_slurm_job_waits_for_the_end_of_the_one_that_slurm_has_lost(
+    lost: tuple[Path, subprocess.Popen[bytes]], host: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    file, process = lost
+    rewrite(file, host=host)
+    said = f"process {process.pid} on {host}, an earlier start of this Slurm job, still writes"
+
+    def write_on_until_it_is_waited_for(is_over: threading.Event) -> None:
+        while said not in caplog.text and not is_over.wait(0.02):
+            os.utime(file)
+        process.kill()
+        process.wait()
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with beside(write_on_until_it_is_waited_for), Lease(file, **QUICK):
+        assert process.poll() is not None
+        assert json.loads(file.read_text())["slurm_start"] == 1
+    assert caplog.text.count(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "start"),
+    [("7", "1"), ("7", "0"), ("8", "1"), (None, None)],
+    ids=["a lost start that does not end", "same start", "another job", "no Slurm"],
+)
+def test_a_trainer_that_goes_on_is_refused_whatever_slurm_says(
+    lost: tuple[Path, subprocess.Popen[bytes]], job: str | None, start: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    file, process = lost
+    if job is not None and start is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", start)
+    seconds = 0.3 if (job, start) == ("7", "1") else 600.0  # only the first one is waited for
+    with pytest.raises(ConfigError, match=f"process {process.pid} on .* writes to this run"):
+        Lease(file, **QUICK, lost_start_seconds=seconds).__enter__()
+    assert json.loads(file.read_text())["token"] == "other"
 
 
 def test_a_lease_is_renewed_and_one_that_was_taken_is_left_alone(

@@ -91,9 +91,9 @@ def end_of(job: JobFolder) -> tuple[int, str]:
     return follow(job, job.job_id, out=said), said.getvalue()
 
 
-def wait_for(happens: Callable[[], bool], *, seconds: float = 60) -> None:
-    """Wait until something happens."""
+def wait_for(happens: Callable[[], bool], *, seconds: float = 180) -> None:
+    """Wait until something happens; a loaded machine needs a minute to begin a task."""
     deadline = time.monotonic() + seconds
     while not happens():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
         time.sleep(0.1)

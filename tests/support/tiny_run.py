@@ -108,10 +108,12 @@ _CHARGES = {
 
 
 def metrics_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Return the lines of one kind of a run's metrics; none if there is no file yet."""
+    """Return the whole lines of one kind of a run's metrics; none if there is no file yet."""
     if not (run / "metrics.jsonl").exists():
         return []
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # A running trainer may be in the middle of the last one.
+    whole, _, _ = (run / "metrics.jsonl").read_text().rpartition("\n")
+    lines = [json.loads(line) for line in whole.splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 

@@ -115,6 +115,7 @@ def _cluster(arguments: argparse.Namespace, folder: Path) -> Cluster:
         controller_port=ports,
         database_port=ports + 1,
         mariadb_port=ports + 2,
+        subnet=_free_subnet(),
         node_port=6818 if not arguments.no_networks else ports + 3,
     )
     if cluster.has_cgroups:
@@ -131,6 +132,17 @@ def _free_ports(number: int) -> int:
                     free.bind(("0.0.0.0", port))
             return first
     raise RuntimeError(f"no {number} free ports in a row between 26800 and 32000")
+
+
+def _free_subnet() -> int:
+    """Return a third number of addresses of which no bridge of this machine has the first."""
+    for number in range(256):
+        try:
+            with socket.socket() as own:
+                own.bind((f"10.231.{number}.1", 0))
+        except OSError:  # not an address of this machine
+            return number
+    raise RuntimeError("all of 10.231.0.0/16 is in use on this machine; take a cluster down first")
 
 
 def _check_machine(arguments: argparse.Namespace, folder: Path) -> None:

@@ -43,7 +43,7 @@ JobRequeue=1
 GresTypes=gpu
 NodeName={nodes} {node_addresses} CPUs={cpus} RealMemory={memory_mb} {gres} State=UNKNOWN
 PartitionName=batch Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
-PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=5 MaxTime=INFINITE State=UP
+PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP
 """
 
 _PLUGINS = """\
@@ -140,6 +140,9 @@ class Cluster:
     mariadb_port: int
     """MariaDB's."""
 
+    subnet: int
+    """Third number of all addresses, of 256; no other cluster's on this machine."""
+
     @property
     def mark(self) -> str:
         """Four hexadecimal digits of the folder's path, so that clusters do not meet."""
@@ -174,7 +177,7 @@ class Cluster:
         return f"{self.bridge}-{node}"
 
     def _address(self, last: int) -> str:
-        return f"10.231.{int(self.mark[:2], 16)}.{last}"
+        return f"10.231.{self.subnet}.{last}"
 
 
 def write_settings(cluster: Cluster) -> None:

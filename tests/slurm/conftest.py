@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def skip_unless_it_can_run(folder: Path, *options: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[Path]:
+def cluster() -> Iterator[Path]:
     """Start four nodes with two pretended GPUs each; return the cluster's folder."""
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -46,6 +47,24 @@ def slurm() -> Iterator[Path]:
         finally:
             down = run_cluster("wipe", folder)
             assert down.returncode == 0, down.stderr
+
+
+@pytest.fixture
+def slurm(cluster: Path) -> Iterator[Path]:
+    """Begin on idle nodes, and leave no job to the next test; return the cluster's folder."""
+    deadline = time.monotonic() + 120
+    while (states := _said("sinfo", "--Node", "--partition=batch", "--format=%t")) != ["idle"] * 4:
+        assert time.monotonic() < deadline, f"the nodes are {states}"
+        time.sleep(0.1)
+    yield cluster
+    for job in set(_said("squeue", "--format=%A")):  # of a test that failed
+        subprocess.run(["scancel", job], check=False)
+
+
+def _said(*command: str) -> list[str]:
+    """Return the words that a command of Slurm prints."""
+    done = subprocess.run([*command, "--noheader"], capture_output=True, text=True, check=True)
+    return done.stdout.split()
 
 
 @pytest.fixture

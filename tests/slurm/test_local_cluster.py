@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.conftest import CLUSTER, run_cluster, skip_unless_it_can_run
+from tests.support.launched_jobs import wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -21,10 +22,18 @@ def _srun(*arguments: str, environment: dict[str, str] | None = None) -> str:
         text=True,
         check=False,
         env={**os.environ, **(environment or {})},
-        timeout=60,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def _running(environment: dict[str, str]) -> str:
+    """Return the jobs that run on a cluster."""
+    asked = ["squeue", "--noheader", "--states=RUNNING"]
+    return subprocess.run(
+        asked, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def _processes_of(folder: Path) -> list[str]:
@@ -73,12 +82,14 @@ def test_down_leaves_no_process_and_no_network(tmp_path: Path) -> None:
         env={**os.environ, **environment},
         stderr=subprocess.DEVNULL,
     )
+    # What comes to the controller while it goes down would outlive it.
+    wait_for(lambda: "sleep" in _running(environment))
     networks = json.loads((folder / "cluster.json").read_text())
     assert networks["has_networks"] is True
     down = run_cluster("down", folder)
     assert down.returncode == 0, down.stderr
-    job.wait(timeout=30)
-    assert _processes_of(folder) == []
+    job.wait(timeout=60)
+    wait_for(lambda: _processes_of(folder) == [], seconds=10)
     assert not list(Path("/sys/class/net").glob(f"slurm{_mark(folder)}*"))
     assert not list(Path("/run/netns").glob(f"slurm{_mark(folder)}*"))
     assert run_cluster("up", folder, "--nodes", "2", "--no-cgroups").returncode == 0  # again

@@ -106,8 +106,8 @@ def _run(
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     golden = (GOLDEN / f"{shape}.sh").read_text()
-    script = golden.replace("/jobs/golden-1", str(folder))
-    script = script.replace("960", str(hang_seconds)).replace("--kill-after=60", "--kill-after=1")
+    script = golden.replace("960", str(hang_seconds)).replace("--kill-after=60", "--kill-after=1")
+    script = script.replace("/jobs/golden-1", str(folder))  # last: its name may have such numbers
     (folder / ".prefixrl-secrets").write_text("")
     for role, codes in (say or {}).items():
         for task, code in enumerate(codes):
@@ -119,7 +119,7 @@ def _run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=180,
         env={
             "PATH": f"{programs}:{os.environ['PATH']}",
             "HOME": str(folder),
@@ -262,7 +262,7 @@ def test_a_trainer_that_does_not_end_without_servers_is_left_to_the_end_of_the_j
     done = subprocess.run(
         ["bash", "-c", f"{told}\n{part}\nsleep 30 & end_step TERM $! 1; kill -9 $!"],
         check=False,
-        timeout=10,
+        timeout=60,
         capture_output=True,
         text=True,
     )
@@ -401,7 +401,7 @@ def test_hanging_nodes_have_a_bound(tmp_path: Path) -> None:
 
 def test_a_verdict_holds_though_the_task_of_a_bad_node_hangs(tmp_path: Path) -> None:
     does = "echo '{}' >$LOGS/precheck.json; echo node-b >$LOGS/precheck.bad; sleep 60"
-    result, told, said = _run(tmp_path, "split", trainer=0, precheck_does=does, hang_seconds=1)
+    result, told, said = _run(tmp_path, "split", trainer=0, precheck_does=does, hang_seconds=3)
     assert result == 124
     assert told.splitlines()[-1] == "scontrol update JobId=7 ExcNodeList=node-b"
     assert "without node-b" in said
@@ -409,7 +409,7 @@ def test_a_verdict_holds_though_the_task_of_a_bad_node_hangs(tmp_path: Path) -> 
 
 def test_a_verdict_without_bad_nodes_whose_tasks_hang_accuses_nobody(tmp_path: Path) -> None:
     does = "echo '{}' >$LOGS/precheck.json; sleep 60"
-    result, told, said = _run(tmp_path, "split", trainer=0, precheck_does=does, hang_seconds=1)
+    result, told, said = _run(tmp_path, "split", trainer=0, precheck_does=does, hang_seconds=3)
     assert (result, told) == (124, "")
     assert "its tasks did not end" in said
 

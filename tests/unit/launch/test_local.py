@@ -51,7 +51,7 @@ def _start(folder: Path, handler: str) -> tuple["subprocess.Popen[bytes]", list[
     command = [sys.executable, "-c", LAUNCHER, str(folder), RANK.replace("HANDLER", handler)]
     launcher = subprocess.Popen(command)
     files = [folder / f"pid-{rank}" for rank in range(2)]
-    wait_until(lambda: all(file.exists() for file in files))
+    wait_until(lambda: all(file.exists() for file in files), seconds=60)
     return launcher, [int(file.read_text()) for file in files]
 
 
@@ -100,25 +100,27 @@ def test_ranks_that_hang_after_a_failure_are_ended(tmp_path: Path) -> None:
     started = time.monotonic()
     script = "sys.exit(1) if rank else time.sleep(60)"
     assert _launch(tmp_path, script, grace_seconds=0.3) == 128 + signal.SIGTERM
-    assert 0.3 < time.monotonic() - started < 10
+    assert 0.3 < time.monotonic() - started < 50
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
     launcher, pids = _start(tmp_path, "stop")
     launcher.send_signal(number)
-    assert launcher.wait(20) == 128 + number
+    assert launcher.wait(60) == 128 + number
     assert not any(is_running(pid) for pid in pids)
 
 
 def test_a_second_interrupt_kills(tmp_path: Path) -> None:
-    launcher, pids = _start(tmp_path, "signal.SIG_IGN")
+    note = 'lambda *_: Path(sys.argv[1], "told-" + os.environ["RANK"]).touch()'
+    launcher, pids = _start(tmp_path, note)
     launcher.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    # Two signals that are sent before the first is seen are one.
+    wait_until(lambda: len(list(tmp_path.glob("told-*"))) == 2, seconds=60)
     assert launcher.poll() is None
     assert all(is_running(pid) for pid in pids)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(20) == 128 + signal.SIGINT
+    assert launcher.wait(60) == 128 + signal.SIGINT
     assert not any(is_running(pid) for pid in pids)
 
 

@@ -86,18 +86,19 @@ def test_start_again_after_one_in_vain_comes_after_a_pause(
         yield EngineError("no longer wanted")
 
     assert serve(outcomes()) == 0
-    assert 1.0 <= times[1] - times[0] < 9.0
+    assert 0.5 < times[1] - times[0] < 9.0  # a second, from a moment before the first of them
 
 
 def test_task_that_is_told_to_end_does_not_wait_for_the_end_of_a_pause(
-    serve: Serve, ending: threading.Event
+    serve: Serve, ending: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("prefixrl_mcore.rollout.sglang.restarts._PAUSES_SECONDS", (60.0,))
     timer = threading.Timer(0.3, ending.set)
     timer.start()
     started = time.monotonic()
 
     assert serve(iter([None, EngineError("died while it started")])) == 0
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize(

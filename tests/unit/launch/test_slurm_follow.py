@@ -125,10 +125,11 @@ def test_a_failure_names_the_phase_the_ranks_without_a_word_and_the_watchdogs_re
     beats.mkdir(parents=True)
     (beats / "stall-00001.txt").write_text("of an earlier start")
     os.utime(beats / "stall-00001.txt", (1.0, 1.0))
-    now = time.time()
     job.write_begin(0)
+    now = time.time()
     (beats / "stall-00002.txt").write_text("stall: rank 1 late")
-    for rank, age in ((0, -1.0), (1, -1.0), (2, 3600.0)):
+    os.utime(beats / "stall-00002.txt", (now, now))  # the kernel's own clock is behind this one
+    for rank, age in ((0, 0.0), (1, 0.0), (2, 3600.0)):
         _write_beat(beats, rank, phase=f"phase-{rank}", seconds=now - age)
         (job.starts()[0] / f"trainer-{rank}.log").write_text(f"of {rank}")
     end = TaskEnd(task="trainer-0", node="node-0", exit_code=1, unix_seconds=now)
@@ -354,6 +355,7 @@ def test_jobs_are_found_by_number_name_and_beginning(tmp_path: Path) -> None:
     never = JobFolder.make(tmp_path, "dry")
     first.write_submitted("7")
     second.write_submitted("8")
+    os.utime(first.path / "submitted.json", (1.0, 1.0))  # not in one tick of the kernel's clock
     assert {job.path for job in find_jobs(tmp_path)} == {first.path, second.path}
     first.write_final(FAILED)
     assert [job.job_id for job in find_jobs(tmp_path)] == ["7", "8"]  # as they were submitted

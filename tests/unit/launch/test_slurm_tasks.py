@@ -302,6 +302,7 @@ def test_a_rollout_task_serves_on_at_sigterm_and_ends_at_sigusr2(tmp_path: Path)
         "SLURMD_NODENAME": "node-b",
         "PREFIXRL_SGLANG_API_KEY": "k3y-0f-th3-s3rv3rs",
         **SLURM,
+        "SLURM_JOB_ID": str(os.getpid()),  # of which its port is made: not another test run's
     }
     task = subprocess.Popen(
         [sys.executable, "-m", "prefixrl_mcore.launch.slurm.task", str(job.path), "rollout"],
@@ -317,7 +318,7 @@ def test_a_rollout_task_serves_on_at_sigterm_and_ends_at_sigusr2(tmp_path: Path)
         with pytest.raises(subprocess.TimeoutExpired):
             task.wait(1.5)
         task.send_signal(signal.SIGUSR2)
-        assert task.wait(30) == 0
+        assert task.wait(60) == 0
     end = job.read_end(0, "rollout-9")
     assert end is not None
     assert end.exit_code == 0
@@ -343,7 +344,7 @@ def test_a_task_ends_when_a_later_start_of_its_job_exists(tmp_path: Path) -> Non
         assert task.stderr is not None
         assert task.stdout.readline() == b"lives\n"
         (job.logs / "start-2").mkdir()
-        assert task.wait(30) == 78
+        assert task.wait(60) == 78
         assert b"start-2 exists: Slurm has lost this start" in task.stderr.read()
 
 

@@ -39,7 +39,7 @@ def image(tmp_path: Path) -> Path:
 
 def _srun(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        ["srun", *arguments], capture_output=True, text=True, check=False, cwd="/tmp", timeout=60
+        ["srun", *arguments], capture_output=True, text=True, check=False, cwd="/tmp", timeout=180
     )
 
 

@@ -65,7 +65,7 @@ def test_a_job_that_a_better_one_displaces_is_signalled_and_runs_again(
     job, job_id = submit_program(colocated(4, 1), ["bash", "-c", program])
     wait_for(ready.exists)
     better = ["srun", "--partition=batch", "--nodes=4", "--exclusive", "hostname"]
-    displacing = subprocess.run(better, capture_output=True, text=True, check=True, timeout=60)
+    displacing = subprocess.run(better, capture_output=True, text=True, check=True, timeout=180)
     assert sorted(displacing.stdout.split()) == ["n1", "n2", "n3", "n4"]
     assert follow(job, job_id, out=io.StringIO()) == 0
     assert job_state(job_id).num_restarts == 1
@@ -116,7 +116,7 @@ def test_a_job_that_is_told_to_end_by_sigterm_in_the_grace_saves_and_runs_again(
     wait_for(ready.exists)
     node = job_state(job.job_id).nodes
     better = ["srun", "--partition=batch", f"--nodelist={node}", "--exclusive", "true"]
-    subprocess.run(better, check=True, timeout=60)
+    subprocess.run(better, check=True, timeout=180)
     assert follow(job, job.job_id, out=io.StringIO()) == 0
     assert saved.exists()
     assert job_state(job.job_id).num_restarts == 1

@@ -38,6 +38,7 @@ from tests.support.wandb_records import offline_runs
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # of a loaded machine
     pytest.mark.skipif(not LAUNCH_PYTHON.exists(), reason="NeMo-Run: run make setup-launch"),
 ]
 

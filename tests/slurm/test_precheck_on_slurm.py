@@ -76,9 +76,12 @@ def test_a_bad_rollout_node_is_left_out_of_a_heterogeneous_job(
     own = load_site("ci-local").model_dump() | {"rollout_nodes": {"partition": "preemptible"}}
     site = SiteConfig.model_validate(own)
     ran = tmp_path / "ran"
-    step = ["bash", "-c", f"trap 'exit 0' TERM; echo $SLURMD_NODENAME >>{ran}; sleep $0 & wait"]
+    begin = f"echo $SLURMD_NODENAME >>{ran}"
+    # The first task's end ends the other, which may begin later.
+    until_both = f"{begin}; until (($(wc -l <{ran}) == 2)); do sleep 0.1; done"
+    tasks = [["bash", "-c", until_both], ["bash", "-c", f"{begin}; sleep 600"]]
     with _another_folder(slurm, "n2", jobs, tmp_path / "other"):
-        job, job_id = submit_program(layout, [*step, "2"], [*step, "600"], site=site)
+        job, job_id = submit_program(layout, *tasks, site=site)
         result, said = end_of(job)
     assert result == 0, said
     assert "bad node n2: job_folder is not shared" in said

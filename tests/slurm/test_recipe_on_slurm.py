@@ -16,6 +16,7 @@ from tests.support.tiny_run import CONFIG, TinyTask, metrics_of
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # of a loaded machine
     pytest.mark.skipif(not LAUNCH_PYTHON.exists(), reason="NeMo-Run: run make setup-launch"),
 ]
 

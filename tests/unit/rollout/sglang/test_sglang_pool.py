@@ -16,7 +16,7 @@ from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.in_flight import InFlight
 from prefixrl_mcore.rollout.sglang.schedule import Cost
 from tests.support.fake_pool import PARAMS, Pool, requests_of, tokens_of, weights
-from tests.support.waiting import once
+from tests.support.waiting import is_inside, once
 
 
 def test_groups_are_spread_and_counted(pool: Pool) -> None:
@@ -76,7 +76,7 @@ def test_engine_that_is_closed_waits_for_no_server(pool: Pool, *, is_loading: bo
     if not is_loading:
         use = partial(engine.sample, requests_of(1), PARAMS)
     with (
-        once(lambda: member.life == 2, engine.close),  # while it is waited for
+        once(lambda: member.life == 2 and is_inside("_wait_for_url"), engine.close),
         pytest.raises(EngineError, match="the engine was closed while it was in use"),
     ):
         use()

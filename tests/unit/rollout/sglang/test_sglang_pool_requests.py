@@ -207,9 +207,8 @@ def test_router_that_is_away_is_waited_for_and_not_for_ever(
     router.weight_version = pool.fakes[0].weight_version
     router.fail_generate = status
     router.num_dropped_answers = 99 if status == 0 else 0
-    engine = pool.engine(
-        router_url=pool.stack.enter_context(serve(router)), max_retries=0, start_timeout_seconds=2
-    )
+    url = pool.stack.enter_context(serve(router))
+    engine = pool.engine(router_url=url, max_retries=0, start_timeout_seconds=2)
 
     with pytest.raises(RolloutError, match=r"'r0' was lost after [2-9] attempts"):
         engine.sample(requests_of(1), PARAMS)
@@ -217,6 +216,7 @@ def test_router_that_is_away_is_waited_for_and_not_for_ever(
     def come_back() -> None:
         router.fail_generate, router.num_dropped_answers = 0, 0
 
+    engine = pool.engine(router_url=url, max_retries=0)
     before = len(router.calls)
     with once(lambda: len(router.calls) > before + 3, come_back):  # one was asked for twice
         assert tokens_of(engine.sample(requests_of(3), PARAMS)) == [[6, 6]] * 3

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from prefixrl_mcore.config.policy import ParallelConfig
 from prefixrl_mcore.observability.phases import Phases
@@ -28,6 +29,7 @@ def update_with_a_slow_rank(rank: int, folder: Path) -> tuple[UpdateResult, dict
         policy.phases = _SlowPhases()
     batch = make_batch(num_ranks=2)
     assert len(batch.streams) >= 4
+    dist.barrier()  # both begin now
     update = policy.update(batch)
     return update, dict(rank_metrics(policy.topology, update))
 

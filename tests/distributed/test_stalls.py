@@ -1,6 +1,7 @@
 """A rank hangs; all ranks' phases and stacks are told, and the late one is named."""
 
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,8 +17,9 @@ from prefixrl_mcore.observability.phases import Phases
 from tests.support.hanging_rank import HANG_SECONDS
 from tests.support.ranks import run_on_ranks
 
-LIMIT_SECONDS = 1.0
-LATE_SECONDS = 4.0
+LIMIT_SECONDS = 2.0
+LATE_SECONDS = 6.0
+"""Between twice the limit, when there is a second report, and four times, when there is a third."""
 
 
 def be_late_once(rank: int, folder: Path) -> list[str]:
@@ -45,7 +47,8 @@ def be_late_once(rank: int, folder: Path) -> list[str]:
                 time.sleep(LATE_SECONDS if (rank, step) == (1, 3) else 0.0)
             with phases.phase("forward_backward"):
                 dist.barrier()
-        time.sleep(0.5)
+        dist.barrier()
+        time.sleep(1.0)
     return records
 
 
@@ -55,7 +58,7 @@ def test_a_late_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     assert 1 <= len(reports) <= 2  # the second when twice the limit has passed
     headline, *lines = reports[0].splitlines()
     assert headline.startswith("stall: rank 1 late in phase pack of step 3, no progress for ")
-    assert headline.endswith("(limit 1 s)")
+    assert headline.endswith("(limit 2 s)")
     assert "forward_backward of step 3" in lines[0]
     assert "in a collective" in lines[0]
     assert "in be_late_once <- late" in lines[1]
@@ -63,9 +66,8 @@ def test_a_late_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     files = sorted(tmp_path.glob("stall-*.txt"))
     assert [path.read_text().rstrip() for path in files] == reports
     assert not any(text.startswith("stall:") for text in second)
-    assert [text for text in second if "goes on after" in text] == [
-        "rank 1 goes on after 4 s without progress in pack"
-    ]
+    (text,) = (text for text in second if "goes on after" in text)
+    assert re.fullmatch(r"rank 1 goes on after \d+ s without progress in pack", text)
 
 
 @pytest.mark.parametrize(("how", "hanging"), [("sleep", 1), ("lock", 1), ("lock", 0)])
@@ -102,7 +104,7 @@ def test_a_hanging_run_is_stopped_with_everybodys_stack(
 
 def test_ranks_that_go_on_are_not_reported(tmp_path: Path) -> None:
     phases = Phases()
-    config = StallConfig(limit_seconds=0.4)
+    config = StallConfig(limit_seconds=1.2)
     with Heartbeat(
         tmp_path,
         rank=0,
@@ -114,10 +116,10 @@ def test_ranks_that_go_on_are_not_reported(tmp_path: Path) -> None:
     ):
         phases.begin_steps()
         with phases.phase("forward_backward"):
-            for _ in range(10):
+            for _ in range(16):
                 time.sleep(0.1)
                 phases.beat()
         with phases.phase("rollout"):  # may take 7200 s
-            time.sleep(1.0)
+            time.sleep(1.6)
     assert not list(tmp_path.glob("stall-*"))
     assert (tmp_path / "rank-00000.json").exists()

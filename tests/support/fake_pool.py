@@ -39,9 +39,9 @@ class Pool:
     ) -> SGLangEngine:
         config = {
             "urls": self.urls,
-            "start_timeout_seconds": 5,
+            "start_timeout_seconds": 60,
             "health_every_seconds": 0.05,
-            "health_timeout_seconds": 1.5,
+            "health_timeout_seconds": 30,  # a fake hangs nowhere: a busy machine would
         }
         engine = SGLangEngine(
             self.model_folder,

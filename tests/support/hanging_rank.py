@@ -6,6 +6,7 @@ That rank hangs in ``pack``: for good (``sleep``), or in a C call that keeps Pyt
 """
 
 import ctypes
+import json
 import logging
 import os
 import sys
@@ -16,17 +17,23 @@ from prefixrl_mcore.config.operations import PhaseLimitsConfig, StallConfig
 from prefixrl_mcore.observability.heartbeat import Heartbeat
 from prefixrl_mcore.observability.phases import Phases
 
-LIMIT_SECONDS = 1.0
-ANSWER_SECONDS = 1.5
-HANG_SECONDS = 60
+LIMIT_SECONDS = 1.5
+ANSWER_SECONDS = 3.0
+HANG_SECONDS = 120
 
 
-def hang_in_pack(how: str) -> None:
-    """Be late."""
+def hang_in_pack(how: str, beat: Path, hangs: Path) -> None:
+    """Be late, once there is a file that tells the others."""
     if how == "lock":
-        time.sleep(LIMIT_SECONDS / 2)  # seen in the phase before nothing more is seen
+        seen = set[float]()  # twice in this phase: faulthandler is armed after each heartbeat
+        while len(seen) < 2:
+            time.sleep(0.01)
+            last = json.loads(beat.read_text())
+            seen |= {last["time"]} if last["phase"] == "pack" else set()
+        hangs.touch()
         ctypes.PyDLL(None).sleep(HANG_SECONDS)
     else:
+        hangs.touch()
         time.sleep(HANG_SECONDS)
 
 
@@ -42,7 +49,7 @@ def main(folder: Path, how: str, hanging: int) -> None:
     phases = Phases()
     config = StallConfig(
         limit_seconds=LIMIT_SECONDS,
-        phases=PhaseLimitsConfig(start=30.0),
+        phases=PhaseLimitsConfig(start=60.0, pack=60.0),
         answer_seconds=ANSWER_SECONDS,
         action="stop",
     )
@@ -59,11 +66,14 @@ def main(folder: Path, how: str, hanging: int) -> None:
         config=config,
         last_request=0,
     ):
+        hangs = folder / "hangs"
+        while rank != hanging and not hangs.exists():
+            time.sleep(0.01)
         phases.begin_steps()
         phases.begin_step(3)
         with phases.phase("pack"):
             if rank == hanging:
-                hang_in_pack(how)
+                hang_in_pack(how, folder / f"rank-{rank:05d}.json", hangs)
         with phases.phase("forward_backward"):
             wait_for_the_others()
 

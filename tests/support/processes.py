@@ -28,7 +28,7 @@ def pids_of_groups(groups: Iterable[int]) -> list[int]:
     return found
 
 
-def wait_until_gone(pids: Iterable[int], *, timeout_seconds: float = 20.0) -> list[int]:
+def wait_until_gone(pids: Iterable[int], *, timeout_seconds: float = 60.0) -> list[int]:
     """Return the processes that still run when all are gone or the time is over."""
     deadline = time.monotonic() + timeout_seconds
     left = list(pids)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 _POLL_SECONDS = 0.01
 
 
-def wait_until(is_so: Callable[[], object], *, seconds: float = 20.0) -> None:
+def wait_until(is_so: Callable[[], object], *, seconds: float = 60.0) -> None:
     """Return as soon as it is so; fail if it is not after so many seconds."""
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -45,7 +45,7 @@ def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def once(
-    is_so: Callable[[], object], then: Callable[[], object], *, seconds: float = 20.0
+    is_so: Callable[[], object], then: Callable[[], object], *, seconds: float = 60.0
 ) -> AbstractContextManager[None]:
     """Call ``then`` beside the block as soon as it is so.
 

@@ -50,7 +50,7 @@ def test_a_lease_of_a_killed_process_of_this_host_is_stale_at_once(
         rewrite(file, pid=dead.pid)
     begin = time.monotonic()
     with Lease(file):
-        assert time.monotonic() - begin < 5.0  # an other host's would take a minute
+        assert time.monotonic() - begin < 30.0  # an other host's would take a minute
 
 
 def test_another_hosts_lease_is_respected_as_long_as_it_is_renewed(tmp_path: Path) -> None:
@@ -140,7 +140,11 @@ def test_a_lease_is_renewed_and_one_that_was_taken_is_left_alone(
         first = file.stat().st_mtime_ns
         wait_until(lambda: file.stat().st_mtime_ns > first)
         theirs = json.dumps(json.loads(file.read_text()) | {"token": "other"})
-        (tmp_path / "theirs").write_text(theirs)
-        (tmp_path / "theirs").replace(file)
-        wait_until(lambda: "another trainer took this run folder" in caplog.text)
+
+        def is_noticed() -> bool:
+            (tmp_path / "theirs").write_text(theirs)
+            (tmp_path / "theirs").replace(file)  # again: a renewal may just have been under way
+            return "another trainer took this run folder" in caplog.text
+
+        wait_until(is_noticed)
     assert json.loads(file.read_text())["token"] == "other"

@@ -20,7 +20,7 @@ from tests.support.fake_verifier import FakeVerifier
 
 PAGE = Path(__file__).parents[3] / "docs" / "rewards.md"
 FAKE = "tests.support.fake_verifier:FakeVerifier"
-LIMIT_SECONDS = 1.0
+LIMIT_SECONDS = 2.0
 
 
 def request(answer: str, completion: str, *, prefix: str = "") -> VerifyRequest:

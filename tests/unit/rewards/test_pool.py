@@ -15,9 +15,10 @@ import pytest
 from prefixrl_mcore.rewards.pool import JudgePool
 from prefixrl_mcore.rewards.wire import Json
 from tests.support.processes import is_running, wait_until_gone
+from tests.support.waiting import once
 
 MISBEHAVE = "tests.support.judges:misbehave"
-LIMIT_SECONDS = 1.0
+LIMIT_SECONDS = 2.0
 MEMORY_BYTES = 64 * 1024**2
 
 
@@ -98,8 +99,8 @@ def test_hangs_on_every_process_leave_the_pool_full(pool: JudgePool) -> None:
 
 
 def test_the_limit_holds_for_each_payload_and_not_for_a_chunk() -> None:
-    pool = make_pool(num_workers=1)
-    payloads: list[Json] = [["sleep", LIMIT_SECONDS / 8]] * 40  # ten of them travel together
+    pool = make_pool(num_workers=1, timeout_seconds=1.0)
+    payloads: list[Json] = [["sleep", 1.0 / 8]] * 40  # ten of them travel together
     outcomes = pool.run(payloads)
     pool.close()
     assert [outcome.status for outcome in outcomes] == ["done"] * 40
@@ -245,12 +246,17 @@ def test_an_interrupted_call_leaves_no_stale_outcome_behind(patient_pool: JudgeP
     patient_pool.run([0])
     before = patient_pool.process_ids
     old_handler = signal.signal(signal.SIGALRM, interrupt)
+
+    def are_busy() -> bool:
+        return all(child.assigned for child in patient_pool._children)
+
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with pytest.raises(KeyboardInterrupt):
-            patient_pool.run([["sleep", 30.0]] * 4)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            once(are_busy, lambda: os.kill(os.getpid(), signal.SIGALRM)),
+        ):
+            patient_pool.run([["sleep", 60.0]] * 4)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, old_handler)
     assert wait_until_gone(before) == []
     assert [outcome.value for outcome in patient_pool.run([1, 2, 3])] == [1, 2, 3]

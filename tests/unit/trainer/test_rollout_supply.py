@@ -1,7 +1,7 @@
 """Rollouts in the background: who waits, what is hidden, where errors come out."""
 
 import threading
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +15,13 @@ from prefixrl_mcore.trainer import rollout_supply
 from prefixrl_mcore.trainer.generation import Generated
 from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
 from tests.support.scripted_engine import scripted_source
-from tests.support.waiting import wait_until
 
-SECONDS = 0.3
+SECONDS = 5.0
+"""What a generation says that it took."""
 
 
 class Sampling:
-    """A generator that takes its time, or fails."""
+    """A generator that waits to be let go, or fails."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.carried: list[Any] = []
@@ -30,7 +30,6 @@ class Sampling:
         self._error = error
 
     def generate(self, step: int, *, phases: Phases, on_wait: Any = None) -> Generated:
-        start = time.perf_counter()
         self.threads.append(threading.current_thread().name)
         assert self.go_on.wait(30)
         if self._error is not None:
@@ -43,30 +42,41 @@ class Sampling:
             num_cached_tokens=20,
             num_new_tokens=30,
             sample_seconds=0.1,
-            seconds=time.perf_counter() - start,
+            seconds=SECONDS,
             figures={"rollout/num_rounds": 1.0},
         )
 
 
-def supply_of(sampling: Sampling | None) -> RolloutSupply:
+class Clock:
+    """Shows the time that tests let pass."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def show(self) -> float:
+        return self.now
+
+
+def supply_of(sampling: Sampling | None, *, clock: Clock | None = None) -> RolloutSupply:
     generator: Any = sampling
     return RolloutSupply(
         generator,
         scripted_source(2),
         services=CollectiveServices({}),
         meter=FlopsMeter(num_parameters=10),
-        phases=Phases(),
+        phases=Phases(clock=(clock or Clock()).show),
     )
 
 
-def test_a_generation_that_is_over_when_it_is_taken_was_hidden_and_is_charged_once() -> None:
+def test_a_generation_that_is_over_when_it_is_taken_was_hidden_and_is_charged_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rollout_supply, "time", SimpleNamespace(perf_counter=Clock().show))
     sampling = Sampling()
     supply = supply_of(sampling)
     supply.begin(4)
     assert supply.is_begun
     assert supply._meter.charged_tokens == 0
-    wait_until(lambda: sampling.threads)
-    time.sleep(SECONDS)
     sampling.go_on.set()
     supply.drain()
     supply.drain()
@@ -79,8 +89,7 @@ def test_a_generation_that_is_over_when_it_is_taken_was_hidden_and_is_charged_on
     assert supply._meter.charged_tokens == 70
     assert supply._meter.computed_tokens == 50
     seconds, hidden = (generated.figures[name] for name in rollout_supply.OVERLAP_METRICS)
-    assert seconds >= SECONDS
-    assert 0.9 * SECONDS <= hidden <= seconds
+    assert seconds == hidden == SECONDS
     assert generated.figures["rollout/num_rounds"] == 1.0
 
 
@@ -107,17 +116,26 @@ def test_a_generation_finds_itself_in_the_background_from_its_first_moment(
     assert found == [True]
 
 
-def test_what_a_step_waits_for_is_not_hidden() -> None:
-    sampling = Sampling()
-    supply = supply_of(sampling)
-    supply.on_wait = lambda what: threading.Timer(SECONDS, sampling.go_on.set).start()
+@pytest.mark.parametrize(("waited", "hidden"), [(3.0, 2.0), (6.0, 0.0)])
+def test_what_a_step_waits_for_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, waited: float, hidden: float
+) -> None:
+    sampling, clock = Sampling(), Clock()
+    supply = supply_of(sampling, clock=clock)
+    result = rollout_supply._Background.result
+
+    def wait(background: rollout_supply._Background) -> Generated:
+        clock.now += waited
+        sampling.go_on.set()
+        return result(background)
+
+    monkeypatch.setattr(rollout_supply, "time", SimpleNamespace(perf_counter=clock.show))
+    monkeypatch.setattr(rollout_supply._Background, "result", wait)
     supply.begin(0)
-    wait_until(lambda: sampling.threads)
     generated = supply.take(0)
-    seconds, hidden = (generated.figures[name] for name in rollout_supply.OVERLAP_METRICS)
-    assert seconds >= SECONDS
-    assert 0.0 <= hidden <= seconds - 0.5 * SECONDS
-    assert supply._phases.take()["time/rollout_seconds"] >= 0.5 * SECONDS
+    figures = [generated.figures[name] for name in rollout_supply.OVERLAP_METRICS]
+    assert figures == [SECONDS, hidden]
+    assert supply._phases.take()["time/rollout_seconds"] == waited
 
 
 def test_an_error_of_the_thread_comes_out_where_its_rollouts_are_needed() -> None:

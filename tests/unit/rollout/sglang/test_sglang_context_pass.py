@@ -44,7 +44,7 @@ def fake() -> Iterator[FakeSGLang]:
 def engine_on(fake: FakeSGLang, model_folder: Path, **settings: Any) -> SGLangEngine:
     return SGLangEngine(
         model_folder,
-        SGLangConfig(urls=(fake.url,), start_timeout_seconds=5),
+        SGLangConfig(urls=(fake.url,), start_timeout_seconds=60),
         logits_dtype="float32",
         max_total_tokens=100,
         logs_folder=model_folder,

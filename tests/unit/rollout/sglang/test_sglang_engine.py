@@ -31,7 +31,7 @@ def engine(fake: FakeSGLang, model_folder: Path, tmp_path: Path) -> Iterator[SGL
     with serve(fake) as url:
         engine = SGLangEngine(
             model_folder,
-            SGLangConfig(urls=(url,), max_retries=2, start_timeout_seconds=5),
+            SGLangConfig(urls=(url,), max_retries=2, start_timeout_seconds=60),
             logits_dtype="float32",
             max_total_tokens=100,
             logs_folder=tmp_path,
@@ -347,7 +347,7 @@ def test_server_that_would_keep_its_memory_is_not_put_to_sleep_beside_a_trainer(
     ):
         SGLangEngine(
             model_folder,
-            SGLangConfig(urls=(url,), start_timeout_seconds=5, dtype="float32"),
+            SGLangConfig(urls=(url,), start_timeout_seconds=60, dtype="float32"),
             logits_dtype="float32",
             max_total_tokens=100,
             logs_folder=tmp_path,

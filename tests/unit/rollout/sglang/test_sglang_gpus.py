@@ -123,7 +123,7 @@ def test_server_that_comes_back_on_other_gpus_gets_handles_there(
     with serve(fake):
         member = Member(
             0,
-            SGLangConfig(urls=(fake.url,), start_timeout_seconds=5.0),
+            SGLangConfig(urls=(fake.url,), start_timeout_seconds=60.0),
             launch=None,
             is_here=True,
             logs_folder=tmp_path,

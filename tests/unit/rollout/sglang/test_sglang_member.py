@@ -17,6 +17,7 @@ from prefixrl_mcore.rollout.sglang.member import CameUp, Member, State
 from prefixrl_mcore.rollout.sglang.server import SGLangServer
 from tests.support.fake_sglang import FakeSGLang, serve
 from tests.support.tiny_models import write_tiny_qwen3
+from tests.support.waiting import wait_until
 
 
 def _is_fine(_member: Member) -> None:
@@ -47,7 +48,7 @@ def outcome_of(member: Member) -> str | BaseException:
     """Start the server, and return what comes of it."""
     came: queue.SimpleQueue[CameUp] = queue.SimpleQueue()
     member.revive(came.put)
-    return came.get(timeout=20).outcome
+    return came.get(timeout=90).outcome
 
 
 def test_death_during_a_start_waits_for_the_process_of_that_start(
@@ -92,16 +93,16 @@ def test_server_is_up_once_it_has_sampled_whoever_started_it(
     fake.hold_warm_up = threading.Event()
     monkeypatch.setattr(SGLangServer, "start", start_of(fake))
     with serve(fake):
-        settings: dict[str, Any] = {"start_timeout_seconds": 10.0 if compiles_in_time else 0.5}
+        settings: dict[str, Any] = {"start_timeout_seconds": 60.0 if compiles_in_time else 0.5}
         member = (
             member_in(tmp_path, **settings) if is_own else member_at(fake, tmp_path, **settings)
         )
         if compiles_in_time:
             threading.Timer(0.5, fake.hold_warm_up.set).start()
         outcome = outcome_of(member)
+        wait_until(lambda: "warm-up" in fake.calls)  # it may be read after it was given up
         fake.hold_warm_up.set()
 
-    assert "warm-up" in fake.calls
     if compiles_in_time:
         assert outcome == "first"
     else:
@@ -114,7 +115,7 @@ def test_server_that_was_left_paused_samples_its_first_tokens(tmp_path: Path) ->
     fake = FakeSGLang()
     fake.is_paused = True
     with serve(fake):
-        assert outcome_of(member_at(fake, tmp_path, start_timeout_seconds=5.0)) == "first"
+        assert outcome_of(member_at(fake, tmp_path, start_timeout_seconds=60.0)) == "first"
 
 
 def test_server_that_was_left_in_the_middle_of_an_update_is_not_asked_to_sample(
@@ -137,14 +138,13 @@ def test_first_tokens_of_a_server_that_is_no_longer_wanted_are_not_waited_for(
     with serve(fake):
         member = member_at(fake, tmp_path)
         member.revive(came.put)
-        while "warm-up" not in fake.calls:
-            time.sleep(0.01)
+        wait_until(lambda: "warm-up" in fake.calls)
         started = time.monotonic()
         member.close()
         seconds = time.monotonic() - started
         fake.hold_warm_up.set()
 
-    assert seconds < 5
+    assert seconds < 20  # and not the minutes that a start may take
     assert "no longer wanted" in str(came.get(timeout=1).outcome)
 
 

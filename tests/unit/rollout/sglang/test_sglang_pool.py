@@ -1,6 +1,7 @@
 """What a pool does as long as nothing fails: it spreads, counts and tells."""
 
 import logging
+import re
 import threading
 import time
 from functools import partial
@@ -15,7 +16,7 @@ from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.in_flight import InFlight
 from prefixrl_mcore.rollout.sglang.schedule import Cost
 from tests.support.fake_pool import PARAMS, Pool, requests_of, tokens_of, weights
-from tests.support.waiting import once
+from tests.support.waiting import is_inside, once
 
 
 def test_groups_are_spread_and_counted(pool: Pool) -> None:
@@ -75,7 +76,7 @@ def test_engine_that_is_closed_waits_for_no_server(pool: Pool, *, is_loading: bo
     if not is_loading:
         use = partial(engine.sample, requests_of(1), PARAMS)
     with (
-        once(lambda: member.life == 2, engine.close),  # while it is waited for
+        once(lambda: member.life == 2 and is_inside("_wait_for_url"), engine.close),
         pytest.raises(EngineError, match="the engine was closed while it was in use"),
     ):
         use()
@@ -120,13 +121,16 @@ def test_what_is_waited_for_is_logged(
     monkeypatch.setattr(sglang_pool, "_HEARTBEAT_SECONDS", 0.3)
     engine = pool.engine(urls=pool.urls[:1])
     pool.fakes[0].hold = hold = threading.Event()
-    threading.Timer(1.0, hold.set).start()
 
-    with caplog.at_level(logging.INFO):
+    with (
+        caplog.at_level(logging.INFO),
+        once(lambda: "SGLang: waiting for" in caplog.text, hold.set),
+    ):
         engine.sample(requests_of(2), PARAMS)
 
     # Without a cache each of 2 x 2 samples computes its 3 context tokens.
-    assert "waiting for 2 requests in flight (about 36 tokens, the oldest for 0 s)" in caplog.text
+    waited = r"waiting for 2 requests in flight \(about 36 tokens, the oldest for \d+ s\)"
+    assert re.search(waited, caplog.text)
     assert "server 0 ready for" in caplog.text
 
 

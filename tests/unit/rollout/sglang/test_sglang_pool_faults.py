@@ -18,12 +18,12 @@ from prefixrl_mcore.rollout.sglang.member import Member
 from tests.support.fake_pool import (
     PARAMS,
     Pool,
-    break_off_for_good,
     requests_of,
     tokens_of,
     weights,
 )
 from tests.support.fake_sglang import Answer, FakeSGLang
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_hung_server_is_found_by_its_health_and_its_requests_go_elsewhere(pool: 
     groups = engine.sample(requests_of(9), PARAMS)
 
     assert tokens_of(groups) == [[6, 6]] * 9
-    assert time.monotonic() - started < 5  # and not request_timeout_seconds, an hour
+    assert time.monotonic() - started < 60  # and not request_timeout_seconds, an hour
     assert [len(fake.sampled) for fake in pool.fakes[:2]] != [0, 0]
     metrics = engine.take_metrics()
     assert (metrics["engine/num_server_deaths"], metrics["engine/num_ready_servers"]) == (1, 2)
@@ -171,19 +171,22 @@ def test_silence_of_a_server_counts_once_however_long_nobody_looked() -> None:
     member.life, member._client = 1, SimpleNamespace(check_progress=check_progress)
 
     def look() -> int:
-        time.sleep(0.05)  # longer than a check may take
         watch.begin_due([member])
+        time.sleep(0.05)  # longer than a check may take; for one too many
         return len(asked)
 
-    assert [look(), look()] == [1, 1]
+    look()
+    wait_until(lambda: asked)
+    assert look() == 1
     member.life = 2  # the call to the server that was is still under way
     assert look() == 1
     member.life = 1
     answer.set()
-    checked = ended.get(timeout=5)
+    checked = ended.get(timeout=20)
     assert look() == 1  # its end was not looked at yet
     watch.note(checked)
-    assert look() == 2
+    look()
+    wait_until(lambda: len(asked) == 2)
 
 
 def test_answers_that_fail_now_and_then_are_not_failures_in_a_row(pool: Pool) -> None:
@@ -204,7 +207,7 @@ def fail_first(fake: FakeSGLang, count: int, status: int) -> None:
 
     def fail(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
         if path == "/generate" and next(numbers) < count:
-            all_have_come.wait(10)
+            all_have_come.wait(60)
             return status, {"error": {"message": "busy"}}
         return answer(path, payload)
 
@@ -232,26 +235,28 @@ def test_too_few_servers_are_one_error_that_names_them(pool: Pool, min_servers: 
 
 
 def test_server_that_never_starts_is_given_up_although_its_starts_take_longer_than_the_window(
-    pool: Pool,
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = pool.engine(
-        urls=pool.urls[:1],
-        max_restarts=2,
-        restart_window_seconds=0.5,
-        start_timeout_seconds=0.1,
-    )
-    break_off_for_good(pool.fakes[0])
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=2, restart_window_seconds=0.2)
+
+    def take_long(*_: object) -> str:
+        time.sleep(0.5)
+        raise EngineError("it never starts")
+
+    monkeypatch.setattr(Member, "_come_up", take_long)
+    engine._pool.bury(engine._pool.members[0], "by the test")
 
     with pytest.raises(EngineError, match=r"1 of 1 servers are dead for good.*, 2 in vain,"):
         engine.sample(requests_of(1), PARAMS)
 
 
 def fail_starts(monkeypatch: pytest.MonkeyPatch, seconds: float, error: Exception) -> None:
-    """Have every start fail at once for so long."""
-    come_up, is_over = Member._come_up, time.monotonic() + seconds
+    """Have the next start fail at once, and all that follow it within so many seconds."""
+    come_up, is_over = Member._come_up, list[float]()
 
     def lack(member: Member, life: int, cancelled: threading.Event) -> str:
-        if time.monotonic() < is_over:
+        is_over.append(time.monotonic() + seconds)
+        if len(is_over) == 1 or time.monotonic() < is_over[0]:
             raise error
         return come_up(member, life, cancelled)
 
@@ -265,7 +270,7 @@ def test_what_this_machine_lacks_for_a_moment_does_not_use_up_all_restarts(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     engine = pool.engine(urls=pool.urls[:1], max_restarts=2)
-    fail_starts(monkeypatch, 0.7, error)
+    fail_starts(monkeypatch, 0.3, error)
     engine._pool.bury(engine._pool.members[0], "by the test")
 
     assert tokens_of(engine.sample(requests_of(1), PARAMS)) == [[6, 6]]
@@ -279,7 +284,7 @@ def test_server_whose_restarts_were_all_in_vain_is_tried_again_while_others_serv
     fail_starts(monkeypatch, 0.2, EngineError("its file system is away"))
     engine._pool.bury(engine._pool.members[0], "by the test")
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(engine._pool.ready) < 2 and time.monotonic() < deadline:
         engine.sample(requests_of(2), PARAMS)
 
@@ -296,7 +301,7 @@ def test_server_that_was_given_up_while_paused_comes_back(pool: Pool) -> None:
 
     groups = engine.sample(requests_of(6), PARAMS)
     assert tokens_of(groups) == [[6, 6]] * 6
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while lost.is_paused and time.monotonic() < deadline:
         engine.sample(requests_of(2), PARAMS)
 

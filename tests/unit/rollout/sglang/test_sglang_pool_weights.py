@@ -50,7 +50,7 @@ def test_server_that_came_back_is_brought_up_to_date_and_samples_again(pool: Poo
     restarted.weight_version = "of its folder"
     restarted.loaded.clear()
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not restarted.sampled and time.monotonic() < deadline:
         groups = engine.sample(requests_of(3), PARAMS)
         assert {one.policy_version for group in groups for one in group} == {7}
@@ -79,7 +79,7 @@ def test_server_that_was_caught_up_with_other_weights_ends_the_run(
     restarted._update = lose_one  # type: ignore[method-assign]
 
     def sample_for_a_while() -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             engine.sample(requests_of(3), PARAMS)
 
@@ -190,7 +190,7 @@ def test_servers_that_wait_for_the_next_weights_are_not_waited_for_when_the_last
     sampling = threading.Thread(target=sample, daemon=True)
     with once(lambda: late in engine._pool._await_load, lose_the_other_one):
         sampling.start()
-        sampling.join(20)
+        sampling.join(60)
 
     assert sampled == ["an update has begun meanwhile" if is_lost_for_good else [[6, 6]] * 4]
     assert last.state is not State.READY
@@ -241,6 +241,6 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_a_server_for_its_new_weigh
 
     engine.load_weights(weights, 1)
 
-    assert 0.5 <= time.monotonic() - before < 10
+    assert 0.5 <= time.monotonic() - before < 30
     with pytest.raises(SamplingInterrupted):  # which saves the step
         engine.sample(requests_of(1), PARAMS)

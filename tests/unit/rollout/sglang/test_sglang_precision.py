@@ -179,7 +179,7 @@ def test_engine_does_not_connect_to_a_server_that_rounds(
     with serve(fake) as url, pytest.raises(EngineError, match=re.escape(f"start it with {FLAG}")):
         SGLangEngine(
             model_folder,
-            SGLangConfig(urls=(url,), start_timeout_seconds=5),
+            SGLangConfig(urls=(url,), start_timeout_seconds=60),
             logits_dtype="float32",
             max_total_tokens=100,
             logs_folder=tmp_path,

@@ -34,7 +34,7 @@ class Hanging:
         self.aborted = threading.Event()
 
     def broadcast(self, tensors: object, options: object) -> None:
-        self.aborted.wait(20)
+        self.aborted.wait(60)
         raise RuntimeError("aborted")
 
 
@@ -66,7 +66,7 @@ def test_communicator_that_is_never_made_is_aborted_after_the_limit(
 
     failures = transport.send(BUCKET, [target])
 
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert "not received by all servers in 0 s" in failures["server 0"]
     assert group.aborted.is_set()
     assert transport.innocent == {"server 0"}
@@ -77,7 +77,7 @@ def test_abort_that_hangs_does_not_hang_the_run(
 ) -> None:
     monkeypatch.setattr(distributed, "_LEAVE_SECONDS", 0.2)
     release = threading.Event()
-    monkeypatch.setattr(distributed_c10d, "_abort_process_group", lambda group: release.wait(20))
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", lambda group: release.wait(60))
 
     assert list(joined(Hanging()).send(BUCKET, [target])) == ["server 0"]
     assert "still being aborted" in caplog.text
@@ -132,7 +132,7 @@ def test_server_that_refused_the_last_bucket_is_not_waited_for_to_leave(
     answer = fake.answer
 
     def wait_for_the_other(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
-        release.wait(10)
+        release.wait(60)
         return answer(path, payload)
 
     fake.answer = wait_for_the_other  # type: ignore[method-assign]
@@ -142,7 +142,7 @@ def test_server_that_refused_the_last_bucket_is_not_waited_for_to_leave(
     release.set()
 
     assert failures == {}  # it has all buckets
-    assert seconds < 5
+    assert seconds < 30
     assert group.aborted.is_set()
     assert transport.innocent == frozenset()
     assert "server 0 did not leave a broken group" in caplog.text
@@ -196,7 +196,7 @@ def test_trainer_leaves_the_group_without_waiting_for_the_servers_to_have_left(
 
     def leave_together(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
         if path == "/destroy_weights_update_group":
-            waited.append(left.wait(5))
+            waited.append(left.wait(20))
         return answer(path, payload)
 
     fake.answer = leave_together  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ class Noting:
 
     def send(self, bucket: Bucket, targets: Sequence[SyncTarget]) -> Failures:
         if self.meets is not None:
-            self.meets.wait(10)
+            self.meets.wait(60)
         return self._note(bucket.entries[0].name, targets)
 
     def finish(self, targets: Sequence[SyncTarget]) -> Failures:

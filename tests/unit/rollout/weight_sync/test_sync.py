@@ -230,17 +230,17 @@ def test_server_that_hangs_is_given_up_after_the_limit_and_the_others_go_on(
 
     def hang(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
         if path == UPDATE and fakes[0].calls.count(UPDATE) == 1:
-            release.wait(20)
+            release.wait(60)
         return Refusing.answer(fakes[0], path, payload)
 
     fakes[0].answer = hang  # type: ignore[method-assign]
     started = time.monotonic()
     with caplog.at_level(logging.INFO):
-        report = sync_weights(targets, TensorByValue(timeout_seconds=1.0), buckets, "run:3")
+        report = sync_weights(targets, TensorByValue(timeout_seconds=2.0), buckets, "run:3")
     seconds = time.monotonic() - started
     release.set()
 
-    assert seconds < 10
+    assert seconds < 30
     assert list(report.failed) == ["server 0"]
     assert "timed out" in report.failed["server 0"]
     assert fakes[1].weight_version == "run:3"

@@ -169,7 +169,9 @@ class ServerPool:
         """
         # Swapped before they are read: a generation that overlaps the update counts meanwhile.
         counted, self.counters = self.counters, PoolCounters(num_servers=len(self.members))
-        values = counted.metrics(num_ready=len(self.ready))
+        # A run that takes turns with its servers asks while they sleep.
+        ready = [m for m in self.members if m.state in (State.READY, State.ASLEEP)]
+        values = counted.metrics(num_ready=len(ready))
         return values | self._syncer.take_metrics()
 
     def tend(self, *, may_update: bool = True) -> None:

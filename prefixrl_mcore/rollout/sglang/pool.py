@@ -144,12 +144,16 @@ class ServerPool:
             self.next_answer(waiting_for="a server for the new weights")
 
     def verify(self) -> None:
-        """Ask every ready server for the name of its weights; bury those that have others."""
+        """Ask every ready server for the name of its weights; bury those that have others.
+
+        One that only broke the connection is left alone: every answer of it says it, too.
+        """
         names = ask_all(self.ready, lambda member: member.client.weight_version())
         for member, name in names.items():
             fault = name.exception()
             if isinstance(fault, ServerFault):
-                self.bury(member, f"did not say which weights it has: {fault}")
+                if is_gone(member):
+                    self.bury(member, f"did not say which weights it has: {fault}")
             elif name.result() != self.weights.name:
                 self.bury(
                     member,

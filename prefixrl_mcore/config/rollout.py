@@ -24,6 +24,7 @@ _RESERVED_ARGUMENTS = {
     "--rl-on-policy-target": "it would round logits and logprobs as no trainer's head does",
     "--enable-deterministic-inference": "set rollout.sglang.deterministic",
     "--model-path": _MODEL,
+    "--preferred-sampling-params": "every request says how to sample, as the loss knows it",
     "--weight-version": "the engine names the weights itself, to know whose they are",
     "--device": "it is the trainer's",
     "--tp-size": _TENSOR_PARALLEL,
@@ -65,6 +66,10 @@ _RESERVED_ARGUMENTS = {
 }
 """Arguments of a server that ``extra_args`` must not have, and what to do instead; a name that ends
 in a dash stands for all that begin with it."""
+
+
+_NARROWED = ("top_p", "top_k", "min_p")
+"""What engines can do and the loss cannot follow."""
 
 
 class SyncConfig(Config):
@@ -373,6 +378,18 @@ class RolloutConfig(Config):
         """Return the same settings for another number of servers."""
         sglang = self.sglang.model_copy(update={"num_servers": number})
         return self.model_copy(update={"sglang": sglang})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_of_the_distribution_is_sampled(cls, values: object) -> object:
+        narrowed = [name for name in _NARROWED if isinstance(values, dict) and name in values]
+        if narrowed:
+            raise ValueError(
+                f"rollout.{narrowed[0]} samples from a part of the policy's distribution, and the "
+                "loss takes log-probs of the whole; leave it out (a lower rollout.temperature, "
+                "which the loss takes too, prefers likely tokens)"
+            )
+        return values
 
     @model_validator(mode="after")
     def _who_shares_gpus_takes_turns(self) -> "RolloutConfig":

@@ -165,7 +165,7 @@ def _imports() -> Finding:
 
 
 def _sglang(python: Path) -> Finding:
-    version = installed_version(python)
+    version = installed_version(python, "sglang")
     if version is None:
         return Finding(
             subject="SGLang",

@@ -23,6 +23,9 @@ class AnswerReader:
     stop_token_ids: frozenset[int]
     """Tokens that may end a completion."""
 
+    vocab_size: int
+    """Token ids are below it."""
+
     weight_version: str
     """Name of the weights that must have sampled the completion."""
 
@@ -67,6 +70,12 @@ class AnswerReader:
             raise BadAnswer(
                 f"{self.where}: {len(output_ids)} tokens do not match the {len(token_ids)} tokens "
                 "that logprobs came for"
+            )
+        unknown = [token for token in token_ids if not 0 <= token < self.vocab_size]
+        if unknown:
+            raise BadAnswer(
+                f"{self.where}: token id {unknown[0]} came, expected ids in "
+                f"0..{self.vocab_size - 1}"
             )
         bad = [index for index, value in enumerate(logprobs) if not math.isfinite(value)]
         if bad:

@@ -89,6 +89,9 @@ class Batch:
     params: SamplingParams
     """How to sample."""
 
+    vocab_size: int
+    """Of the model."""
+
     lengths: CompletionLengths
     """What completions were long so far; grows."""
 
@@ -288,6 +291,7 @@ class Batch:
             where=where,
             max_new_tokens=self.limits[ticket.index],
             stop_token_ids=frozenset(self.params.stop_token_ids),
+            vocab_size=self.vocab_size,
             weight_version=self.pool.weights.name,
             policy_version=self.pool.weights.policy_version,
             may_be_aborted=self._is_ending,

@@ -5,11 +5,39 @@ from collections.abc import Mapping
 from typing import Any
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from prefixrl_mcore.rollout.sglang.api_key import ApiKey
 from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerLost, ServerRefusal
 
 _CONNECT_SECONDS = 5.0
+
+
+class _PatientConnection(HTTPConnection):
+    """Sends for as long as the call may take: a bucket of weights is hundreds of megabytes.
+
+    urllib3 has one limit for connecting and for sending, of which only the first is to be short.
+    """
+
+    def connect(self) -> None:
+        """Connect within ``_CONNECT_SECONDS``."""
+        limit, self.timeout = self.timeout, _CONNECT_SECONDS
+        super().connect()
+        self.timeout = limit
+        self.sock.settimeout(limit)
+
+
+class _PatientTLSConnection(_PatientConnection, HTTPSConnection):
+    """The same, encrypted."""
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    # urllib3's own connections fail pyright's check, too.
+    ConnectionCls = _PatientConnection  # pyright: ignore[reportAssignmentType]
+
+
+class _TLSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _PatientTLSConnection  # pyright: ignore[reportAssignmentType]
 
 
 class Connection:
@@ -26,6 +54,7 @@ class Connection:
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._pool = urllib3.PoolManager(maxsize=max_connections, retries=False)
+        self._pool.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
 
     @property
     def has_key(self) -> bool:
@@ -49,7 +78,8 @@ class Connection:
             method: ``GET`` or ``POST``.
             path: of the endpoint.
             payload: is sent as JSON; bytes are JSON already.
-            timeout_seconds: longest wait between two bytes of the answer.
+            timeout_seconds: longest time to send the payload, and then to wait for the answer or
+                for more of it.
 
         Raises:
             ServerLost: if no answer came.
@@ -65,7 +95,7 @@ class Connection:
                 self.url + path,
                 body=payload if is_ready else json.dumps(payload).encode(),
                 headers=headers,
-                timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=timeout_seconds),
+                timeout=timeout_seconds,
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise ServerLost(f"{self.url}{path}: {error}") from error

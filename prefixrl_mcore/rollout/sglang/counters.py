@@ -69,7 +69,7 @@ class PoolCounters:
         """Return the counts by metric name.
 
         Args:
-            num_ready: servers that sample at the moment.
+            num_ready: servers that sample at the moment, or sleep.
         """
         values = {
             "engine/num_requests": float(self.num_requests),

@@ -226,6 +226,7 @@ class SGLangEngine:
                 requests=requests,
                 limits=limits,
                 params=params,
+                vocab_size=self._vocab_size,
                 lengths=self._lengths,
                 is_seeded=self.is_seeded,
                 has_prefix_cache=self._inspector.all_have_prefix_cache,

@@ -33,12 +33,13 @@ def find_interpreter(python: Path) -> Path:
     return python.absolute()
 
 
-def installed_version(python: Path) -> str | None:
-    """Return the version of SGLang that an interpreter finds; None if it, or SGLang, is missing.
+def installed_version(python: Path, package: str) -> str | None:
+    """Return the version of a package that an interpreter finds; None if it, or that, is missing.
 
-    SGLang is not imported, which would take a minute on a slow disk.
+    The interpreter is asked, as it alone knows where its packages are. The package is not imported,
+    which would take a minute on a slow disk.
     """
-    question = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
+    question = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
     try:
         done = subprocess.run(
             [str(python.absolute()), "-I", "-c", question],

@@ -54,6 +54,20 @@ def check_model(model_info: Mapping[str, Any], model_folder: Path, *, url: str) 
             )
 
 
+def check_sampling(model_info: Mapping[str, Any], *, url: str) -> None:
+    """Refuse a server that adds to what a request says of sampling: the loss would not know.
+
+    Raises:
+        EngineError: with what it adds.
+    """
+    preferred = model_info.get("preferred_sampling_params")
+    if preferred:
+        raise EngineError(
+            f"SGLang: the server at {url} has preferred sampling parameters, {preferred}, which "
+            "the loss cannot follow; start it without --preferred-sampling-params"
+        )
+
+
 def check_memory_release(
     protocol: ServerProtocol, server_info: Mapping[str, Any], *, url: str
 ) -> None:

@@ -11,6 +11,7 @@ from prefixrl_mcore.rollout.sglang.identity import (
     check_layout,
     check_memory_release,
     check_model,
+    check_sampling,
     check_versions,
 )
 from prefixrl_mcore.rollout.sglang.member import Member, State
@@ -68,7 +69,9 @@ class Inspector:
         info = client.server_info()
         version = client.detect_protocol(info).version
         check_layout(info, self._config, url=client.url)
-        check_model(client.model_info(), self._model_folder, url=client.url)
+        model_info = client.model_info()
+        check_model(model_info, self._model_folder, url=client.url)
+        check_sampling(model_info, url=client.url)
         self._note_version(member, version)
         check_logits(info, self._config, self._logits_dtype)
         check_determinism(info, self._config)

@@ -39,7 +39,8 @@ _PRIVATE_BEGINNINGS = ("TORCHELASTIC_", "TORCH_NCCL_", "LOCAL_", "GROUP_", "ROLE
 """The trainer's own: the server would join its process group, import its packages, show its key.
 Under torchrun, TORCHELASTIC_USE_AGENT_STORE alone has its rank 0 wait for a store for ever."""
 
-_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""What torch reads the settings of its memory on GPUs from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +148,7 @@ def server_environment(launch: ServerLaunch) -> Mapping[str, str]:
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
     if launch.releases_memory:
         # The memory saver cannot release segments that expand.
-        for name in _ALLOCATOR_VARIABLES:
+        for name in ALLOCATOR_VARIABLES:
             environment.pop(name, None)
     if launch.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"

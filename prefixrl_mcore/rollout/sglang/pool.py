@@ -144,12 +144,16 @@ class ServerPool:
             self.next_answer(waiting_for="a server for the new weights")
 
     def verify(self) -> None:
-        """Ask every ready server for the name of its weights; bury those that have others."""
+        """Ask every ready server for the name of its weights; bury those that have others.
+
+        One that only broke the connection is left alone: every answer of it says it, too.
+        """
         names = ask_all(self.ready, lambda member: member.client.weight_version())
         for member, name in names.items():
             fault = name.exception()
             if isinstance(fault, ServerFault):
-                self.bury(member, f"did not say which weights it has: {fault}")
+                if is_gone(member):
+                    self.bury(member, f"did not say which weights it has: {fault}")
             elif name.result() != self.weights.name:
                 self.bury(
                     member,
@@ -169,7 +173,9 @@ class ServerPool:
         """
         # Swapped before they are read: a generation that overlaps the update counts meanwhile.
         counted, self.counters = self.counters, PoolCounters(num_servers=len(self.members))
-        values = counted.metrics(num_ready=len(self.ready))
+        # A run that takes turns with its servers asks while they sleep.
+        ready = [m for m in self.members if m.state in (State.READY, State.ASLEEP)]
+        values = counted.metrics(num_ready=len(ready))
         return values | self._syncer.take_metrics()
 
     def tend(self, *, may_update: bool = True) -> None:

@@ -93,7 +93,8 @@ def _reported(target: SyncTarget) -> dict[int, Mapping[str, str]]:
     """Return the digests of every tensor-parallel rank of a server.
 
     Raises:
-        EngineError: if it refuses, as every server of its kind would, or tells of other ranks.
+        EngineError: if it refuses, as every server of its kind would, or tells of other ranks, or
+            in another form.
         ServerFault: if it is lost.
     """
     try:
@@ -105,8 +106,16 @@ def _reported(target: SyncTarget) -> dict[int, Mapping[str, str]]:
             f"weight sync: {target.name} does not tell the checksums of its weights: {refusal}; "
             f"{_WITHOUT}"
         ) from refusal
-    ranks: Sequence[Mapping[str, Any]] = answer.get("ranks") or []
-    reported = {_rank_of(one["parallelism_info"]): one["checksums"] for one in ranks}
+    reported: dict[int, Mapping[str, str]] = {}
+    try:
+        ranks: Sequence[Mapping[str, Any]] = answer.get("ranks") or []
+        for one in ranks:
+            reported[_rank_of(one["parallelism_info"])] = dict(one["checksums"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise EngineError(
+            f"weight sync: {target.name} tells the checksums of its weights in a form that is not "
+            f"known here, {type(error).__name__} {error} in {str(answer)[:200]!r}; {_WITHOUT}"
+        ) from error
     if sorted(reported) != list(range(target.num_ranks)):
         raise EngineError(
             f"weight sync: {target.name} reports the checksums of ranks {sorted(reported)}, "

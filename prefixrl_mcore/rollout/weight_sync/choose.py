@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from prefixrl_mcore.config.rollout import SGLangConfig
+from prefixrl_mcore.rollout.sglang.launch import ALLOCATOR_VARIABLES
 from prefixrl_mcore.rollout.weight_sync.by_location import ByLocation
 from prefixrl_mcore.rollout.weight_sync.disk import Disk
 from prefixrl_mcore.rollout.weight_sync.distributed import Broadcast
@@ -20,7 +21,6 @@ from prefixrl_mcore.rollout.weight_sync.transport import Transport
 
 logger = logging.getLogger(__name__)
 
-_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _EXPANDABLE = "expandable_segments:True"
 
 
@@ -119,7 +119,7 @@ class _Choice:
         theirs, ours = torch_release(self._config.python), own_torch()
         if theirs != ours:
             return f"the servers have torch {theirs or 'of unknown version'}, the trainer {ours}"
-        for name in _ALLOCATOR_VARIABLES:
+        for name in ALLOCATOR_VARIABLES:
             if _EXPANDABLE in os.environ.get(name, ""):
                 # They are shared as open files, which the server would have to take from the
                 # trainer's process: the right of a debugger.

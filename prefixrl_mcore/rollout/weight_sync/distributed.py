@@ -4,6 +4,7 @@ The path over NCCL has not been run yet.
 """
 
 import datetime
+import functools
 import logging
 import threading
 import time
@@ -64,6 +65,8 @@ class Broadcast:
         self.innocent: frozenset[str] = frozenset()
         self._backend = backend
         self._timeout_seconds = timeout_seconds
+        # By URL: a name that nobody resolves for a moment must not end a run.
+        self._address_for = functools.cache(address_for)
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
         self._store: dist.TCPStore | None = None
@@ -80,6 +83,7 @@ class Broadcast:
             zip((t.name for t in targets), accumulate(sizes[:-1], initial=1), strict=True)
         )
         world_size = 1 + sum(sizes)
+        addresses = {target.name: self._address_for(target.client.url) for target in targets}
         timeout = datetime.timedelta(seconds=self._timeout_seconds)
         # A free port at every address; the servers come in any order, before or after this rank.
         store = dist.TCPStore(
@@ -91,7 +95,7 @@ class Broadcast:
             joining = {
                 target.name: pool.submit(
                     target.client.init_update_group,
-                    address=address_for(target.client.url),
+                    address=addresses[target.name],
                     port=store.port,
                     rank_offset=offsets[target.name],
                     world_size=world_size,

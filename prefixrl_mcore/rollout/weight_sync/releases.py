@@ -1,11 +1,12 @@
 """Releases of torch and NCCL, here and in the servers' environment."""
 
-from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.cuda import nccl
+
+from prefixrl_mcore.rollout.sglang.environment import installed_version
 
 _NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 
@@ -17,7 +18,7 @@ def own_torch() -> str:
 
 def torch_release(python: Path) -> str:
     """Return the release of torch in another interpreter's environment; empty if it has none."""
-    return _handle_release(_version(python, "torch"))
+    return _handle_release(installed_version(python, "torch") or "")
 
 
 def own_nccl() -> str:
@@ -27,16 +28,8 @@ def own_nccl() -> str:
 
 def nccl_version(python: Path) -> str:
     """Return the version of NCCL in another environment; empty if it is in no package there."""
-    found = (_version(python, package) for package in _NCCL_PACKAGES)
+    found = (installed_version(python, package) for package in _NCCL_PACKAGES)
     return next(filter(None, found), "")
-
-
-def _version(python: Path, package: str) -> str:
-    """Return a package's version, without starting the interpreter."""
-    folders = python.parent.parent.glob("lib/python3.*/site-packages")
-    for found in distributions(name=package, path=[str(folder) for folder in folders]):
-        return found.version
-    return ""
 
 
 def _handle_release(version: str) -> str:

@@ -82,6 +82,10 @@ def test_a_value_out_of_range_is_shown(tmp_path: Path) -> None:
             id="flag",
         ),
         pytest.param(
+            "[rollout]\ntop_p=0.9\n", r"rollout\.top_p .* log-probs of the whole", id="top-p"
+        ),
+        pytest.param("[rollout]\ntop_k=50\n", r"rollout\.top_k .* leave it out", id="top-k"),
+        pytest.param(
             "[rollout.sglang]\nextra_args=['--dtype=float32']\n",
             r"must not have --dtype; set rollout\.sglang\.dtype",
             id="dtype",

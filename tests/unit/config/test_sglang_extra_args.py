@@ -75,6 +75,7 @@ def test_no_argument_of_an_installed_version_opens_a_port(environment: str) -> N
         ("--rl-on-policy-target=fsdp", "round"),
         ("--base-gpu-id", "after the trainer's"),
         ("--kv-events-config", "API key"),
+        ("--preferred-sampling-params", "as the loss knows it"),
     ],
 )
 def test_refusal_names_what_takes_its_place(argument: str, instead: str) -> None:

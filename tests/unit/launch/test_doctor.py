@@ -139,11 +139,11 @@ def test_fix_runs_the_packaged_script_with_uv(
 @pytest.mark.usefixtures("without_probe")
 def test_fix_of_what_is_there_changes_nothing() -> None:
     python = sglang_python()
-    before = installed_version(python)
+    before = installed_version(python, "sglang")
 
     assert make_sglang_environment(python) == 0
 
-    assert installed_version(python) == before
+    assert installed_version(python, "sglang") == before
 
 
 def test_fix_that_fails_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

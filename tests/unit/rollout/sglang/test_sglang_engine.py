@@ -11,7 +11,7 @@ from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.rollout.engine import EngineError, RolloutError, SampleRequest, SamplingParams
 from prefixrl_mcore.rollout.sglang.engine import SGLangEngine
 from tests.support.fake_sglang import SAMPLED_LOGPROB, SAMPLED_TOKEN, Answer, FakeSGLang, serve
-from tests.support.tiny_models import EOS_ID, build_tiny_qwen3, write_tiny_qwen3
+from tests.support.tiny_models import EOS_ID, VOCABULARY, build_tiny_qwen3, write_tiny_qwen3
 from tests.support.waiting import once
 
 
@@ -210,6 +210,11 @@ def _other_ids(answer: Answer) -> None:
     answer["output_ids"][0] += 1
 
 
+def _token_of_no_vocabulary(answer: Answer) -> None:
+    answer["output_ids"][0] = len(VOCABULARY)
+    answer["meta_info"]["output_token_logprobs"][0][1] = len(VOCABULARY)
+
+
 def _false_stop(answer: Answer) -> None:
     answer["meta_info"]["finish_reason"] = {"type": "stop", "matched": EOS_ID}
 
@@ -228,6 +233,7 @@ def _two_spans(answer: Answer) -> None:
         pytest.param(_shorten, "cut off after 5 of 6 tokens", id="short"),
         pytest.param(_not_a_number, "logprob nan of completion token 1", id="nan"),
         pytest.param(_other_ids, "do not match", id="ids"),
+        pytest.param(_token_of_no_vocabulary, f"token id {len(VOCABULARY)} came", id="vocabulary"),
         pytest.param(_false_stop, r"expected a last token out of \[2\]", id="stop"),
         pytest.param(_two_spans, "sampled with weights", id="mixed weights"),
         pytest.param(_no_logprobs, "not an answer of SGLang's", id="no logprobs"),

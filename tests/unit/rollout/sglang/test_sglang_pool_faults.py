@@ -124,6 +124,24 @@ def test_server_that_broke_a_connection_is_dead_if_it_does_not_answer_at_all(
     assert engine.take_metrics()["engine/num_server_deaths"] == (0 if is_reachable else 1)
 
 
+@pytest.mark.parametrize(("num_broken", "num_deaths"), [(1, 0), (2, 1)])
+def test_connection_that_breaks_before_a_batch_is_no_death(
+    pool: Pool, num_broken: int, num_deaths: int
+) -> None:
+    engine = pool.engine(urls=pool.urls[:2], max_restarts=0)
+    fake, answer, asked = pool.fakes[0], pool.fakes[0].answer, itertools.count()
+
+    def break_off(path: str, payload: dict[str, Any]) -> tuple[int, Any]:
+        is_broken = path == "/model_info" and next(asked) < num_broken
+        return (0, None) if is_broken else answer(path, payload)
+
+    fake.answer = break_off  # type: ignore[method-assign]
+
+    assert tokens_of(engine.sample(requests_of(4), PARAMS)) == [[6, 6]] * 4
+    assert engine.take_metrics()["engine/num_server_deaths"] == num_deaths
+    assert (fake.sampled == []) == (num_deaths == 1)
+
+
 def every_other_time(fake: FakeSGLang, path: str) -> None:
     """Have a server refuse every other call of an endpoint, the first among them."""
     turns = itertools.count()

@@ -112,3 +112,13 @@ def test_sleeping_servers_take_no_weights(pool: Pool) -> None:
 
     with pytest.raises(EngineError, match="call wake first"):
         engine.load_weights(weights, 1)
+
+
+def test_servers_that_sleep_when_metrics_are_taken_are_not_lost(pool: Pool) -> None:
+    """A run that takes turns with its servers takes them after the update, all asleep."""
+    engine = pool.engine()
+    engine.sample(requests_of(3), PARAMS)
+    engine.sleep()
+    engine._pool.bury(engine._pool.members[0], "killed in its sleep")
+
+    assert engine.take_metrics()["engine/num_ready_servers"] == 2

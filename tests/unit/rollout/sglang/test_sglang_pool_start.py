@@ -98,6 +98,13 @@ def test_server_with_another_kind_of_model_is_refused(pool: Pool, reported: dict
         pool.engine()
 
 
+def test_server_that_adds_to_what_requests_say_of_sampling_is_refused(pool: Pool) -> None:
+    pool.fakes[1].model = {"preferred_sampling_params": {"min_new_tokens": 5}}
+
+    with pytest.raises(EngineError, match=r"min_new_tokens.* without --preferred-sampling-params"):
+        pool.engine()
+
+
 def test_servers_of_the_folders_model_are_accepted(pool: Pool) -> None:
     for fake in pool.fakes:
         fake.precision |= {"tp_size": 1, "pp_size": 1, "dp_size": 1}

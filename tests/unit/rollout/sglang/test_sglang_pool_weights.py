@@ -130,6 +130,20 @@ def test_server_that_refuses_to_tell_its_checksums_ends_the_run_with_the_remedy(
         engine.load_weights(weights, 1)
 
 
+@pytest.mark.parametrize(
+    "told", [{}, {"parallelism_info": [], "checksums": {}}, {"parallelism_info": {"tp_rank": 0}}, 7]
+)
+def test_checksums_in_a_form_that_is_not_known_end_the_run_with_the_remedy(
+    pool: Pool, told: Any
+) -> None:
+    engine = pool.engine()
+    pool.fakes[1]._checksums = lambda: told  # type: ignore[method-assign]
+
+    remedy = "checksum-every-syncs None does without"
+    with pytest.raises(EngineError, match=rf"server 1 tells the checksums .* form .*{remedy}"):
+        engine.load_weights(weights, 1)
+
+
 @pytest.mark.parametrize("status", [0, 500])
 def test_run_whose_servers_are_all_lost_by_checksums_ends_with_the_remedy(
     pool: Pool, caplog: pytest.LogCaptureFixture, status: int

@@ -236,6 +236,26 @@ def test_every_server_is_told_an_address_that_it_can_reach(
     assert asked == [(socket.AF_INET6, "2001:db8::7")]
 
 
+def test_name_of_a_server_is_resolved_once_for_all_updates(
+    target: SyncTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who resolves names may be away for a moment: no reason to end a run."""
+    answers = iter(["127.0.0.1"])
+
+    def resolve(url: str) -> str:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise socket.gaierror("Temporary failure in name resolution") from None
+
+    monkeypatch.setattr(distributed, "address_for", resolve)
+    transport = Broadcast("gloo", timeout_seconds=0.3)
+
+    for _ in range(2):
+        (failure,) = transport.open([target]).values()
+        assert "no process group with all servers" in failure  # as the fake does not join
+
+
 def test_server_is_here_if_this_machine_has_its_address() -> None:
     assert is_here("http://localhost:1")
     assert is_here("http://127.0.0.2:1")  # all of 127 is

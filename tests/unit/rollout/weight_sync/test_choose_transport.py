@@ -142,9 +142,14 @@ def test_broadcast_to_colocated_servers_is_for_those_of_other_machines() -> None
         chosen("distributed", "cuda", HERE, THERE, colocated=True)
 
 
-def test_releases_are_read_without_starting_the_other_interpreter() -> None:
+def test_releases_are_those_that_the_other_interpreter_finds(tmp_path: Path) -> None:
     assert torch_release(OURS) == own_torch()
     assert torch.__version__.startswith(own_torch() + ".")
     assert nccl_version(OURS) == own_nccl()
+    # As in an image whose packages are not beside the interpreter.
+    elsewhere = tmp_path / "python"
+    elsewhere.write_text(f'#!/bin/sh\nexec {OURS.absolute()} "$@"\n')
+    elsewhere.chmod(0o755)
+    assert (torch_release(elsewhere), nccl_version(elsewhere)) == (own_torch(), own_nccl())
     nowhere = Path("/nowhere/bin/python")
     assert (torch_release(nowhere), nccl_version(nowhere)) == ("", "")

@@ -455,6 +455,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     check_packages(config.metrics)
     if _needs_ranks(config):
         return _start_ranks(config, arguments.argv)
+    _ask_for_equal_bits()
     from prefixrl_mcore.launch.check import predict_rank_bytes
     from prefixrl_mcore.trainer.initial_model import with_shape_of
     from prefixrl_mcore.trainer.run import run_training
@@ -472,6 +473,7 @@ def _replay(arguments: argparse.Namespace, rest: list[str]) -> int:
     config = _load(arguments, rest)
     if _needs_ranks(config):
         return _start_ranks(config, arguments.argv)
+    _ask_for_equal_bits()
     from prefixrl_mcore.trainer.replay import run_replay
 
     return run_replay(config, arguments.step, is_sft=arguments.sft)
@@ -480,6 +482,14 @@ def _replay(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _needs_ranks(config: RunConfig) -> bool:
     """Return whether several ranks are wanted and nobody has started them."""
     return config.policy.parallel.world_size > 1 and "RANK" not in os.environ
+
+
+def _ask_for_equal_bits() -> None:
+    """Let this rank, whoever has started it, repeat a run bit for bit, unless the user says not."""
+    from prefixrl_mcore.launch.local import EQUAL_BITS
+
+    for name, value in EQUAL_BITS.items():
+        os.environ.setdefault(name, value)
 
 
 def _start_ranks(config: RunConfig, argv: list[str]) -> int:

@@ -65,6 +65,11 @@ class Trace:
     completion_token_ids: tuple[int, ...]
     """[num_completion_tokens] the attempt, end token included when one was sampled."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and completion tokens."""
+        return len(self.prompt_token_ids) + len(self.completion_token_ids)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixedProblem:

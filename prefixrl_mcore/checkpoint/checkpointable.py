@@ -39,8 +39,8 @@ class CheckpointablePolicy(Trainable, Protocol):
     """Hugging Face folder that the weights came from, for messages; None if there is none."""
 
     model_files: Mapping[str, bytes]
-    """Content of that folder's config and tokenizer files when it was read, by path in it; rank
-    0's go into checkpoints, which get only ``hf_config`` if there are none."""
+    """Content of that folder's config and tokenizer files when it was read, by path in it. Rank 0
+    has them and writes them into checkpoints, which get only ``hf_config`` if there are none."""
 
     seed: int
     """Seed of the run, from which random states are derived where none fit."""

@@ -1,7 +1,11 @@
 """``prefixrl convert`` and ``checkpoint``: what works on a model's files, without a config."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+
+_LAYOUT_FLAGS = ("--tp", "--pp", "--vpp", "--cp", "--ep", "--etp")
+"""What other converters ask for."""
 
 
 def add_convert_commands(convert: argparse.ArgumentParser) -> None:
@@ -33,6 +37,9 @@ def add_convert_commands(convert: argparse.ArgumentParser) -> None:
             metavar="SIZE",
             help="begin a new weight file above this (default 5GB); a kill costs at most one file",
         )
+        command.add_argument(
+            *_LAYOUT_FLAGS, action=_RefusedLayout, nargs="?", help=argparse.SUPPRESS
+        )
     verify = actions.add_parser(
         "verify",
         help="compare two models tensor by tensor; exit code 1 if they differ",
@@ -51,6 +58,23 @@ def add_convert_commands(convert: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, help="one prompt per line, for --forward, which it implies"
     )
     verify.set_defaults(run=_convert_verify)
+
+
+class _RefusedLayout(argparse.Action):
+    """A layout flag: ends the command with the reason why there is none."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        parser.error(
+            f"there is no {option_string}: a checkpoint has no layout, it stores whole tensors and "
+            "every layout reads them; repeat without it, and give the layout to training, in "
+            "policy.parallel"
+        )
 
 
 def add_checkpoint_commands(checkpoint: argparse.ArgumentParser) -> None:

@@ -11,32 +11,9 @@ from prefixrl_mcore.config.operations import ProfileConfig, StallConfig
 from prefixrl_mcore.config.policy import BatchConfig, LossConfig, ModelConfig, PolicyConfig
 from prefixrl_mcore.config.reward import RewardConfig
 from prefixrl_mcore.config.rollout import RolloutConfig
+from prefixrl_mcore.config.sft import SftConfig
 
 Method = Literal["prefixrl", "rl", "sft_then_rl"]
-
-
-class SftConfig(Config):
-    """Supervised warm-up of the ``sft_then_rl`` baseline on the collected traces."""
-
-    max_epochs: int = Field(default=16, ge=1)
-    """Passes over the training traces at most."""
-
-    keep: Literal["best", "last"] = "best"
-    """``best``: the epoch with the lowest validation loss; ``last``: the weights after
-    ``max_epochs``, whatever the validation loss says."""
-
-    patience: int = Field(default=2, ge=1)
-    """With ``keep = "best"``: stop after so many epochs without a lower validation loss."""
-
-    traces_per_step: int = Field(default=16, ge=1)
-    """Traces per optimizer step."""
-
-    validation_fraction: float = Field(default=0.125, gt=0.0, lt=1.0)
-    """Share of the traces held back to choose the epoch."""
-
-    lr: float = Field(default=1e-5, gt=0.0)
-    """Peak learning rate of the supervised phase. Its schedule, warm-up and floor are those of
-    ``policy.optimizer``, over the steps of ``max_epochs``."""
 
 
 class TrainerConfig(Config):

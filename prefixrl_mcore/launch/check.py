@@ -52,6 +52,7 @@ from prefixrl_mcore.launch.server_plan import (
     with_sampling,
     with_servers_of_all_nodes,
 )
+from prefixrl_mcore.launch.supervised import supervised_rows
 
 
 def print_check(
@@ -353,6 +354,7 @@ def _rows(config: RunConfig, shape: ModelShape, size: ModelSize) -> list[tuple[s
             f"{config.trainer.num_steps}: at most "
             f"{config.trainer.num_steps * most_flops:.3g} FLOPs",
         ),
+        *supervised_rows(config, n),
         ("completions, at most", completions_text(config)),
         ("prefixes", _prefix_row(config)),
         ("rollout engine", rollout.engine or "sglang, or transformers where it does not start"),

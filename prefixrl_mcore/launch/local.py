@@ -25,9 +25,12 @@ logger = logging.getLogger(__name__)
 _PROGRAM = (sys.executable, "-m", "prefixrl_mcore.cli")
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
+EQUAL_BITS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""What cuBLAS needs to give equal bits in equal runs; it is read with the first use of a GPU."""
+
 RANK_DEFAULTS = {
     "OMP_NUM_THREADS": "1",  # ranks share the cores
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # equal bits from equal runs
+    **EQUAL_BITS,
 }
 """What a rank runs with unless the user says otherwise."""
 

@@ -97,7 +97,7 @@ class MegatronPolicy:
         self.model_path: Path | None = None
         """Folder that the weights came from."""
         self.model_files: Mapping[str, bytes] = {}
-        """Its config and tokenizer files as they were then, for checkpoints."""
+        """Its config and tokenizer files as they were then, for checkpoints; of rank 0 alone."""
         self.stream_tokens = stream_tokens
         self.seed = seed
         """Seed of random weights and random states."""
@@ -152,7 +152,8 @@ class MegatronPolicy:
                 incomplete, or the reference is another model or not finite.
         """
         hf_config = read_hf_config(model_path)
-        model_files = topology.run_on_first(lambda: read_assets(model_path))
+        model_files: dict[str, bytes] = {}
+        topology.run_on_first(lambda: model_files.update(read_assets(model_path)))
         if loss.reference_path is not None:
             check_reference(read_model_shape(hf_config), loss.reference_path)
         built = cls(

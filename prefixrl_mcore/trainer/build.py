@@ -1,6 +1,7 @@
 """Building a session: what one rank of a training run needs, at step 0."""
 
 import itertools
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -15,6 +16,7 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.rollout import RolloutConfig
 from prefixrl_mcore.config.run import CheckpointConfig, RunConfig
 from prefixrl_mcore.config.server_gpus import check_server_gpus
+from prefixrl_mcore.config.sft import check_trace_lengths
 from prefixrl_mcore.data.prefixes import read_prefixes
 from prefixrl_mcore.data.problem_sets import read_evaluation_sets
 from prefixrl_mcore.data.prompts import PromptRenderer
@@ -37,7 +39,6 @@ from prefixrl_mcore.trainer.rollout_supply import RolloutSupply
 from prefixrl_mcore.trainer.run_policy import build_policy
 from prefixrl_mcore.trainer.run_saves import RunSaves
 from prefixrl_mcore.trainer.session import EXPORT, Session
-from prefixrl_mcore.trainer.sft import check_supervised_phase
 from prefixrl_mcore.trainer.signals import StopSignal
 from prefixrl_mcore.trainer.step_metrics import read_hardware
 
@@ -66,7 +67,7 @@ def build_session(
     sets = read_evaluation_sets(config)
     originals = original_problems(renderer.render(problem) for problem in sets["train"])
     if config.method == "sft_then_rl":
-        run_on_first(lambda: check_supervised_phase(config, len(read_sft_traces(config, renderer))))
+        run_on_first(lambda: _check_supervised_phase(config, read_sft_traces(config, renderer)))
     prefixed: list[PrefixedProblem] = []
     if config.method == "prefixrl":
         prefixed = _read_prefixed(config, renderer, sets["train"])
@@ -228,6 +229,12 @@ def _collect_flops(config: RunConfig, renderer: PromptRenderer) -> float:
         chat_template_hash=renderer.chat_template_hash,
     )
     return store.total_flops()
+
+
+def _check_supervised_phase(config: RunConfig, traces: Sequence[Trace]) -> None:
+    """Refuse traces that the phase cannot be made of."""
+    config.sft.check_phase(config.policy.optimizer, len(traces))
+    check_trace_lengths({t.problem_id: t.num_tokens for t in traces}, config.stream_tokens)
 
 
 def read_sft_traces(config: RunConfig, renderer: PromptRenderer) -> list[Trace]:

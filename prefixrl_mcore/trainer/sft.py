@@ -22,9 +22,8 @@ from prefixrl_mcore.checkpoint.save_load import (
     load_checkpoint,
     save_checkpoint,
 )
-from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.policy import LossConfig
-from prefixrl_mcore.config.run import RunConfig, SftConfig
+from prefixrl_mcore.config.sft import SftConfig
 from prefixrl_mcore.data.packing import PackedBatch
 from prefixrl_mcore.policy.topology import run_on_first
 from prefixrl_mcore.records import Trace, TrainingSequence
@@ -76,10 +75,10 @@ def run_sft(session: Session, traces: Sequence[Trace], stop: StopSignal) -> None
             replay --sft`` needs.
     """
     run = session.config
-    training, validation = split_traces(traces, run.sft.validation_fraction, seed=run.seed)
+    training, validation = split_traces(traces, run.sft, seed=run.seed)
     folder = session.folder.path / "sft"
     validation_batch = _pack(session, validation)
-    steps_per_epoch = _steps_per_epoch(run.sft, len(training))
+    steps_per_epoch = run.sft.steps_per_epoch(len(training))
     num_steps = run.sft.max_epochs * steps_per_epoch
     session.policy.reset_optimizer(run.sft.lr, num_steps=num_steps)
     at = _begin(session, folder, validation_batch, steps_per_epoch)
@@ -179,60 +178,8 @@ def _save_step(session: Session, folder: Path, step: int) -> None:
         )
 
 
-def check_supervised_phase(config: RunConfig, num_traces: int) -> None:
-    """Refuse a phase that the run's schedule does not fit into; needs no policy.
-
-    Args:
-        config: the run's.
-        num_traces: of the trace store, one per problem.
-
-    Raises:
-        ConfigError: if nothing could be held back, or warm-up and decay leave no step.
-    """
-    sft, optimizer = config.sft, config.policy.optimizer
-    num_training = num_traces - _num_held_back(num_traces, sft.validation_fraction)
-    num_steps = sft.max_epochs * _steps_per_epoch(sft, num_training)
-    length = (
-        f"{num_training} of {num_traces} traces, {sft.traces_per_step} a step, for "
-        f"{sft.max_epochs} epochs are {num_steps} steps"
-    )
-    try:
-        optimizer.check_phase(lr=sft.lr, num_steps=num_steps)
-    except ValueError as error:
-        raise ConfigError(
-            f"method sft_then_rl: the supervised phase is too short for its schedule ({length}): "
-            f"{error}. Collect more traces, raise sft.max_epochs, or lower sft.traces_per_step"
-        ) from error
-    if optimizer.num_warmup_steps >= num_steps:
-        logger.warning(
-            "sft: the warm-up of %d steps outlasts the phase (%s): the learning rate stays below "
-            "sft.lr (%g)",
-            *(optimizer.num_warmup_steps, length, sft.lr),
-        )
-
-
-def _steps_per_epoch(config: SftConfig, num_training: int) -> int:
-    """Return the optimizer steps of one epoch; the last one may have fewer traces."""
-    return -(-num_training // config.traces_per_step)
-
-
-def _num_held_back(num_traces: int, validation_fraction: float) -> int:
-    """Return how many traces choose the epoch.
-
-    Raises:
-        ConfigError: if these or the others would be none.
-    """
-    num_validation = round(validation_fraction * num_traces)
-    if not 0 < num_validation < num_traces:
-        raise ConfigError(
-            f"sft.validation_fraction {validation_fraction} of {num_traces} traces leaves nothing "
-            "to train on or to validate on; collect more traces or change the fraction"
-        )
-    return num_validation
-
-
 def split_traces(
-    traces: Sequence[Trace], validation_fraction: float, *, seed: int
+    traces: Sequence[Trace], sft: SftConfig, *, seed: int
 ) -> tuple[list[Trace], list[Trace]]:
     """Return (training, validation) traces, split at random with a fixed seed.
 
@@ -240,7 +187,7 @@ def split_traces(
         ConfigError: if a side would be empty.
     """
     order = np.random.default_rng([seed, 1]).permutation(len(traces))
-    num_validation = _num_held_back(len(traces), validation_fraction)
+    num_validation = sft.num_held_back(len(traces))
     chosen = [traces[index] for index in order]
     return chosen[num_validation:], chosen[:num_validation]
 
@@ -256,7 +203,9 @@ def _train_step(
     chosen = [training[index] for index in order[first : first + run.sft.traces_per_step]]
     session.progress.update(waiting_for=f"sft epoch {epoch + 1}")
     update = session.supervised_update(step, _pack(session, chosen), MAXIMUM_LIKELIHOOD)
-    session.meter.charge_sft(_num_tokens(chosen), num_computed_tokens=update.num_computed_tokens)
+    session.meter.charge_sft(
+        sum(t.num_tokens for t in chosen), num_computed_tokens=update.num_computed_tokens
+    )
     return update.learning_rate
 
 
@@ -288,8 +237,3 @@ def _pack(session: Session, traces: Sequence[Trace]) -> PackedBatch:
         for index, trace in enumerate(traces)
     ]
     return session.pack_sequences(sequences, aggregation="token_mean")
-
-
-def _num_tokens(traces: Sequence[Trace]) -> int:
-    """Return prompt and completion tokens of the traces."""
-    return sum(len(t.prompt_token_ids) + len(t.completion_token_ids) for t in traces)

@@ -255,3 +255,19 @@ def test_every_rank_refuses_a_damaged_checkpoint(tmp_path: Path) -> None:
     messages = run_on_ranks(load_damaged, source, tmp_path / "checkpoints", world_size=2)
     assert messages[0] == messages[1]
     assert "__1_0.distcp: got 0 bytes" in messages[0]
+
+
+def save_and_count_files(rank: int, source: Path, folder: Path) -> int:
+    policy = build(source, TP2)
+    save_checkpoint(folder, 1, policy, {})
+    return len(policy.model_files)
+
+
+def test_one_rank_keeps_the_models_files_and_saves_them(source: Path, tmp_path: Path) -> None:
+    counts = run_on_ranks(save_and_count_files, source, tmp_path / "run", world_size=2)
+    saved = sorted((tmp_path / "run" / "step-000001" / "hf").iterdir())
+    assert counts == [len(saved), 0]
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in saved}
+    assert [path.read_bytes() for path in saved] == [
+        (source / path.name).read_bytes() for path in saved
+    ]

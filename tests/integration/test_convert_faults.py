@@ -117,6 +117,19 @@ def test_a_size_that_is_none_is_refused(
     assert "expected a number of bytes such as 5GB" in told(capsys)
 
 
+@pytest.mark.parametrize("arguments", [["from-hf", "--tp", "2"], ["to-hf", "--pp=4"]])
+def test_a_layout_is_refused_with_where_it_belongs(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    action, *flags = arguments
+    with pytest.raises(SystemExit) as refusal:
+        main(["convert", action, str(tmp_path / "in"), str(tmp_path / "out"), *flags, "--ep", "2"])
+    assert refusal.value.code == 2
+    message = told(capsys)
+    assert f"there is no {flags[0][:4]}: a checkpoint has no layout" in message
+    assert "give the layout to training, in policy.parallel" in message
+
+
 def test_the_flags_of_type_and_size_do_what_they_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,15 +1,18 @@
-"""``prefixrl train`` that starts two data-parallel ranks itself."""
+"""``prefixrl train`` on two data-parallel ranks that it starts itself, or torchrun on two nodes."""
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
 
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
-from tests.support.tiny_run import TinyTask
+from tests.support.ports import free_port
+from tests.support.tiny_run import ROOT, TinyTask
 
 TWO_RANKS = ("--policy.parallel.data-parallel-size", "2")
 SAME = ("loss/policy_gradient", "policy/gradient_norm", "rollout/reward_mean")
@@ -37,20 +40,46 @@ def _processes_of(run: Path) -> list[str]:
     return found
 
 
-def test_two_ranks_train_like_one(tiny_task: TinyTask, tmp_path: Path) -> None:
+def _start_nodes(tiny_task: TinyTask, run: Path, *flags: str) -> list["Popen[str]"]:
+    """Start what the page shows for two nodes, on this machine and with one rank each."""
+    lines = re.findall(
+        r"^ {4}(torchrun .*)", (ROOT / "docs/first_run.md").read_text(), re.MULTILINE
+    )
+    here = {"torchrun": "torch.distributed.run", "node0": "127.0.0.1", "29500": str(free_port())}
+    here["8"] = "1"  # ranks of a node
+    words = [[here.get(word, word) for word in line.split()] for line in lines]
+    return [tiny_task.start_module(line, run, *flags, *TWO_RANKS) for line in words]
+
+
+def test_two_ranks_train_like_one_and_so_do_two_nodes(tiny_task: TinyTask, tmp_path: Path) -> None:
     flags = ("--trainer.num-steps", "2")
-    runs = {"one": (), "two": TWO_RANKS}
-    for name, more in runs.items():
-        process = tiny_task.start("train", tmp_path / name, *flags, *more)
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
-    one, two = (_train_lines(tmp_path / name) for name in runs)
-    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1]
-    for expected, got in zip(one, two, strict=True):
-        for name in SAME:
-            assert got[name] == pytest.approx(expected[name], rel=1e-4), name
+    runs = {
+        "one": lambda run: [tiny_task.start("train", run, *flags)],
+        "two": lambda run: [tiny_task.start("train", run, *flags, *TWO_RANKS)],
+        "nodes": lambda run: _start_nodes(tiny_task, run, *flags),
+    }
+    for name, start in runs.items():
+        processes = start(tmp_path / name)
+        try:
+            outputs = [process.communicate(timeout=300)[0] for process in processes]
+        finally:
+            for process in processes:  # torchrun's ranks are in sessions of their own
+                process.terminate()
+                process.wait(timeout=60)
+        assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    one, two, nodes = (_train_lines(tmp_path / name) for name in runs)
+    assert [line["step"] for line in one] == [0, 1]
+    for expected, *others in zip(one, two, nodes, strict=True):
+        for got in others:
+            assert got["step"] == expected["step"]
+            for name in SAME:
+                assert got[name] == pytest.approx(expected[name], rel=1e-4), name
     assert any(line["policy/gradient_norm"] > 0 for line in one)
     assert (tmp_path / "two" / "logs" / "rank-1.log").exists()
+    assert sorted(path.name for path in (tmp_path / "nodes" / "heartbeats").glob("*.json")) == [
+        "rank-00000.json",
+        "rank-00001.json",
+    ]
 
 
 def test_sigterm_stops_all_ranks_after_the_step(tiny_task: TinyTask, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,16 @@ class TinyTask:
 
         It is ended with the test, if that has not seen to it.
         """
+        return self.start_module(["prefixrl_mcore.cli", command, "my.toml"], run_folder, *more)
+
+    def start_module(
+        self, words: Sequence[str], run_folder: Path, *more: str
+    ) -> "subprocess.Popen[str]":
+        """Start ``python -m WORDS`` with a run's flags, like ``start``; my.toml is the config."""
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "prefixrl_mcore.cli", command, str(CONFIG)),
+                *(sys.executable, "-m"),
+                *(str(CONFIG) if word == "my.toml" else word for word in words),
                 *self.flags(run_folder, *more),
             ],
             stdout=subprocess.PIPE,

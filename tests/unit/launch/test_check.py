@@ -256,6 +256,9 @@ def test_the_table_says_what_would_run(tmp_path: Path) -> None:
     printed = _printed(_config(tmp_path))
     assert "128 prompts x 8 rollouts = 1024" in printed
     assert "3 per trace at 40%-80%" in printed
+    assert "supervised phase" not in printed
+    supervised = _printed(_config(tmp_path, method="sft_then_rl"))
+    assert re.search(r"supervised phase .* at most 16 epochs, 16 traces a step", supervised)
 
 
 @pytest.mark.parametrize(

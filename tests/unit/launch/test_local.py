@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from prefixrl_mcore.cli import main
 from prefixrl_mcore.launch.local import launch_ranks
 from tests.support.processes import is_running
 from tests.support.waiting import wait_until
@@ -130,3 +131,22 @@ def test_ranks_die_with_the_launcher(tmp_path: Path) -> None:
     launcher.kill()
     launcher.wait()
     wait_until(lambda: not any(is_running(pid) for pid in pids))
+
+
+@pytest.mark.parametrize("command", [["train"], ["replay", "--step", "0"]])
+def test_a_rank_that_others_have_started_asks_cublas_for_equal_bits_too(
+    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun does not; neither does a user who starts the only rank."""
+    name, *flags = command
+    (tmp_path / "run.toml").write_text(
+        f'run_folder = "{tmp_path}/run"\nmodel.path = "{tmp_path}/none"\n'
+        f'data.problems = "{tmp_path}/none.jsonl"\n'
+    )
+    for given, expected in ((None, ":4096:8"), (":16:8", ":16:8")):
+        if given is None:
+            monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        else:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+        assert main([name, str(tmp_path / "run.toml"), *flags]) == 2  # there is no model
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected

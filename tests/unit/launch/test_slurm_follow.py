@@ -312,8 +312,8 @@ def test_the_log_that_is_asked_for_is_followed(
         job.start_folder(number).mkdir()
         for name in ("eval-0", "eval-1"):
             (job.start_folder(number) / f"{name}.log").write_text(f"{name}.{number} ")
-    follow_done = partial(follow, ask=lambda _: JobState(state="COMPLETED"), sleep=lambda _: None)
-    monkeypatch.setattr(jobs_module, "follow", follow_done)
+    monkeypatch.setattr(jobs_module, "job_state", lambda _: JobState(state="COMPLETED"))
+    monkeypatch.setattr(jobs_module, "follow", partial(follow, sleep=lambda _: None))
     assert show_logs(tmp_path, "7", task=task, start=start, is_followed=True) == 0
     assert capsys.readouterr().out == shown
 
@@ -338,9 +338,28 @@ def test_the_status_of_a_job_that_slurm_has_forgotten_is_how_somebody_saw_it_end
     assert status(unknown) == 69
     assert status(FAILED, FAILED) == 3
     assert status(unknown) == 3
-    monkeypatch.setattr(jobs_module, "job_states", lambda ids: dict.fromkeys(ids, unknown))
+    monkeypatch.setattr(jobs_module, "job_states", lambda ids, **_: dict.fromkeys(ids, unknown))
     list_jobs(tmp_path)
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_log_of_a_job_that_slurm_has_forgotten_is_not_followed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = _job(tmp_path)
+    job.batch_log.write_text("what it said\n")
+    job.write_final(JobState(state="COMPLETED"))
+    questions = itertools.count()
+
+    def ask(_: str) -> JobState:
+        assert next(questions) < 5
+        return JobState(state="UNKNOWN")
+
+    monkeypatch.setattr(jobs_module, "job_state", ask)
+    follow_quickly = partial(follow, sleep=lambda _: None)
+    monkeypatch.setattr(jobs_module, "follow", follow_quickly)
+    assert show_logs(tmp_path, "7", task=None, start=None, is_followed=True) == 0
+    assert capsys.readouterr().out == "what it said\n"
 
 
 def test_who_follows_a_job_keeps_how_it_ended(tmp_path: Path) -> None:

@@ -515,6 +515,24 @@ def test_the_first_setup_line_that_fails_ends_the_job_and_says_so(
     assert ("went on" in done.stdout) == (code is None)
 
 
+def test_options_of_bash_that_setup_lines_set_are_not_the_scripts(tmp_path: Path) -> None:
+    script = (GOLDEN / "colocated.sh").read_text().replace("/jobs/golden-1", str(tmp_path))
+    head = script.partition("# What the tasks must know")[0]
+    assert "source ~/.prefixrl-secrets" in head
+    head = head.replace("source ~/.prefixrl-secrets", "set -euxo pipefail")
+    told = 'echo "$PREFIXRL_SGLANG_API_KEY"; [[ $- != *[eux]* ]] && set +o | grep "pipefail"'
+    done = subprocess.run(
+        ["bash", "-c", f"module() {{ :; }}\n{head}\n{told}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SLURM_JOB_ID": "7"},
+    )
+    *_, key, pipefail = done.stdout.splitlines()
+    assert (len(key), pipefail) == (64, "set +o pipefail")
+    assert key not in done.stderr  # a secret of the tasks, which -x would write into the log
+
+
 def test_a_setup_line_that_fails_ends_the_job_before_any_task(tmp_path: Path) -> None:
     script = (GOLDEN / "colocated.sh").read_text()
     assert "source ~/.prefixrl-secrets" in script

@@ -153,18 +153,17 @@ def _interrupts_held_back() -> Iterator[None]:
 
 def _take_back(jobs: Sequence[JobFolder]) -> None:
     """Cancel what was submitted; of one that Slurm does not cancel say so, and go on."""
-    without_number = [job for job in jobs if job.job_id is None]
-    for job, number in zip(without_number, _unanswered(jobs), strict=False):
-        job.write_submitted(number)
+    unanswered = iter(_unanswered(jobs))
     for job in jobs:
-        if job.job_id is None:
+        number = job.job_id or next(unanswered, None)
+        if number is None:
             continue
         try:
-            cancel_job(job.job_id)
+            cancel_job(number)
         except SlurmError as error:
-            logger.error("job %s (%s) is still submitted: %s", job.job_id, job.path.name, error)
+            logger.error("job %s (%s) is still submitted: %s", number, job.path.name, error)
         else:
-            logger.error("job %s (%s) is cancelled again", job.job_id, job.path.name)
+            logger.error("job %s (%s) is cancelled again", number, job.path.name)
 
 
 def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:

@@ -180,7 +180,13 @@ def _ask(command: Sequence[str]) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60, env=env
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",  # of a comment in another encoding
+            check=False,
+            timeout=60,
+            env=env,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -181,6 +181,7 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         start_new_session=True,  # Ctrl-C is not for it: sbatch would die before it says a number
     )
     by_file, said = {str(job.file): job for job in jobs}, []

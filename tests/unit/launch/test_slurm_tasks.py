@@ -27,6 +27,7 @@ from prefixrl_mcore.launch.slurm.rollout_task import own_gpus, server_launch
 from prefixrl_mcore.launch.slurm.states import (
     JobState,
     SlurmError,
+    job_state,
     job_states,
     parse_sacct,
     parse_scontrol,
@@ -183,6 +184,16 @@ def test_several_jobs_are_asked_for_at_once(
     (tmp_path / "asked").unlink()
     job_states(["7"], user_id=None)
     assert (tmp_path / "asked").read_text().endswith("NodeList:| \n")  # of a team's folder
+
+
+def test_a_job_whose_comment_is_in_another_encoding_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text("#!/bin/bash\nprintf 'JobId=7 JobState=RUNNING Comment=caf\\xe9\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert job_state("7").state == "RUNNING"
 
 
 def test_a_job_that_slurm_does_not_know_is_unknown() -> None:

@@ -51,8 +51,11 @@ def _launch(*arguments: str) -> int:
 def test_the_stages_of_a_run_follow_each_other_to_a_report(
     jobs: Path, tiny_task: TinyTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "whole"
-    assert _launch("--recipe", *_settings(tiny_task, run, tmp_path / "data")) == 0
+    run, checkpoint = tmp_path / "whole", tmp_path / "checkpoint"
+    settings = _settings(tiny_task, run, tmp_path / "data")
+    settings.remove(f"model.path={tiny_task.folder / 'base'}")
+    assert main(["convert", "from-hf", str(tiny_task.folder / "base"), str(checkpoint)]) == 0
+    assert _launch("--recipe", "--init", str(checkpoint), *settings) == 0
     assert (run / "report.html").exists()
     assert list((run / "eval").glob("*.json"))
     assert len(metrics_of(run, "train")) == 1

@@ -40,6 +40,14 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     launch.add_argument("--name", help="of the job (default: the run folder's)")
     launch.add_argument("--resume", action="store_true", help="continue the run in run_folder")
     launch.add_argument(
+        "--init",
+        type=Path,
+        metavar="FOLDER",
+        help="begin with this model in place of the config's model.path: a Hugging Face folder, or "
+        "a checkpoint, of which RUN/model is made here before anything is submitted; again with "
+        "--resume",
+    )
+    launch.add_argument(
         "--dry-run", action="store_true", help="print the batch script, submit nothing"
     )
     launch.add_argument(
@@ -96,6 +104,7 @@ def _launch(arguments: argparse.Namespace, rest: list[str]) -> int:
         rollout_nodes=arguments.rollout_nodes,
         name=arguments.name,
         resume=arguments.resume,
+        init=arguments.init,
         dry_run=arguments.dry_run,
         detach=arguments.detach,
     )

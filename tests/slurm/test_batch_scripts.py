@@ -187,7 +187,7 @@ def test_rollout_nodes_get_what_only_they_must_have(scripts: dict[str, str]) -> 
         *("partition=inference", "qos=low", "constraint=l40s", "gpus-per-node=l40s:4"),
         *("cpus-per-task=9", "mem=200G", "nodes=1", "ntasks-per-node=2"),
     }
-    commands = [line for line in script.splitlines() if line.startswith("srun ")]
+    commands = [line for line in script.splitlines() if line.startswith(("srun ", "srun_rollout "))]
     assert ["--cpus-per-task=9 " in command for command in commands] == [False, True]
     check = next(line for line in script.splitlines() if line.startswith("timeout "))
     assert ["--cpus-per-task=9 " in part for part in check.split(" : ")] == [False, True]

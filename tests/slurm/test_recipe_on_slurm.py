@@ -1,7 +1,9 @@
 """Several jobs at once on real Slurm: the stages of a run in their order, and sweeps."""
 
+import contextlib
 import json
 import logging
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import pytest
 
 from prefixrl_mcore.cli import main
 from prefixrl_mcore.launch.slurm.job_folder import find_job, find_jobs
+from prefixrl_mcore.launch.slurm.launch import LaunchOptions, prepare_run, read_run
 from prefixrl_mcore.launch.slurm.states import job_state
+from prefixrl_mcore.launch.slurm.submission import submit
 from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.support.launched_jobs import end_of, wait_for
 from tests.support.tiny_run import CONFIG, TinyTask, metrics_of
 
 pytestmark = [
@@ -47,8 +52,11 @@ def _launch(*arguments: str) -> int:
 def test_the_stages_of_a_run_follow_each_other_to_a_report(
     jobs: Path, tiny_task: TinyTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "whole"
-    assert _launch("--recipe", *_settings(tiny_task, run, tmp_path / "data")) == 0
+    run, checkpoint = tmp_path / "whole", tmp_path / "checkpoint"
+    settings = _settings(tiny_task, run, tmp_path / "data")
+    settings.remove(f"model.path={tiny_task.folder / 'base'}")
+    assert main(["convert", "from-hf", str(tiny_task.folder / "base"), str(checkpoint)]) == 0
+    assert _launch("--recipe", "--init", str(checkpoint), *settings) == 0
     assert (run / "report.html").exists()
     assert list((run / "eval").glob("*.json"))
     assert len(metrics_of(run, "train")) == 1
@@ -78,6 +86,39 @@ def test_a_stage_that_fails_leaves_none_waiting(
     assert sorted(states) == ["CANCELLED"] * 4 + ["FAILED"]
     waiting = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True)
     assert waiting.stdout == ""
+
+
+def test_an_evaluation_that_is_told_to_end_goes_on_after_the_requeue(
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+) -> None:
+    run = tmp_path / "told"
+    checkpoint = run / "checkpoints" / "step-000000"
+    assert main(["convert", "from-hf", str(tiny_task.folder / "base"), str(checkpoint)]) == 0
+    one_by_one = ["rollout.transformers.max_batch_size=1", "evaluation.keep_seconds=0"]
+    own = [*one_by_one, "evaluation.num_samples=8", "evaluation.train_set_num_samples=8"]
+    settings = [*_settings(tiny_task, run, tiny_task.folder), *own]
+    site, config = read_run(CONFIG, settings, "ci-local")
+    job = prepare_run(config, site, LaunchOptions(), stage="eval")
+    submit(site, [job])
+    assert job.job_id is not None
+    part = run / "eval" / "step-000000.part.jsonl"
+
+    def has_begun() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return part.read_bytes().count(b"\n") >= 3
+        return False
+
+    wait_for(has_begun, seconds=300)
+    subprocess.run(["scancel", "--signal=USR1", job.job_id], check=True)
+    result, said = end_of(job)
+    assert result == 0, said
+    assert f"start 0 of job {job.job_id} ended with exit code 138" in said
+    assert job_state(job.job_id).num_restarts == 1
+    told = " ".join((job.starts()[1] / "eval-0.log").read_text().split())
+    continued = re.search(r"continuing part .*?, (\d+) of 8 problems are done", told)
+    assert continued is not None
+    assert int(continued[1]) >= 2
+    assert json.loads((run / "eval" / "step-000000.json").read_text())["is_complete"]
 
 
 def test_a_sweep_is_a_run_for_each_value(

@@ -111,6 +111,35 @@ def test_a_job_that_is_lost_behind_its_submission_is_taken_out_of_the_queue(
 
 
 @pytest.mark.slow
+def test_a_job_whose_number_cannot_be_kept_is_taken_out_of_the_queue(
+    pretended: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(JobFolder, "write_submitted", refuse)
+    with pytest.raises(OSError, match="Disk quota exceeded"):
+        _submit(pretended, "first")
+    assert (pretended / "cancelled").read_text().split() == ["101"]
+
+
+@pytest.mark.slow
+def test_a_job_whose_submission_is_interrupted_is_taken_out_of_the_queue(
+    pretended: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ctrl-C after slurmctld has the job, and before sbatch has its number.
+    _program(
+        pretended / "programs" / "sbatch",
+        '#!/bin/bash\necho >>"$SAID/submitted"\n[[ -e $SAID/told ]] || kill -INT "$LAUNCHER"\n'
+        'touch "$SAID/told"\nsleep 1\necho $((100 + $(wc -l <"$SAID/submitted")))\n',
+    )
+    monkeypatch.setenv("LAUNCHER", str(os.getpid()))
+    with pytest.raises(KeyboardInterrupt):
+        _submit(pretended, "first")
+    assert (pretended / "cancelled").read_text().split() == ["101"]
+
+
+@pytest.mark.slow
 def test_a_job_inherits_nothing_of_the_job_that_it_is_launched_in(
     pretended: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,15 +22,17 @@ folder so long."""
 
 _POLL_SECONDS = 2.0
 
-_SLURM_ERRORS = ("srun: error:", "slurmstepd: error:")
+_SLURM_ERRORS = ("srun: error:", "srun-rollout: error:", "slurmstepd: error:")
 _OWN_ERROR = "prefixrl: error: "
-_START = "prefixrl: job "
+_START = re.compile(r"prefixrl: job \d+, start (\d+),")
 """Begin lines of the batch script: why it ended a job, and the first one of each start."""
 
 _ENDED_FROM_OUTSIDE = ("CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED", "NODE_FAIL")
 """States in which Slurm has killed the tasks that did not end when they were told to."""
 
 _ENDED = re.compile(r"srun: error: \S+: tasks? ([\d,-]+): (.*)")
+"""Of the trainer's step: that of the rollout tasks has an srun of another name."""
+
 _EXITED = "Exited with exit code "
 _STALLED = f"{_EXITED}{exit_codes.STALLED}"
 """Of a task that ends so, its watchdog does: it cannot say how it ended, either."""
@@ -105,22 +107,34 @@ def _report_tasks(
 def _await_ends(folder: JobFolder, sleep: Callable[[float], None]) -> None:
     """Wait until each trainer task has said how it ended, or srun that it was killed.
 
-    Not of a job that has ended long ago.
+    And for the logs themselves, of a job that failed soon. Not of one that has ended long ago.
     """
     for count in range(int(_LATE_SECONDS / _POLL_SECONDS)):
         silent = {task.rpartition("-")[2] for task in last_signs(folder).silent}
         ends = _ends_by_task(_batch(folder))
         told = {n for n, how in ends.items() if how == _STALLED or not how.startswith(_EXITED)}
-        if silent <= told or _is_old(folder.batch_log):
+        if (_is_seen(folder) and silent <= told) or _is_old(folder):
             return
         if not count:
-            logger.info("waiting a minute at most for %d tasks to say how they ended", len(silent))
+            what = f"{len(silent)} tasks to say how they ended" if silent else "the job's logs"
+            logger.info("waiting a minute at most for %s", what)
         sleep(_POLL_SECONDS)
 
 
-def _is_old(log: Path) -> bool:
-    """Return whether every node has seen by now what was written beside a log's last line."""
-    return log.exists() and time.time() - log.stat().st_mtime > _LATE_SECONDS
+def _is_seen(folder: JobFolder) -> bool:
+    """Return whether the batch script's log is here, and the folder of the start in it."""
+    if not folder.batch_log.exists():
+        return False
+    start = _START.match(next(iter(_batch(folder)), ""))
+    return start is None or folder.start_folder(int(start[1])).exists()
+
+
+def _is_old(folder: JobFolder) -> bool:
+    """Return whether every node has seen by now what was written at the job's end."""
+    for file in (folder.batch_log, folder.final):
+        if file.exists():
+            return time.time() - file.stat().st_mtime > _LATE_SECONDS
+    return False
 
 
 def _killed_first(batch: list[str], signs: LastSigns, state: JobState) -> list[str]:
@@ -135,10 +149,7 @@ def _killed_first(batch: list[str], signs: LastSigns, state: JobState) -> list[s
 
 
 def _ends_by_task(batch: list[str]) -> dict[str, str]:
-    """Return how tasks ended, by number, from lines such as ``...: n1: tasks 0,2-3: Killed``.
-
-    Tasks of another step, such as the rollout servers', have numbers, too.
-    """
+    """Return how trainer tasks ended, by number, from ``...: n1: tasks 0,2-3: Killed``."""
     ends: dict[str, str] = {}
     for line in batch:
         if found := _ENDED.match(line):
@@ -152,7 +163,7 @@ def _ends_by_task(batch: list[str]) -> dict[str, str]:
 def _batch(folder: JobFolder) -> list[str]:
     """Return what the batch script has said since the job was started for the last time."""
     batch = _lines(folder.batch_log)
-    starts = [index for index, line in enumerate(batch) if line.startswith(_START)]
+    starts = [index for index, line in enumerate(batch) if _START.match(line)]
     return batch[starts[-1] :] if starts else batch
 
 

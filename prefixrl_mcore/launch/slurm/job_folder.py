@@ -1,6 +1,7 @@
 """What is kept of a job: its config, its batch script, its logs, its number."""
 
 import json
+import logging
 import re
 import shlex
 import time
@@ -13,6 +14,8 @@ from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.launch.slurm.states import JobState
 from prefixrl_mcore.observability.atomic import write_json_atomic
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REMEDY = "launch the job again"
@@ -73,7 +76,7 @@ class JobFolder:
         self.logs = path / "logs"
         self.home = path / "nemo"
         self._submitted = path / "submitted.json"
-        self._final = path / "final.json"
+        self.final = path / "final.json"
 
     @classmethod
     def make(cls, jobs: Path, name: str) -> "JobFolder":
@@ -138,15 +141,21 @@ class JobFolder:
             return None
 
     def write_final(self, state: JobState) -> None:
-        """Keep how the job ended: Slurm forgets it, in minutes where there is no accounting."""
-        write_json_atomic(self._final, asdict(state))
+        """Keep how the job ended: Slurm forgets it, in minutes where there is no accounting.
+
+        Where it cannot be written, which may be why the job failed, this is logged.
+        """
+        try:
+            write_json_atomic(self.final, asdict(state))
+        except OSError as error:
+            logger.warning("%s: cannot be written: %s", self.final, error.strerror)
 
     @property
     def final_state(self) -> JobState | None:
         """How the job ended, if somebody saw it."""
-        if not self._final.exists():
+        if not self.final.exists():
             return None
-        return JobState(**read_json_object(self._final, remedy="delete it"))
+        return JobState(**read_json_object(self.final, remedy="delete it"))
 
     @property
     def first_task(self) -> str:

@@ -1,5 +1,6 @@
 """``prefixrl jobs``: the jobs that were launched into a folder."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +35,9 @@ def list_jobs(jobs: Path) -> None:
     for column in ("job", "folder", "state", "restarts", "nodes"):
         table.add_column(column)
     found = find_jobs(jobs)
-    states = job_states([_id_of(job) for job in found])
+    user_id = os.getuid()
+    is_shared = any(job.path.stat().st_uid != user_id for job in found)
+    states = job_states([_id_of(job) for job in found], user_id=None if is_shared else user_id)
     for job in found:
         state = _or_final(job, states[_id_of(job)])
         told = state.state + (f" ({state.reason})" if state.reason else "")
@@ -81,7 +84,8 @@ def show_logs(
     """
     job = find_job(jobs, which)
     if is_followed:
-        return follow(job, _id_of(job), task=task, start=start)
+        # Of a job that Slurm has forgotten, nothing else would be waited for.
+        return follow(job, _id_of(job), task=task, start=start, ask=lambda _: _state_of(job))
     file = _log_file(job, task or job.first_task, start)
     if not file.exists():
         known = sorted(log.relative_to(job.logs).as_posix() for log in job.logs.rglob("*.log"))

@@ -55,6 +55,9 @@ class LaunchOptions:
     resume: bool = False
     """Continue the run of the folder."""
 
+    init: Path | None = None
+    """Model to begin with, a Hugging Face folder or a checkpoint; None is ``model.path``."""
+
     dry_run: bool = False
     """Print the batch script and submit nothing."""
 
@@ -73,9 +76,12 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
 
     Raises:
         ConfigError: if config, site, or both together have a fault; nothing is submitted then.
+        ValueError: if ``how.init`` is no model, or ``RUN/model`` was made of another.
+        SaveError: if ``RUN/model`` cannot be written.
         SlurmError: if the submission fails.
     """
     site, config = read_run(config_file, settings, site_name)
+    config = begin_with_init(config, settings, how)
     folder = prepare_run(config, site, how)
     submit(site, [folder])
     if how.dry_run:
@@ -108,6 +114,31 @@ def read_run(
     site = load_site(site_name)
     values = with_settings(read_config_file(config_file), settings)
     return site, validate(RunConfig, values, where=str(config_file))
+
+
+def begin_with_init(config: RunConfig, settings: Sequence[str], how: LaunchOptions) -> RunConfig:
+    """Return the config of a run that begins with the model of ``--init``, if there is one.
+
+    Of a checkpoint, ``RUN/model`` is made here: rollout servers start when the trainer does, and a
+    start after a requeue finds it. A dry run makes none, and takes the shape of what is there.
+
+    Raises:
+        ConfigError: if ``settings`` name another model, or the run folder holds another run.
+        ValueError: if it is no model, or ``RUN/model`` was made of another.
+        SaveError: if ``RUN/model`` cannot be written.
+    """
+    if how.init is None:
+        return config
+    if any(setting.startswith("model.path=") for setting in settings):
+        raise ConfigError("--init and model.path say the same thing; give one of them")
+    # Here: it imports torch, which no other launch needs.
+    from prefixrl_mcore.trainer.initial_model import take_initial_model, with_shape_of
+
+    begun = with_shape_of(config, how.init)  # an error if it is not there
+    if not how.dry_run:
+        begun = take_initial_model(config, how.init)
+    logger.info("begins with the model %s (--init %s)", begun.model.path, how.init)
+    return begun
 
 
 def prepare_run(

@@ -17,7 +17,12 @@ from rich.table import Table
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.launch.slurm.end_report import report_end
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
-from prefixrl_mcore.launch.slurm.launch import LaunchOptions, prepare_run, read_run
+from prefixrl_mcore.launch.slurm.launch import (
+    LaunchOptions,
+    begin_with_init,
+    prepare_run,
+    read_run,
+)
 from prefixrl_mcore.launch.slurm.layout import RECIPE, TRAINER
 from prefixrl_mcore.launch.slurm.states import JobState, job_state
 from prefixrl_mcore.launch.slurm.submission import submit
@@ -43,6 +48,7 @@ def launch_recipe(
         SlurmError: if a submission fails; what was submitted before it is cancelled.
     """
     site, config = read_run(config_file, settings, site_name)
+    config = begin_with_init(config, settings, how)
     name = how.name or config.run_folder.name
     with _all_or_none() as jobs:
         after: JobFolder | None = None
@@ -78,8 +84,11 @@ def launch_sweep(
         SlurmError: if a submission fails; what was submitted before it is cancelled.
     """
     site, base = read_run(config_file, settings, site_name)
-    # All runs read what was collected for the run that they are variants of.
+    base = begin_with_init(base, settings, how)
+    # All runs read what was collected for the run that they are variants of, and its model.
     shared = [f"data.traces={base.traces_folder}", f"data.prefixes={base.prefixes_folder}"]
+    if how.init is not None:
+        shared.append(f"model.path={base.model.path}")
     runs = []
     for point in sweep_points(sweep):
         label = " ".join(point)

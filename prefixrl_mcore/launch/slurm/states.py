@@ -1,5 +1,6 @@
 """What Slurm says of a job, from slurmctld while it remembers the job, else from accounting."""
 
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -13,6 +14,11 @@ _ENDED = {
     *("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"),
 }
 _UNKNOWN = "UNKNOWN"
+_COLUMNS = ("JobID", "State", "Reason", "RestartCnt", "NodeList")
+_SQUEUE = (
+    *("squeue", "--noheader", "--states=all"),
+    f"--Format={','.join(f'{column}:|' for column in _COLUMNS)}",
+)
 
 
 class SlurmError(RuntimeError):
@@ -82,18 +88,40 @@ def job_state(job_id: str) -> JobState:
     return parse_scontrol(said) if said else parse_sacct(_ask(_sacct(job_id)))
 
 
-def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
-    """Return the states of several jobs, from one question to slurmctld and one to accounting."""
-    lines = _ask(["scontrol", "--oneliner", "show", "job"]).splitlines()
-    by_id = {dict(_FIELD.findall(line)).get("JobId"): line for line in lines}
-    forgotten = [job_id for job_id in job_ids if job_id not in by_id]
+def job_states(job_ids: Sequence[str], *, user_id: int | None) -> dict[str, JobState]:
+    """Return the states of several jobs, from one question to slurmctld and one to accounting.
+
+    Args:
+        job_ids: Slurm's numbers. squeue is not asked for them: it would ask for the jobs of all
+            users, and refuse if the one that is left is forgotten.
+        user_id: whose jobs they are, for slurmctld to send no others; None if several users'.
+
+    Returns:
+        State by number, without the exit codes of those that slurmctld knows.
+    """
+    of_user = [] if user_id is None else [f"--user={user_id}"]
+    known = parse_squeue(_ask([*_SQUEUE, *of_user]))
+    forgotten = [job_id for job_id in job_ids if job_id not in known]
     told = _ask(_sacct(",".join(forgotten))).splitlines() if forgotten else []
     states = {}
     for job_id in job_ids:
         own = [line for line in told if re.match(rf"{job_id}[+|]", line)]
-        known = by_id.get(job_id)
-        states[job_id] = parse_sacct("\n".join(own)) if known is None else parse_scontrol(known)
+        states[job_id] = known.get(job_id) or parse_sacct("\n".join(own))
     return states
+
+
+def parse_squeue(said: str) -> dict[str, JobState]:
+    """Return what ``squeue`` says of each job, by number."""
+    lines = [line.split("|") for line in said.splitlines() if line.count("|") == len(_COLUMNS)]
+    return {
+        number: JobState(
+            state=state,
+            reason=_unless_empty(reason),
+            num_restarts=int(restarts),
+            nodes=_unless_empty(nodes),
+        )
+        for number, state, reason, restarts, nodes, _ in lines
+    }
 
 
 def parse_scontrol(said: str) -> JobState:
@@ -146,10 +174,20 @@ def _sacct(job_ids: str) -> list[str]:
     ]
 
 
-def _ask(command: list[str]) -> str:
+def _ask(command: Sequence[str]) -> str:
     """Return what Slurm says; nothing if it does not answer."""
+    # Which jobs squeue shows would be the user's choice, of a variable such as SQUEUE_PARTITION.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",  # of a comment in another encoding
+            check=False,
+            timeout=60,
+            env=env,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

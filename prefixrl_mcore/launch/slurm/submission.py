@@ -6,9 +6,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from prefixrl_mcore.config import exit_codes
@@ -19,6 +22,7 @@ from prefixrl_mcore.launch.slurm.layout import ROLLOUT, TRAINER, JobLayout
 from prefixrl_mcore.launch.slurm.precheck.step import expectations, precheck_step
 from prefixrl_mcore.launch.slurm.srun import cpu_words, cpus_of_first, cpus_of_server, interpreter
 from prefixrl_mcore.launch.slurm.states import SlurmError, cancel_job
+from prefixrl_mcore.observability.signal_handlers import handled_by
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +110,7 @@ def submit(site: SiteConfig, jobs: Sequence[JobFolder]) -> None:
     Raises:
         ConfigError: if there is no environment with NeMo-Run, or no Slurm.
         SlurmError: if a submission failed, with what was said; none is left in the queue then.
+        KeyboardInterrupt: after all are submitted and cancelled again, if Ctrl-C comes meanwhile.
     """
     python = site.launch_python.absolute()
     if not os.access(python, os.X_OK):
@@ -119,23 +124,46 @@ def submit(site: SiteConfig, jobs: Sequence[JobFolder]) -> None:
             "sbatch is not on PATH: launch from a login node of the cluster, or say --dry-run"
         )
     try:
-        _run_nemo(python, jobs)
+        with _interrupts_held_back():
+            _run_nemo(python, jobs)
     except BaseException:
         _take_back(jobs)
         raise
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Raise KeyboardInterrupt behind the block, and inside only at the second Ctrl-C.
+
+    The number of a job that is being submitted is not known yet: nobody could cancel it.
+    """
+    held: list[int] = []
+
+    def hold(number: int, _frame: FrameType | None) -> None:
+        if held:
+            raise KeyboardInterrupt
+        held.append(number)
+        logger.warning("interrupted: jobs are cancelled again as soon as they are submitted")
+
+    with handled_by(hold, [signal.SIGINT]):
+        yield
+    if held:
+        raise KeyboardInterrupt
+
+
 def _take_back(jobs: Sequence[JobFolder]) -> None:
     """Cancel what was submitted; of one that Slurm does not cancel say so, and go on."""
+    unanswered = iter(_unanswered(jobs))
     for job in jobs:
-        if job.job_id is None:
+        number = job.job_id or next(unanswered, None)
+        if number is None:
             continue
         try:
-            cancel_job(job.job_id)
+            cancel_job(number)
         except SlurmError as error:
-            logger.error("job %s (%s) is still submitted: %s", job.job_id, job.path.name, error)
+            logger.error("job %s (%s) is still submitted: %s", number, job.path.name, error)
         else:
-            logger.error("job %s (%s) is cancelled again", job.job_id, job.path.name)
+            logger.error("job %s (%s) is cancelled again", number, job.path.name)
 
 
 def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
@@ -153,6 +181,8 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C is not for it: sbatch would die before it says a number
     )
     by_file, said = {str(job.file): job for job in jobs}, []
     with process:
@@ -174,17 +204,14 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
         failed = next(iter(by_file.values()))
         log = failed.path / "nemo.log"
         log.write_text("".join(said))
-        number = _unanswered(jobs)
-        if number is not None:
-            failed.write_submitted(number)
         raise SlurmError(
             f"the submission of {failed.path.name} failed: {_cause(''.join(said))}\n"
             f"All that NeMo-Run said is in {log}"
         )
 
 
-def _unanswered(jobs: Sequence[JobFolder]) -> str | None:
-    """Return the job that NeMo-Run has submitted, before it failed; None if there is none.
+def _unanswered(jobs: Sequence[JobFolder]) -> list[str]:
+    """Return the jobs that NeMo-Run has submitted and not told of, in order.
 
     It keeps numbers in the home that it was imported with, one line each: ``7 = ...``.
     """
@@ -192,7 +219,7 @@ def _unanswered(jobs: Sequence[JobFolder]) -> str | None:
     lines = kept.read_text().splitlines() if kept.exists() else []
     numbers = [line.partition(" =")[0].partition(";")[0] for line in lines]
     known = {job.job_id for job in jobs}
-    return next((number for number in numbers if number.isdigit() and number not in known), None)
+    return [number for number in numbers if number.isdigit() and number not in known]
 
 
 def job_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -219,12 +219,51 @@ def test_a_job_that_slurm_starts_too_often_ends_before_anything_else(tmp_path: P
     assert "requeue.max_restarts = 20 of the site" in said
 
 
+@pytest.mark.parametrize(("refused", "is_requeued"), [(0, True), (5, True), (6, False)])
+def test_a_controller_that_is_away_is_asked_again_to_requeue(
+    tmp_path: Path, refused: int, is_requeued: bool
+) -> None:
+    script = (GOLDEN / "colocated.sh").read_text().replace("/jobs/golden-1", str(tmp_path))
+    part = script[script.index("requeue() {") : script.index("# A preempted job")]
+    asked = "scontrol() { echo asked; ((++n > refused)); }; sleep() { echo slept $1; }; start=0"
+    done = subprocess.run(
+        ["bash", "-c", f"refused={refused}; {asked}\n{part}\nrequeue why"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout.splitlines()[1:]
+    assert said == ["asked", *["slept 10", "asked"] * min(refused, 5)]
+    assert (done.returncode == 0) == is_requeued
+    told = "prefixrl: error: not requeued: Slurm has refused it for a minute; launch the run again"
+    assert (told in done.stderr) == (not is_requeued)
+
+
 def test_a_start_that_slurm_has_lost_does_not_requeue_the_one_that_runs(tmp_path: Path) -> None:
     (tmp_path / "logs" / "start-3").mkdir(parents=True)
     result, told, said = _run(tmp_path, "colocated", trainer=75, restarts=2)
     assert result == 75
     assert "requeue" not in told
     assert "not requeued: Slurm had lost this start" in said
+
+
+def test_srun_says_of_whose_step_it_speaks(tmp_path: Path) -> None:
+    script = (GOLDEN / "split.sh").read_text()
+    (name,) = [line for line in script.splitlines() if line.startswith("srun_rollout() ")]
+    (command,) = [line for line in script.splitlines() if line.startswith("srun_rollout --")]
+    program = tmp_path / "srun"
+    program.symlink_to("/bin/bash")  # which says by what name it was started
+    own = f"{name}\nsrun_rollout -c 'echo $0 $$' & pids[1]=$!; wait; echo ${{pids[1]}}"
+    told = subprocess.run(
+        ["bash", "-c", own],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    ).stdout.split()
+    assert told[0] == "srun-rollout"
+    assert told[1] == told[2]  # the process that is waited for is srun's
+    assert command.endswith("rollout & pids[1]=$!")
 
 
 def test_the_trainers_end_ends_the_servers(tmp_path: Path) -> None:
@@ -474,6 +513,24 @@ def test_the_first_setup_line_that_fails_ends_the_job_and_says_so(
     told = f"prefixrl: error: a setup line of the site failed, with exit code {code}\n"
     assert (done.returncode, told in done.stderr) == (code or 0, code is not None)
     assert ("went on" in done.stdout) == (code is None)
+
+
+def test_options_of_bash_that_setup_lines_set_are_not_the_scripts(tmp_path: Path) -> None:
+    script = (GOLDEN / "colocated.sh").read_text().replace("/jobs/golden-1", str(tmp_path))
+    head = script.partition("# What the tasks must know")[0]
+    assert "source ~/.prefixrl-secrets" in head
+    head = head.replace("source ~/.prefixrl-secrets", "set -euxo pipefail")
+    told = 'echo "$PREFIXRL_SGLANG_API_KEY"; [[ $- != *[eux]* ]] && set +o | grep "pipefail"'
+    done = subprocess.run(
+        ["bash", "-c", f"module() {{ :; }}\n{head}\n{told}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SLURM_JOB_ID": "7"},
+    )
+    *_, key, pipefail = done.stdout.splitlines()
+    assert (len(key), pipefail) == (64, "set +o pipefail")
+    assert key not in done.stderr  # a secret of the tasks, which -x would write into the log
 
 
 def test_a_setup_line_that_fails_ends_the_job_before_any_task(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from prefixrl_mcore.config.base import ConfigError
+from prefixrl_mcore.launch.slurm import job_folder, waiting
 from prefixrl_mcore.launch.slurm import jobs as jobs_module
-from prefixrl_mcore.launch.slurm import waiting
 from prefixrl_mcore.launch.slurm.end_report import report_end
 from prefixrl_mcore.launch.slurm.follow import LogReader, follow
 from prefixrl_mcore.launch.slurm.job_folder import (
@@ -35,6 +35,7 @@ def _job(tmp_path: Path) -> JobFolder:
     job = JobFolder.make(tmp_path, "job")
     _write(job, "trainer", tmp_path / "work")
     job.write_submitted("7")
+    job.batch_log.touch()
     return job
 
 
@@ -225,6 +226,42 @@ def test_what_a_shared_file_system_shows_late_is_waited_for(
     assert "was killed" not in caplog.text
 
 
+@pytest.mark.parametrize("is_log_late", [False, True], ids=["folder-of-the-start", "log"])
+def test_logs_of_a_job_that_failed_soon_are_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_log_late: bool
+) -> None:
+    job, waits = _job(tmp_path), list[float]()
+    log = "prefixrl: job 7, start 0, on n1\n"
+    if is_log_late:
+        job.batch_log.unlink()
+    else:
+        job.batch_log.write_text(log)
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            job.batch_log.write_text(log)
+            _begin(job, 1)
+            _end(job, 0, 2)
+
+    report_end(job, "7", FAILED, sleep=sleep)
+    assert sum(waits) == 6
+    assert "trainer-0 on n was the first to report, exit code 2:\nof 0\n" in caplog.text
+
+
+def test_a_job_that_failed_long_ago_without_a_log_is_not_waited_for(tmp_path: Path) -> None:
+    job, waits = _job(tmp_path), list[float]()
+    job.batch_log.unlink()
+    job.write_final(FAILED)
+    report_end(job, "7", FAILED, sleep=waits.append)
+    assert sum(waits) == 60
+    waits.clear()
+    long_ago = time.time() - 90
+    os.utime(job.final, (long_ago, long_ago))
+    report_end(job, "7", FAILED, sleep=waits.append)
+    assert waits == []
+
+
 def test_a_task_that_says_nothing_is_waited_for_a_minute_unless_srun_says_that_it_was_killed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -244,6 +281,34 @@ def test_a_task_that_says_nothing_is_waited_for_a_minute_unless_srun_says_that_i
     )
     report_end(job, "7", FAILED, sleep=waits.append)
     assert waits == []
+
+
+def test_a_killed_rollout_task_is_not_the_trainer_task_of_its_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, waits = _job(tmp_path), list[float]()
+    _begin(job, 2)
+    _end(job, 1, 1)
+    job.batch_log.write_text(
+        "srun-rollout: error: n1: task 0: Killed\nsrun: First task exited 120s ago\n"
+        "srun: error: n1: task 0: Killed\n"
+    )
+    report_end(job, "7", FAILED, sleep=waits.append)
+    # The trainer's was ended behind the one that failed; of the servers' everybody may read.
+    assert "trainer-0 was killed, or its node is lost:" not in caplog.text
+    assert "Slurm's own errors:\nsrun-rollout: error: n1: task 0: Killed\n" in caplog.text
+    assert waits == []
+    job.batch_log.write_text("srun-rollout: error: n1: task 0: Killed\n")
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            _end(job, 0, 3)
+
+    caplog.clear()
+    report_end(job, "7", FAILED, sleep=sleep)
+    assert sum(waits) == 6  # shown late: not killed
+    assert "trainer-0 was killed" not in caplog.text
 
 
 def test_a_task_that_srun_ended_behind_the_others_is_not_the_cause(
@@ -313,8 +378,8 @@ def test_the_log_that_is_asked_for_is_followed(
         job.start_folder(number).mkdir()
         for name in ("eval-0", "eval-1"):
             (job.start_folder(number) / f"{name}.log").write_text(f"{name}.{number} ")
-    follow_done = partial(follow, ask=lambda _: JobState(state="COMPLETED"), sleep=lambda _: None)
-    monkeypatch.setattr(jobs_module, "follow", follow_done)
+    monkeypatch.setattr(jobs_module, "job_state", lambda _: JobState(state="COMPLETED"))
+    monkeypatch.setattr(jobs_module, "follow", partial(follow, sleep=lambda _: None))
     assert show_logs(tmp_path, "7", task=task, start=start, is_followed=True) == 0
     assert capsys.readouterr().out == shown
 
@@ -339,15 +404,49 @@ def test_the_status_of_a_job_that_slurm_has_forgotten_is_how_somebody_saw_it_end
     assert status(unknown) == 69
     assert status(FAILED, FAILED) == 3
     assert status(unknown) == 3
-    monkeypatch.setattr(jobs_module, "job_states", lambda ids: dict.fromkeys(ids, unknown))
+    monkeypatch.setattr(jobs_module, "job_states", lambda ids, **_: dict.fromkeys(ids, unknown))
     list_jobs(tmp_path)
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_log_of_a_job_that_slurm_has_forgotten_is_not_followed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = _job(tmp_path)
+    job.batch_log.write_text("what it said\n")
+    job.write_final(JobState(state="COMPLETED"))
+    questions = itertools.count()
+
+    def ask(_: str) -> JobState:
+        assert next(questions) < 5
+        return JobState(state="UNKNOWN")
+
+    monkeypatch.setattr(jobs_module, "job_state", ask)
+    follow_quickly = partial(follow, sleep=lambda _: None)
+    monkeypatch.setattr(jobs_module, "follow", follow_quickly)
+    assert show_logs(tmp_path, "7", task=None, start=None, is_followed=True) == 0
+    assert capsys.readouterr().out == "what it said\n"
 
 
 def test_who_follows_a_job_keeps_how_it_ended(tmp_path: Path) -> None:
     job = _job(tmp_path)
     assert _follow(job, RUNNING, FAILED, FAILED)[0] == 3
     assert job.final_state == FAILED
+
+
+def test_a_job_whose_end_cannot_be_kept_is_reported_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = _job(tmp_path)
+    job.batch_log.write_text("prefixrl: error: the disk is full\n")
+
+    def refuse(*_: object) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(job_folder, "write_json_atomic", refuse)
+    assert _follow(job, RUNNING, FAILED, FAILED)[0] == 3
+    assert "final.json: cannot be written: Disk quota exceeded" in caplog.text
+    assert "job 7: the disk is full" in caplog.text
 
 
 def test_jobs_are_found_by_number_name_and_beginning(tmp_path: Path) -> None:

@@ -24,7 +24,14 @@ from prefixrl_mcore.launch.slurm.rank_environment import (
     tasks_per_node,
 )
 from prefixrl_mcore.launch.slurm.rollout_task import own_gpus, server_launch
-from prefixrl_mcore.launch.slurm.states import SlurmError, job_states, parse_sacct, parse_scontrol
+from prefixrl_mcore.launch.slurm.states import (
+    JobState,
+    SlurmError,
+    job_state,
+    job_states,
+    parse_sacct,
+    parse_scontrol,
+)
 from prefixrl_mcore.launch.slurm.task import main as task_main
 from prefixrl_mcore.launch.slurm.task import server_flags, stage_arguments, train_arguments
 
@@ -150,21 +157,43 @@ def test_several_jobs_are_asked_for_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = {
-        "scontrol": "JobId=7 HetJobId=7 JobState=RUNNING\nJobId=8 HetJobId=7 JobState=PENDING",
+        # The second component of a heterogeneous job has a number of its own.
+        "squeue": "CLUSTER: a\n7|RUNNING|None|2|n[1-2]|\n8|PENDING|Dependency|0||",
         "sacct": "5|FAILED|3:0|n1\n51|COMPLETED|0:0|n1\n52+0|COMPLETED|0:0|n1",
     }
     for name, text in lines.items():
         program = tmp_path / name
-        program.write_text(f'#!/bin/bash\necho "{name} $@" >>{tmp_path}/asked\necho "{text}"\n')
+        program.write_text(
+            f'#!/bin/bash\necho "{name} $@ $SQUEUE_PARTITION" >>{tmp_path}/asked\necho "{text}"\n'
+        )
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    states = job_states(["7", "5", "52", "9"])
+    monkeypatch.setenv("SQUEUE_PARTITION", "another")
+    states = job_states(["7", "8", "5", "52", "9"], user_id=4242)
     assert {job: state.state for job, state in states.items()} == {
-        "7": "RUNNING", "5": "FAILED", "52": "COMPLETED", "9": "UNKNOWN",
+        "7": "RUNNING", "8": "PENDING", "5": "FAILED", "52": "COMPLETED", "9": "UNKNOWN",
     }  # fmt: skip
+    assert states["7"] == JobState(state="RUNNING", num_restarts=2, nodes="n[1-2]")
+    assert states["8"] == JobState(state="PENDING", reason="Dependency")
     first, second = (tmp_path / "asked").read_text().splitlines()
-    assert first == "scontrol --oneliner show job"
+    assert first == (
+        "squeue --noheader --states=all "
+        "--Format=JobID:|,State:|,Reason:|,RestartCnt:|,NodeList:| --user=4242 "
+    )
     assert "--jobs 5,52,9 " in second
+    (tmp_path / "asked").unlink()
+    job_states(["7"], user_id=None)
+    assert (tmp_path / "asked").read_text().endswith("NodeList:| \n")  # of a team's folder
+
+
+def test_a_job_whose_comment_is_in_another_encoding_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text("#!/bin/bash\nprintf 'JobId=7 JobState=RUNNING Comment=caf\\xe9\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert job_state("7").state == "RUNNING"
 
 
 def test_a_job_that_slurm_does_not_know_is_unknown() -> None:

@@ -106,6 +106,13 @@ def test_a_second_cluster_with_control_groups_is_refused(slurm: Path, tmp_path: 
         assert not (tmp_path / "second").exists()
 
 
+def test_a_second_cluster_would_have_addresses_of_its_own(slurm: Path) -> None:
+    asks = "import cluster; print(cluster._free_subnet())"
+    command = [sys.executable, "-c", asks]
+    done = subprocess.run(command, cwd=CLUSTER.parent, capture_output=True, text=True, check=True)
+    assert int(done.stdout) != json.loads((slurm / "cluster.json").read_text())["subnet"]
+
+
 @pytest.mark.usefixtures("slurm")  # the machine can do it
 def test_what_a_dead_cluster_left_blocks_only_while_its_tasks_run() -> None:
     root = Path("/sys/fs/cgroup")

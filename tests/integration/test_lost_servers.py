@@ -4,10 +4,7 @@ import contextlib
 import itertools
 import os
 import signal
-import sys
-import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,9 +13,9 @@ import pytest
 
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from prefixrl_mcore.rollout.sglang.batch import Batch
+from prefixrl_mcore.rollout.sglang.member import Member
 from tests.support.sglang_environments import sglang_python
 from tests.support.tiny_run import TinyTask, metrics_of
-from tests.support.waiting import beside
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +39,7 @@ def test_run_that_lost_its_only_server_saves_its_step_and_resumes(
         with contextlib.suppress(psutil.Error):  # one that ends by itself
             if "launcher/serve.py" in " ".join(child.cmdline()):
                 child.kill()
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
 
     assert process.returncode == 1, output
     assert output.count("1 of 1 servers are dead") == 1, output
@@ -61,37 +58,27 @@ def test_run_that_lost_its_only_server_saves_its_step_and_resumes(
     assert [line["step"] for line in after] == list(range(len(lines) + 1))
 
 
-def kill_one_that_samples(run: Path, killed: list[str], is_over: threading.Event) -> None:
-    """Kill a server of this process in the middle of a generation, once a step is done."""
-    while not is_over.wait(0.005):
-        batch = batch_under_way() if len(metrics_of(run, "train")) == 1 else None
-        if batch is None or not 1 <= len(batch._done) <= 8:
-            continue
-        member = batch.pool.members[0]
-        started = [ticket.sent for ticket in batch._in_flight.tickets if ticket.member is member]
-        if not started or time.monotonic() - min(started) > 0.02:
-            continue  # only one that has just been sent is surely not answered yet
-        assert member.server is not None
-        os.killpg(member.server.supervisor_pid, signal.SIGKILL)
-        killed.append(member.name)
-        return
+def kill_one_that_samples(run: Path, monkeypatch: pytest.MonkeyPatch, killed: list[str]) -> None:
+    """Have a server of this process killed as soon as it was asked, once a step is done."""
+    send = Batch._send
 
+    def send_and_kill(batch: Batch, index: int, member: Member | None) -> None:
+        send(batch, index, member)
+        is_in_the_middle = 1 <= len(batch._done) <= 8 and len(metrics_of(run, "train")) == 1
+        if is_in_the_middle and not killed and member is batch.pool.members[0]:
+            assert member.server is not None
+            os.killpg(member.server.supervisor_pid, signal.SIGKILL)
+            killed.append(member.name)
 
-def batch_under_way() -> Batch | None:
-    """Return the batch that a thread of this process is sampling."""
-    for frame in sys._current_frames().values():
-        while frame is not None:
-            if frame.f_code is Batch.run.__code__:
-                return frame.f_locals["self"]
-            frame = frame.f_back
-    return None
+    monkeypatch.setattr(Batch, "_send", send_and_kill)
 
 
 def test_one_of_two_servers_is_killed_while_it_samples_beside_an_update(
-    tiny_task: TinyTask, tmp_path: Path
+    tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     killed: list[str] = []
+    kill_one_that_samples(run, monkeypatch, killed)
     flags = (
         *("--overlap", "--rollout.engine", "sglang", "--rollout.sglang.num-servers", "2"),
         *("--rollout.sglang.python", str(sglang_python())),
@@ -100,10 +87,7 @@ def test_one_of_two_servers_is_killed_while_it_samples_beside_an_update(
         *("--evaluation.every-steps", "1000", "--evaluation.max-problems", "1"),
         *("--checkpoint.every-steps", "1000"),
     )
-    with beside(partial(kill_one_that_samples, run, killed)):
-        code = tiny_task.run("train", run, *flags)
-
-    assert code == 0
+    assert tiny_task.run("train", run, *flags) == 0
     assert killed == ["server 0"]
     lines = metrics_of(run, "train")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]

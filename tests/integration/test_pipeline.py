@@ -100,8 +100,9 @@ def test_mfu_is_flops_over_the_given_peak(trained: Path) -> None:
         flops = line["throughput/update_flops_per_second"]
         assert line["throughput/update_mfu_fraction"] == pytest.approx(flops / PEAK_FLOPS)
         update = line["time/forward_backward_seconds"] + line["time/optimizer_seconds"]
-        ratio = flops / line["throughput/step_flops_per_second"]
-        assert ratio == pytest.approx(line["time/step_seconds"] / update, rel=0.05)
+        of_step = line["throughput/step_flops_per_second"] * line["time/step_seconds"]
+        # The phases are within what is timed; a busy machine may come between them.
+        assert update <= of_step / flops * (1 + 1e-9) < update + 0.25
         assert line["balance/flops_max_over_mean"] == 1.0  # one rank
         assert line["memory/peak_rss_bytes"] > 1e8
 
@@ -280,7 +281,7 @@ def test_sigterm_finishes_the_step_saves_and_says_so(tiny_task: TinyTask, tmp_pa
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     steps = len(metrics_of(run, "train"))
     checkpoint = latest_checkpoint(run / "checkpoints")

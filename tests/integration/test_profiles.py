@@ -33,8 +33,8 @@ def test_a_profiled_step_has_a_trace_with_its_phases(tiny_task: TinyTask, tmp_pa
     for event in ranges:
         seconds[event["name"]] += event["dur"] / 1e6
     line = metrics_of(run, "train")[1]
-    for name in ("forward_backward", "optimizer"):
-        assert seconds[name] == pytest.approx(line[f"time/{name}_seconds"], rel=0.3, abs=0.01)
+    for name in ("forward_backward", "optimizer"):  # the range is within what is timed
+        assert 0.0 < seconds[name] < line[f"time/{name}_seconds"] + 0.001
     assert seconds["rollout"] >= seconds["verify"]  # one within the other
     config = json.loads((run / "config.json").read_text())
     assert config["profile"]["steps"] == [1]

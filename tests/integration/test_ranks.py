@@ -1,30 +1,21 @@
 """``prefixrl train`` on two data-parallel ranks that it starts itself, or torchrun on two nodes."""
 
-import json
 import re
 import signal
 import time
 from pathlib import Path
 from subprocess import Popen
-from typing import Any
 
 import pytest
 
 from prefixrl_mcore.checkpoint.save_load import latest_checkpoint
 from tests.support.ports import free_port
-from tests.support.tiny_run import ROOT, TinyTask
+from tests.support.tiny_run import ROOT, TinyTask, metrics_of
 
 TWO_RANKS = ("--policy.parallel.data-parallel-size", "2")
 SAME = ("loss/policy_gradient", "policy/gradient_norm", "rollout/reward_mean")
 
 pytestmark = pytest.mark.slow
-
-
-def _train_lines(run: Path) -> list[dict[str, Any]]:
-    if not (run / "metrics.jsonl").exists():
-        return []
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "train"]
 
 
 def _processes_of(run: Path) -> list[str]:
@@ -67,7 +58,7 @@ def test_two_ranks_train_like_one_and_so_do_two_nodes(tiny_task: TinyTask, tmp_p
                 process.terminate()
                 process.wait(timeout=60)
         assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    one, two, nodes = (_train_lines(tmp_path / name) for name in runs)
+    one, two, nodes = (metrics_of(tmp_path / name, "train") for name in runs)
     assert [line["step"] for line in one] == [0, 1]
     for expected, *others in zip(one, two, nodes, strict=True):
         for got in others:
@@ -86,24 +77,24 @@ def test_sigterm_stops_all_ranks_after_the_step(tiny_task: TinyTask, tmp_path: P
     run = tmp_path / "stopped"
     process = tiny_task.start("train", run, "--trainer.num-steps", "1000", *TWO_RANKS)
     deadline = time.monotonic() + 300
-    while not _train_lines(run):
+    while not metrics_of(run, "train"):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert len(_processes_of(run)) >= 3  # the launcher and two ranks
     process.terminate()
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
-    assert checkpoint.name == f"step-{len(_train_lines(run)):06d}"
+    assert checkpoint.name == f"step-{len(metrics_of(run, 'train')):06d}"
     assert _processes_of(run) == []
 
 
 def test_bad_input_is_told_once(tiny_task: TinyTask, tmp_path: Path) -> None:
     missing = ("--data.problems", str(tmp_path / "missing.jsonl"))
     process = tiny_task.start("train", tmp_path / "bad", *missing, *TWO_RANKS)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 2, output
     assert output.count("error:") == 1, output
     assert "missing.jsonl" in output.replace("\n", "")

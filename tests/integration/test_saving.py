@@ -222,7 +222,7 @@ def test_a_run_outlives_a_full_disk(
     ballast.unlink()
     wait_for((small_disk / "latest").exists, process)
     process.terminate()
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     errors = output.count("No space left on device")
     assert errors == failed_saves(), output  # one clear line for each

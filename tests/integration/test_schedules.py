@@ -168,7 +168,7 @@ def test_two_ranks_overlap_and_stop_at_a_signal(tiny_task: TinyTask, tmp_path: P
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None

@@ -282,7 +282,7 @@ def test_update_that_a_trainer_died_in_is_recognised_and_made_good_by_the_next(
         target=die_half_way, args=(served, transport, tmp_path)
     )
     child.start()
-    child.join(120)
+    child.join(300)
     assert child.exitcode == -signal.SIGKILL
     client = SGLangClient(served.url, request_timeout_seconds=60)
     assert is_incomplete(client.weight_version())
@@ -318,7 +318,7 @@ def test_server_that_breaks_a_broadcast_is_left_out_and_the_others_get_the_weigh
         other = SyncTarget(client=client, num_ranks=1, name="the other")
 
         report = push(
-            served, Broadcast("gloo", timeout_seconds=5), lambda: iter(weights), "nine", other
+            served, Broadcast("gloo", timeout_seconds=10), lambda: iter(weights), "nine", other
         )
 
     assert list(report.failed) == ["the other"], report.failed
@@ -333,7 +333,7 @@ def test_server_elsewhere_that_breaks_its_broadcast_takes_nothing_from_those_her
     if "llama" in str(served.folder):
         pytest.skip("one model is enough")
     weights = named_weights(build_tiny_qwen3(seed=31))
-    transport = ByLocation(TensorByValue(), Broadcast("gloo", timeout_seconds=5))
+    transport = ByLocation(TensorByValue(), Broadcast("gloo", timeout_seconds=10))
     with serve(DoesNotJoin()) as url:
         client = SGLangClient(url, request_timeout_seconds=5)
         other = SyncTarget(client=client, num_ranks=1, name="the other", is_here=False)

@@ -1,6 +1,9 @@
 """The KL term against a frozen reference: values by transformers, and what it leaves alone."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from transformers import Qwen3ForCausalLM
 
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.policy import LossConfig
+from prefixrl_mcore.observability.phases import Phase, Phases
 from prefixrl_mcore.policy.reference import FrozenReference, power_of_two_parts
 from tests.support.policies import (
     build_policy,
@@ -75,12 +79,23 @@ def test_loss_gradient_and_metrics_are_those_of_the_definition(
     assert max_difference(gradients, expected) < TOLERANCE * max(1.0, scale)
 
 
+class SlowReference(Phases):
+    """Has a reference that takes longer than whatever else a busy machine may do meanwhile."""
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        with super().phase(name):
+            time.sleep(0.5 if name == "reference" else 0.0)
+            yield
+
+
 def test_the_pass_of_the_reference_is_a_phase_of_its_own(model_folder: Path) -> None:
     policy = build_policy(model_folder, loss=LossConfig(kl="k3", kl_coefficient=0.5))
+    policy.phases = SlowReference()
     policy.phases.begin_steps()
     result = policy.update(make_batch())
     times = policy.phases.take()
-    assert times["time/reference_seconds"] > 0.001
+    assert times["time/reference_seconds"] >= 0.5
     # Throughput and MFU are over these seconds, and their FLOPs are without the reference's.
     assert result.forward_backward_seconds == pytest.approx(
         times["time/forward_backward_seconds"], abs=0.2 * times["time/reference_seconds"]

@@ -1,6 +1,7 @@
 """The supervisor ends the server's processes whoever dies first."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from prefixrl_mcore.rollout.sglang import supervisor as sglang_supervisor
 from tests.support.processes import wait_until_gone
+from tests.support.waiting import wait_until
 
 SUPERVISOR = sglang_supervisor.__file__
 
@@ -41,7 +43,7 @@ def server_script(tmp_path: Path) -> Path:
 
 
 def descendants(pid: int, count: int) -> list[int]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         pids = [child.pid for child in psutil.Process(pid).children(recursive=True)]
         if len(pids) == count:
@@ -58,6 +60,14 @@ def start_supervisor(server_script: Path) -> subprocess.Popen[bytes]:
     )
 
 
+def has_handler(pid: int, number: int) -> bool:
+    """Return whether a process has a handler of its own for a signal."""
+    (caught,) = re.findall(
+        r"^SigCgt:\t(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE
+    )
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def test_killed_trainer_takes_the_server_with_it(server_script: Path) -> None:
     trainer = subprocess.Popen([sys.executable, "-c", TRAINER, SUPERVISOR, str(server_script)])
     pids = descendants(trainer.pid, 3)
@@ -72,8 +82,9 @@ def test_sigterm_ends_the_whole_group_though_it_is_deaf(server_script: Path) -> 
     supervisor = start_supervisor(server_script)
     pids = descendants(supervisor.pid, 2)
 
+    wait_until(lambda: has_handler(supervisor.pid, signal.SIGTERM))
     supervisor.send_signal(signal.SIGTERM)
-    _, errors = supervisor.communicate(timeout=20)
+    _, errors = supervisor.communicate(timeout=60)
 
     assert b"signal SIGTERM" in errors
     assert wait_until_gone(pids) == []
@@ -85,7 +96,7 @@ def test_dead_server_is_reported_and_its_children_are_ended(server_script: Path)
 
     (server,) = psutil.Process(supervisor.pid).children()
     server.kill()
-    _, errors = supervisor.communicate(timeout=20)
+    _, errors = supervisor.communicate(timeout=60)
 
     assert b"the server was killed by SIGKILL: out of memory, or killed by hand" in errors
     assert wait_until_gone(pids) == []

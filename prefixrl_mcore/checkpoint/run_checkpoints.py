@@ -98,6 +98,11 @@ def checkpoints_in(folder: Path) -> Path:
     return inside if inside.is_dir() else folder
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Return whether a folder is a Hugging Face model; a run folder has a ``config.json``, too."""
+    return (folder / "config.json").is_file() and not (folder / RUN_CHECKPOINTS).is_dir()
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in ``folder``, oldest first by time of writing."""
     if not folder.is_dir():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prefixrl_mcore.config.rollout import SGLangConfig
 from prefixrl_mcore.launch.doctor import Finding, examine, make_sglang_environment
@@ -52,5 +53,5 @@ def _table(findings: list[Finding]) -> Table:
     for finding in findings:
         verdict = "[green]ok[/]" if finding.is_ok else "[red]missing[/]"
         remedy = f"\n-> {finding.remedy}" if finding.remedy else ""
-        table.add_row(verdict, finding.subject, f"{finding.detail}{remedy}")
+        table.add_row(verdict, finding.subject, Text(f"{finding.detail}{remedy}"))
     return table

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prefixrl_mcore.accounting.flops import sampling_flops, update_flops
 from prefixrl_mcore.accounting.hardware import peak_flops
@@ -207,7 +208,7 @@ def _print_config(config: RunConfig, shape: ModelShape, console: Console) -> Non
     """Print what would run."""
     table = Table(title=f"{config.method}: {config.model.path}", show_header=False)
     for name, value in _rows(config, shape, model_size(shape)):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     console.print(table)
 
 

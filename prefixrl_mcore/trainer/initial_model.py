@@ -11,7 +11,11 @@ from pathlib import Path
 
 from prefixrl_mcore.checkpoint.convert.checkpoint_weights import checkpoint_facts
 from prefixrl_mcore.checkpoint.convert.offline import convert_to_hf
-from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, resolve_checkpoint
+from prefixrl_mcore.checkpoint.run_checkpoints import (
+    HF_FOLDER,
+    is_model_folder,
+    resolve_checkpoint,
+)
 from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.json_files import read_json_object
 from prefixrl_mcore.config.run import RunConfig
@@ -32,7 +36,7 @@ def with_initial_model(config: RunConfig, init: Path | None) -> RunConfig:
     """
     if init is None:
         return config
-    return _with_path(config, config.run_folder / _FOLDER if _is_checkpoint(init) else init)
+    return _with_path(config, init if is_model_folder(init) else config.run_folder / _FOLDER)
 
 
 def with_shape_of(config: RunConfig, init: Path | None) -> RunConfig:
@@ -43,7 +47,7 @@ def with_shape_of(config: RunConfig, init: Path | None) -> RunConfig:
     """
     if init is None:
         return config
-    if not _is_checkpoint(init):
+    if is_model_folder(init):
         return _with_path(config, init)
     made = config.run_folder / _FOLDER
     is_gone = not init.exists() and made.is_dir()
@@ -74,7 +78,7 @@ def provide_initial_model(config: RunConfig, init: Path | None) -> None:
         CheckpointError: if ``init`` is no model, incomplete or damaged.
         SaveError: if the storage refuses.
     """
-    if init is None or not _is_checkpoint(init):
+    if init is None or is_model_folder(init):
         return
     folder = config.model.path
     if folder.is_dir() and any(folder.iterdir()):
@@ -113,7 +117,3 @@ def _check_origin(folder: Path, init: Path) -> None:
 
 def _with_path(config: RunConfig, path: Path) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
-
-
-def _is_checkpoint(init: Path) -> bool:
-    return not (init / "config.json").is_file()

@@ -17,7 +17,11 @@ from prefixrl_mcore.checkpoint.convert.hf_writer import HfSource
 from prefixrl_mcore.checkpoint.convert.rules import ModelDims, check_hf_shapes, find_table
 from prefixrl_mcore.checkpoint.convert.safetensors_file import BLOCK_BYTES
 from prefixrl_mcore.checkpoint.manifest import CheckpointError
-from prefixrl_mcore.checkpoint.run_checkpoints import HF_FOLDER, resolve_checkpoint
+from prefixrl_mcore.checkpoint.run_checkpoints import (
+    HF_FOLDER,
+    is_model_folder,
+    resolve_checkpoint,
+)
 from prefixrl_mcore.config.model_shape import read_hf_config, read_model_shape, shape_differences
 
 _BLOCK_NUMBERS = BLOCK_BYTES // 8
@@ -87,7 +91,7 @@ def open_model(path: Path) -> Iterator[OpenModel]:
     Raises:
         CheckpointError: if it is neither, incomplete or damaged.
     """
-    if (path / CONFIG_NAME).is_file():
+    if is_model_folder(path):
         hf_config = read_hf_config(path)
         with HfWeights(path) as weights:
             weights.leave_out_tied_copy(hf_config)

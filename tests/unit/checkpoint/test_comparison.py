@@ -113,6 +113,19 @@ def test_a_config_that_computes_something_else_is_told(model: Path, tmp_path: Pa
     assert (difference.name, difference.what, difference.second) == ("rotary_base", "config", "7.0")
 
 
+def test_a_run_is_its_latest_checkpoint_although_it_has_a_config_of_its_own(
+    model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text('{"method": "rl"}')
+    convert_from_hf(model, run / "checkpoints" / "step-000003")
+    found = compare(model, run)
+    assert (found.differences, found.faults) == ((), ())
+    with open_model(run) as opened:
+        assert opened.path == run / "checkpoints" / "step-000003"
+
+
 def test_what_is_no_model_is_told_with_what_it_could_be(tmp_path: Path) -> None:
     with (
         pytest.raises(CheckpointError, match=r"here or in checkpoints/; .* has a config\.json"),

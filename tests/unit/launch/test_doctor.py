@@ -69,6 +69,17 @@ def test_exit_code_and_table_name_what_is_missing(
     assert "megatron-core" in out
 
 
+@pytest.mark.usefixtures("without_probe")
+def test_the_table_shows_square_brackets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Finding(subject="part", is_ok=True, detail="absent", remedy="pip install '.[te]'")
+    monkeypatch.setattr(doctor, "_transformer_engine", lambda: found)
+    main(["doctor", "--sglang-python", str(tmp_path / "none/bin/python")])
+
+    assert "-> pip install '.[te]'" in capsys.readouterr().out
+
+
 def test_too_little_space_is_told_with_the_amount(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")(64 * GIB, 63 * GIB, GIB // 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)

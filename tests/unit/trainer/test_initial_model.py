@@ -47,6 +47,20 @@ def test_the_first_command_makes_the_model_and_later_ones_need_no_checkpoint(
     assert collected(tmp_path, tmp_path / "elsewhere", monkeypatch) == []
 
 
+def test_a_run_gives_its_latest_checkpoint_although_it_has_a_config_of_its_own(
+    tmp_path: Path, init: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tmp_path / "before"
+    (before / "checkpoints").mkdir(parents=True)
+    init.rename(before / "checkpoints" / "step-000003")
+    (before / "config.json").write_text('{"method": "rl"}')
+    (config,) = collected(tmp_path, before, monkeypatch)
+    assert config.model.path == tmp_path / "run" / "model"
+    assert max_difference(weights_in(config.model.path), weights_in(tmp_path / "hf")) == 0.0
+    shape_of = with_shape_of(config, before).model.path
+    assert shape_of == before / "checkpoints" / "step-000003" / "hf"
+
+
 @pytest.mark.parametrize("content", [None, "[]", "{", '{"x": 1}'])
 def test_a_model_that_does_not_say_what_it_was_made_of_is_refused(
     tmp_path: Path, init: Path, content: str | None, monkeypatch: pytest.MonkeyPatch

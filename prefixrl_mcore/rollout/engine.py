@@ -70,6 +70,11 @@ IsEnough = Callable[[int, list[Completion]], bool]
 """Called with (index of a finished request, its completions); True aborts what is in flight."""
 
 
+def never_enough(_index: int, _completions: list[Completion]) -> bool:
+    """Return False: all that is asked for is sampled."""
+    return False
+
+
 WeightStream = Callable[[], Iterator[tuple[str, "Tensor"]]]
 """Begins a stream of (Hugging Face name, full tensor) pairs, one per weight of the model. A tensor
 is valid until the next one is asked for. The stream may be left half-way by closing it."""
@@ -103,8 +108,14 @@ class RolloutEngine(Protocol):
         requests: Sequence[SampleRequest],
         params: SamplingParams,
         on_completed: OnCompleted | None = None,
+        is_enough: IsEnough = never_enough,
     ) -> list[list[Completion]]:
         """Return ``num_samples`` completions for each request, in the order of the requests.
+
+        ``is_enough`` is called in the caller's thread after each finished request, and not again
+        once it was true. What is in flight is then aborted: such a completion has the finish
+        reason ``abort`` and the tokens so far, possibly none. ``on_completed`` hears of finished
+        requests only.
 
         An engine may be built with a function that ends any call in the middle
         (``interruption.py``).
@@ -114,25 +125,6 @@ class RolloutEngine(Protocol):
             ValueError: if a context is empty or leaves no room for a completion.
             RolloutError: if a request was lost after all retries.
             EngineError: if the engine is gone and could not be restarted.
-        """
-        ...
-
-    def sample_until(
-        self,
-        requests: Sequence[SampleRequest],
-        params: SamplingParams,
-        is_enough: IsEnough,
-        on_completed: OnCompleted | None = None,
-    ) -> list[list[Completion]]:
-        """Sample until ``is_enough`` says so; return what there is, in the order of the requests.
-
-        ``is_enough`` is called in the caller's thread after each finished request, and not again
-        once it was true. What is in flight is then aborted: such a completion has the finish
-        reason ``abort`` and the tokens so far, possibly none. ``on_completed`` hears of finished
-        requests only. If it is never enough, this is ``sample``.
-
-        Raises:
-            Exception: as ``sample``.
         """
         ...
 

@@ -105,7 +105,7 @@ def sample_started(
         sampled = engine.sample(requests, params)
         finished = list(range(len(groups)))
     else:
-        sampled = engine.sample_until(requests, params, is_enough)
+        sampled = engine.sample(requests, params, is_enough=is_enough)
     return _merged(engine, groups, parts, sampled, finished, params, group_size=group_size)
 
 

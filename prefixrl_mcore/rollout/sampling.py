@@ -73,8 +73,10 @@ def sample_groups(
 
     size = max(1, max_completions // max(request.num_samples for request in requests))
     for first in range(0, len(requests), size):
-        engine.sample_until(
-            requests[first : first + size], params, lambda i, one, first=first: take(first + i, one)
+        engine.sample(
+            requests[first : first + size],
+            params,
+            is_enough=lambda i, one, first=first: take(first + i, one),
         )
         if finished:
             hand_over()

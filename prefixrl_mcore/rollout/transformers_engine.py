@@ -26,6 +26,7 @@ from prefixrl_mcore.rollout.engine import (
     SampleRequest,
     SamplingParams,
     WeightStream,
+    never_enough,
 )
 from prefixrl_mcore.rollout.float32_head import use_float32_head
 from prefixrl_mcore.rollout.guard import EngineGuard
@@ -107,24 +108,9 @@ class TransformersEngine:
         requests: Sequence[SampleRequest],
         params: SamplingParams,
         on_completed: OnCompleted | None = None,
+        is_enough: IsEnough = never_enough,
     ) -> list[list[Completion]]:
         """Return ``num_samples`` completions for each request, in the order of the requests.
-
-        Raises:
-            ValueError: if a request or ``params`` makes no sense.
-            EngineError: if the engine is closed, paused, or without complete weights.
-            SamplingInterrupted: if somebody ended it.
-        """
-        return self.sample_until(requests, params, lambda *_: False, on_completed)
-
-    def sample_until(
-        self,
-        requests: Sequence[SampleRequest],
-        params: SamplingParams,
-        is_enough: IsEnough,
-        on_completed: OnCompleted | None = None,
-    ) -> list[list[Completion]]:
-        """Sample until ``is_enough`` says so; return what there is, in the order of the requests.
 
         Batches come one after the other, so that requests of later ones have no tokens at all if
         it is enough before their turn. Equal calls abort at the same token.
@@ -135,16 +121,16 @@ class TransformersEngine:
             SamplingInterrupted: if somebody ended it.
         """
         with self._guard.sampling():
-            return self._sample(requests, params, is_enough, on_completed)
+            return self._sample(requests, params, on_completed, is_enough)
 
     def _sample(
         self,
         requests: Sequence[SampleRequest],
         params: SamplingParams,
-        is_enough: IsEnough,
         on_completed: OnCompleted | None,
+        is_enough: IsEnough,
     ) -> list[list[Completion]]:
-        """Do the work of ``sample_until``."""
+        """Do the work of ``sample``."""
         limits = completion_limits(
             requests,
             params,

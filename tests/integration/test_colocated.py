@@ -1,6 +1,7 @@
 """An engine that sleeps during the updates changes no number of a run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,14 @@ def test_colocated_run_takes_the_steps_of_one_that_is_not(
     tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for name in ("sample_until", "sleep", "wake", "load_weights"):
+    for name in ("sample", "sleep", "wake", "load_weights"):
         original = getattr(TransformersEngine, name)
 
-        def noted(*arguments: object, name: str = name, original: object = original) -> object:
-            calls.append(name)
-            return original(*arguments)  # pyright: ignore[reportCallIssue]
+        def noted(
+            *arguments: object, _name: str = name, _original: Any = original, **options: object
+        ) -> object:
+            calls.append(_name)
+            return _original(*arguments, **options)
 
         monkeypatch.setattr(TransformersEngine, name, noted)
     options = ("--trainer.num-steps", "2")
@@ -33,7 +36,7 @@ def test_colocated_run_takes_the_steps_of_one_that_is_not(
         together = without_clock(metrics_of(tmp_path / "together", kind))
         assert together == without_clock(metrics_of(tmp_path / "apart", kind))
         assert together
-    changes = [call for call in calls if call != "sample_until"]
+    changes = [call for call in calls if call != "sample"]
     # The dry-run step and two updates; after each, an evaluation or a step wakes it.
     assert changes == ["sleep", "wake", "load_weights"] * 3
-    assert calls[-1] == "sample_until"
+    assert calls[-1] == "sample"

@@ -277,9 +277,7 @@ def test_enough_aborts_what_is_in_flight_and_keeps_its_tokens(
         return True
 
     params = params_of(max_completion_tokens=1000)
-    groups = engine.sample_until(
-        requests, params, is_enough, lambda *counts: announced.append(counts)
-    )
+    groups = engine.sample(requests, params, lambda *counts: announced.append(counts), is_enough)
 
     assert asked == [2]
     assert announced == [(2, 12)]
@@ -353,7 +351,7 @@ def test_what_was_aborted_can_be_continued(setting: Setting, engine: RolloutEngi
     short = dataclasses.replace(request_of(7, 8), max_completion_tokens=10)
     request = request_of(0, 9)
     params = params_of(temperature=0.0, max_completion_tokens=1000)
-    _, (first,) = engine.sample_until([short, request], params, lambda index, _: index == 0)
+    _, (first,) = engine.sample([short, request], params, is_enough=lambda index, _: index == 0)
     assert first.finish_reason == "abort"
 
     rest = dataclasses.replace(
@@ -380,7 +378,7 @@ def test_never_enough_is_to_sample_all(engine: RolloutEngine) -> None:
         asked.append(index)
         return False
 
-    groups = engine.sample_until(requests, params_of(), is_enough)
+    groups = engine.sample(requests, params_of(), is_enough=is_enough)
 
     assert sorted(asked) == [0, 1, 2]
     assert {one.finish_reason for group in groups for one in group} == {"length"}

@@ -260,7 +260,7 @@ def test_what_is_not_needed_any_more_comes_back_as_far_as_it_got(engine: SGLangE
     short, *long = requests_of(7, 2)
     short = SampleRequest(request_id="short", context_token_ids=(5,) * 1190, num_samples=2, seed=0)
 
-    groups = engine.sample_until([short, *long], params_of(1000), lambda _index, _group: True)
+    groups = engine.sample([short, *long], params_of(1000), is_enough=lambda _index, _group: True)
 
     assert {one.finish_reason for one in groups[0]} == {"length"}
     rest = [one for group in groups[1:] for one in group]

@@ -12,7 +12,13 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.data.source import MixtureSource
 from prefixrl_mcore.records import Completion, PrefixedProblem, Problem, Verdict
 from prefixrl_mcore.rewards.base import VerifyRequest
-from prefixrl_mcore.rollout.engine import IsEnough, OnCompleted, SampleRequest, SamplingParams
+from prefixrl_mcore.rollout.engine import (
+    IsEnough,
+    OnCompleted,
+    SampleRequest,
+    SamplingParams,
+    never_enough,
+)
 from prefixrl_mcore.trainer.generation import Generator
 
 GROUP_SIZE = 2
@@ -34,15 +40,7 @@ class ScriptedEngine:
         requests: Sequence[SampleRequest],
         params: SamplingParams,
         on_completed: OnCompleted | None = None,
-    ) -> list[list[Completion]]:
-        return self.sample_until(requests, params, lambda *_: False, on_completed)
-
-    def sample_until(
-        self,
-        requests: Sequence[SampleRequest],
-        params: SamplingParams,
-        is_enough: IsEnough,
-        on_completed: OnCompleted | None = None,
+        is_enough: IsEnough = never_enough,
     ) -> list[list[Completion]]:
         self.calls.append(list(requests))
         rests = [self._rests(request) for request in requests]

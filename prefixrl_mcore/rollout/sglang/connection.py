@@ -1,6 +1,8 @@
 """HTTP with JSON to one address: what is sent, what comes back, and how it can fail."""
 
 import json
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +14,29 @@ from prefixrl_mcore.rollout.sglang.faults import BadAnswer, ServerLost, ServerRe
 
 _CONNECT_SECONDS = 5.0
 
+_KEPT_SECONDS = 2.0
+"""A connection that was idle for longer is not used again: a server closes it after 5 s, and a call
+that is sent in that moment would be lost."""
+
 
 class _PatientConnection(HTTPConnection):
     """Sends for as long as the call may take: a bucket of weights is hundreds of megabytes.
 
     urllib3 has one limit for connecting and for sending, of which only the first is to be short.
     """
+
+    _answered = -math.inf
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it may be used again."""
+        return super().is_connected and time.monotonic() - self._answered < _KEPT_SECONDS
+
+    def getresponse(self) -> urllib3.HTTPResponse:
+        """Note when there was an answer."""
+        response = super().getresponse()
+        self._answered = time.monotonic()
+        return response
 
     def connect(self) -> None:
         """Connect within ``_CONNECT_SECONDS``."""

@@ -22,6 +22,7 @@ from prefixrl_mcore.rollout.engine import (
     SampleRequest,
     SamplingParams,
     WeightStream,
+    never_enough,
 )
 from prefixrl_mcore.rollout.guard import EngineGuard
 from prefixrl_mcore.rollout.interruption import (
@@ -184,26 +185,9 @@ class SGLangEngine:
         requests: Sequence[SampleRequest],
         params: SamplingParams,
         on_completed: OnCompleted | None = None,
+        is_enough: IsEnough = never_enough,
     ) -> list[list[Completion]]:
         """Return ``num_samples`` completions for each request, in the order of the requests.
-
-        Raises:
-            ValueError: if a request or ``params`` makes no sense.
-            RolloutError: if a request was refused, or lost after all retries.
-            EngineError: if the engine is closed or paused, has no complete weights, or too few
-                servers are left.
-            SamplingInterrupted: if somebody ended it.
-        """
-        return self.sample_until(requests, params, _never_enough, on_completed)
-
-    def sample_until(
-        self,
-        requests: Sequence[SampleRequest],
-        params: SamplingParams,
-        is_enough: IsEnough,
-        on_completed: OnCompleted | None = None,
-    ) -> list[list[Completion]]:
-        """Sample until ``is_enough`` says so, and abort the rest; see ``RolloutEngine``.
 
         Raises:
             ValueError: if a request or ``params`` makes no sense.
@@ -365,7 +349,3 @@ class SGLangEngine:
                 f"among stop_token_ids {list(params.stop_token_ids)}; add them, or take them out "
                 f"of eos_token_id in {self._model_folder}"
             )
-
-
-def _never_enough(_index: int, _completions: list[Completion]) -> bool:
-    return False

@@ -19,6 +19,7 @@ from prefixrl_mcore.rollout.engine import (
     RolloutError,
     SampleRequest,
     SamplingParams,
+    never_enough,
 )
 from prefixrl_mcore.rollout.group_sampling import sample_started
 from prefixrl_mcore.rollout.interruption import SamplingInterrupted
@@ -111,14 +112,14 @@ def test_a_group_that_finished_at_the_same_moment_is_given_back_as_well() -> Non
     class AllAtOnce(ScriptedEngine):
         """Every request finishes in the same step of the decoder."""
 
-        def sample_until(
+        def sample(
             self,
             requests: Sequence[SampleRequest],
             params: SamplingParams,
-            is_enough: IsEnough,
             on_completed: OnCompleted | None = None,
+            is_enough: IsEnough = never_enough,
         ) -> list[list[Completion]]:
-            sampled = super().sample_until(requests, params, lambda *_: False)
+            sampled = super().sample(requests, params)
             for index in (3, 1, 0):
                 is_enough(index, sampled[index])
             return sampled
@@ -139,16 +140,16 @@ def test_a_generation_that_fails_leaves_source_and_carried_groups_as_they_were()
     generate(generator, 0)
     engine.policy_version = 1
     before = source.state(), list(generator.carried)
-    original = engine.sample_until
+    original = engine.sample
 
     def fail(*_: Any, **__: Any) -> Any:
         raise EngineError("gone")
 
-    engine.sample_until = fail
+    engine.sample = fail
     with pytest.raises(EngineError, match="gone"):
         generate(generator, 1)
     assert (source.state(), generator.carried) == before
-    engine.sample_until = original
+    engine.sample = original
     assert problems_of(generate(generator, 1).groups) == [order[3], order[4]]
 
 
@@ -285,14 +286,14 @@ def test_an_interruption_throws_the_rounds_before_away_too() -> None:
     with_signal = frozenset({order[1]})
     generator = scripted_generator(scripted_config(3, **DYNAMIC), source, engine, with_signal)
     before = source.state()
-    original = engine.sample_until
+    original = engine.sample
 
     def interrupted_in_the_second_round(*arguments: Any, **options: Any) -> Any:
         if not engine.calls:
             return original(*arguments, **options)
         raise SamplingInterrupted(9, 6, 2)
 
-    engine.sample_until = interrupted_in_the_second_round
+    engine.sample = interrupted_in_the_second_round
     with pytest.raises(SamplingInterrupted) as caught:
         generate(generator, 7)
     # 3 groups of 2 completions of 4 tokens after a context of 1, which is taken from the cache.
@@ -388,12 +389,12 @@ class _Answering(ScriptedEngine):
         super().__init__({})
         self._answers = list(answers)
 
-    def sample_until(
+    def sample(
         self,
         requests: Sequence[SampleRequest],
         params: SamplingParams,
-        is_enough: IsEnough,
         on_completed: OnCompleted | None = None,
+        is_enough: IsEnough = never_enough,
     ) -> list[list[Completion]]:
         return [self._answers for _ in requests]
 

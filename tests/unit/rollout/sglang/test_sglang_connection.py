@@ -1,5 +1,6 @@
 """How long a call may take to connect, and how long to send."""
 
+import http.server
 import socket
 import threading
 import time
@@ -81,3 +82,46 @@ def test_nobody_waits_long_for_a_connection(monkeypatch: pytest.MonkeyPatch) -> 
             server.call("GET", "/", None, 3600.0)
 
     assert limits == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(("kept_seconds", "pause_seconds"), [(60.0, 0.0), (0.2, 0.4)])
+def test_connection_that_its_server_may_be_about_to_close_is_not_used_again(
+    monkeypatch: pytest.MonkeyPatch, kept_seconds: float, pause_seconds: float
+) -> None:
+    connections: list[object] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """Closes a connection in the moment in which a late call comes."""
+
+        protocol_version = "HTTP/1.1"
+        last = float("inf")
+
+        def do_GET(self) -> None:
+            now = time.monotonic()
+            if now - self.last > kept_seconds:
+                self.close_connection = True
+                return
+            self.last = now
+            connections.append(self.client_address)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    monkeypatch.setattr(sglang_connection, "_KEPT_SECONDS", kept_seconds)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        thread = threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        server = Connection(
+            f"http://127.0.0.1:{listener.server_port}", api_key=None, max_connections=1
+        )
+        server.call("GET", "/", None, 5.0)
+        time.sleep(pause_seconds)
+        server.call("GET", "/", None, 5.0)
+        server.close()
+        listener.shutdown()
+        thread.join(10)
+
+    assert len(set(connections)) == (1 if pause_seconds == 0.0 else 2)

@@ -79,8 +79,8 @@ def test_what_is_not_needed_any_more_is_aborted(pool: Pool) -> None:
         wait_until(lambda: all(fake.calls.count("/generate") for fake in pool.fakes))
         return len(asked) == 2
 
-    groups = engine.sample_until(
-        requests_of(6), PARAMS, is_enough, lambda count, _tokens: announced.append(count)
+    groups = engine.sample(
+        requests_of(6), PARAMS, lambda count, _tokens: announced.append(count), is_enough
     )
 
     whole = [index for index, group in enumerate(groups) if group[0].finish_reason == "length"]
@@ -106,7 +106,7 @@ def test_what_came_in_time_is_not_given_up_by_a_batch_that_looks_too_late(
         wait_until(lambda: not is_inside("_ask"))  # the answers are here
         return True
 
-    groups = engine.sample_until(requests_of(3), PARAMS, is_enough)
+    groups = engine.sample(requests_of(3), PARAMS, is_enough=is_enough)
 
     assert tokens_of(groups) == [[6, 6]] * 3
 
@@ -126,7 +126,7 @@ def test_batch_that_ends_does_not_begin_an_update(
     monkeypatch.setattr(servers, "tend", note)
     for fake in pool.fakes[1:]:
         fake.hold = threading.Event()
-    engine.sample_until(requests_of(3), PARAMS, lambda _index, _completions: True)
+    engine.sample(requests_of(3), PARAMS, is_enough=lambda _index, _completions: True)
 
     assert seen[0]
     assert not seen[-1]

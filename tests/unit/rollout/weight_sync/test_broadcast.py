@@ -249,11 +249,12 @@ def test_name_of_a_server_is_resolved_once_for_all_updates(
             raise socket.gaierror("Temporary failure in name resolution") from None
 
     monkeypatch.setattr(distributed, "address_for", resolve)
-    transport = Broadcast("gloo", timeout_seconds=0.3)
+    monkeypatch.setattr(Broadcast, "_join", lambda *_: "the fake does not join")
+    transport = Broadcast("gloo", timeout_seconds=30.0)
 
     for _ in range(2):
         (failure,) = transport.open([target]).values()
-        assert "no process group with all servers" in failure  # as the fake does not join
+        assert failure.endswith("the fake does not join")
 
 
 def test_server_is_here_if_this_machine_has_its_address() -> None:

@@ -15,6 +15,7 @@ from prefixrl_mcore.launch.slurm.launch import LaunchOptions, prepare_run, read_
 from prefixrl_mcore.launch.slurm.states import job_state
 from prefixrl_mcore.launch.slurm.submission import submit
 from tests.slurm.conftest import LAUNCH_PYTHON
+from tests.support.gate import HAS_GATE, Gate
 from tests.support.launched_jobs import end_of, wait_for
 from tests.support.tiny_run import CONFIG, TinyTask, metrics_of
 
@@ -89,14 +90,16 @@ def test_a_stage_that_fails_leaves_none_waiting(
 
 
 def test_an_evaluation_that_is_told_to_end_goes_on_after_the_requeue(
-    jobs: Path, tiny_task: TinyTask, tmp_path: Path
+    jobs: Path, tiny_task: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "told"
+    run, gate = tmp_path / "told", Gate(tmp_path / "gate")
+    gate.close(2)
+    gate.inherited(monkeypatch)
     checkpoint = run / "checkpoints" / "step-000000"
     assert main(["convert", "from-hf", str(tiny_task.folder / "base"), str(checkpoint)]) == 0
     one_by_one = ["rollout.transformers.max_batch_size=1", "evaluation.keep_seconds=0"]
     own = [*one_by_one, "evaluation.num_samples=8", "evaluation.train_set_num_samples=8"]
-    settings = [*_settings(tiny_task, run, tiny_task.folder), *own]
+    settings = [*_settings(tiny_task, run, tiny_task.folder), *own, HAS_GATE]
     site, config = read_run(CONFIG, settings, "ci-local")
     job = prepare_run(config, site, LaunchOptions(), stage="eval")
     submit(site, [job])
@@ -110,6 +113,8 @@ def test_an_evaluation_that_is_told_to_end_goes_on_after_the_requeue(
 
     wait_for(has_begun, seconds=300)
     subprocess.run(["scancel", "--signal=USR1", job.job_id], check=True)
+    wait_for((job.start_folder(0) / "eval-0.end.json").exists)
+    gate.open()
     result, said = end_of(job)
     assert result == 0, said
     assert f"start 0 of job {job.job_id} ended with exit code 138" in said

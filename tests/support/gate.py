@@ -1,7 +1,8 @@
 """A gate in a run, which waits there before it judges a step's rollouts, until its test opens it.
 
 A step of a tiny run takes a tenth of a second and less. What befalls a run between two steps must
-therefore happen while it waits: a test that only hurries comes too late on a fast machine.
+therefore happen while it waits: a test that only hurries comes too late on a fast machine. An
+evaluation by ``prefixrl eval`` waits likewise; its steps are the times that it judges.
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from prefixrl_mcore.config.reward import RewardConfig
 from prefixrl_mcore.observability.atomic import write_text_atomic
 from prefixrl_mcore.records import Verdict
 from prefixrl_mcore.rewards.base import VerifyRequest
@@ -44,14 +46,25 @@ class Gate:
 
 
 class GatedVerifier(MathVerifier):
-    """The default verifier, behind a gate; evaluations pass."""
+    """The default verifier, behind a gate; evaluations of a run that trains pass."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        super().__init__(config)
+        self._num_evaluated = 0
 
     def verify(self, requests: Sequence[VerifyRequest]) -> list[Verdict]:
         """Wait until the gate is open for the step, then judge."""
-        label = requests[0].request_id.partition("/")[0] if requests else ""
-        while label.isdecimal() and _is_closed(int(label)):
+        step = self._step(requests[0].request_id.partition("/")[0] if requests else "")
+        while step is not None and _is_closed(step):
             time.sleep(_POLL_SECONDS)
         return super().verify(requests)
+
+    def _step(self, label: str) -> int | None:
+        """Return which step rollouts of a label are of; None if they pass."""
+        if label.startswith("step-"):  # the checkpoint that is evaluated
+            self._num_evaluated += 1
+            return self._num_evaluated - 1
+        return int(label) if label.isdecimal() else None
 
 
 def _is_closed(step: int) -> bool:

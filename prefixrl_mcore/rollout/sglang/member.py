@@ -205,8 +205,7 @@ class Member:
         self._last_failure.clear()
         self.served_weights = ""
         self.released = ()
-        self._cancelled = cancelled = threading.Event()
-        life = self.life
+        cancelled, life = threading.Event(), self.life
         self.move_to(State.STARTING, f"start {life}" if self._launch else "waiting for it")
 
         def come_up() -> None:
@@ -217,8 +216,10 @@ class Member:
                 outcome = error
             on_up(CameUp(member=self, life=life, outcome=outcome))
 
-        self._thread = threading.Thread(target=come_up, name=f"sglang-{self.index}", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=come_up, name=f"sglang-{self.index}", daemon=True)
+        with self._lock:  # who closes this meanwhile finds both, or neither
+            self._cancelled, self._thread = cancelled, thread
+            thread.start()
 
     def die(self, cause: str) -> None:
         """Declare it dead and end its processes; others answer what it was asked for."""
@@ -288,12 +289,13 @@ class Member:
         with self._lock:
             self._cancelled.set()
             server, self.server = self.server, None
+            thread = self._thread
         if server is not None:
             server.stop()
         # A start under way ends its process itself, which may have the memory of the next one.
-        if self._thread is not None and self._launch is not None:
-            self._thread.join(_JOIN_SECONDS)
-            if self._thread.is_alive():
+        if thread is not None and self._launch is not None:
+            thread.join(_JOIN_SECONDS)
+            if thread.is_alive():
                 logger.warning("SGLang: %s: its start goes on after it was cancelled", self.name)
 
     def _come_up(self, life: int, cancelled: threading.Event) -> str:

@@ -24,10 +24,10 @@ _GRACE_SECONDS = 2.0
 def main() -> int:
     """Run the server until it ends, a signal comes, or the trainer is gone."""
     trainer_pid = int(sys.argv[1])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _note_signal)  # before there is a server to leave behind
     # Children inherit the group; the handlers of the server's own are set by itself.
     server = subprocess.Popen(sys.argv[2:], preexec_fn=_die_with_supervisor)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _note_signal)
     cause = ""
     while not cause:
         if server.poll() is not None:

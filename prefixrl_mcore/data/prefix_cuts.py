@@ -190,7 +190,7 @@ def _check_trace_lengths(traces: Sequence[Trace], max_total_tokens: int) -> None
     too_long = [
         f"{t.trace_id!r}: {len(t.prompt_token_ids)} prompt + {len(t.completion_token_ids)} tokens"
         for t in traces
-        if len(t.prompt_token_ids) + len(t.completion_token_ids) > max_total_tokens
+        if t.num_tokens > max_total_tokens
     ]
     _raise_if_any(
         too_long,

@@ -161,6 +161,7 @@ class Member:
         self._last_failure: dict[Failure, float] = {}
         self._lock = threading.Lock()  # between the end of a start and its cancellation
         self._cancelled = threading.Event()
+        self._is_closed = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -199,7 +200,10 @@ class Member:
             self.restarts.note_success()
 
     def revive(self, on_up: Callable[[CameUp], None]) -> None:
-        """Start it, or wait for it if it runs elsewhere; ``on_up`` is called in another thread."""
+        """Start it, or wait for it if it runs elsewhere; ``on_up`` is called in another thread.
+
+        Nothing is started once it is closed: nobody would end that.
+        """
         self.life += 1
         self.failures.clear()
         self._last_failure.clear()
@@ -217,9 +221,10 @@ class Member:
             on_up(CameUp(member=self, life=life, outcome=outcome))
 
         thread = threading.Thread(target=come_up, name=f"sglang-{self.index}", daemon=True)
-        with self._lock:  # who closes this meanwhile finds both, or neither
-            self._cancelled, self._thread = cancelled, thread
-            thread.start()
+        with self._lock:
+            if not self._is_closed:
+                thread.start()
+                self._cancelled, self._thread = cancelled, thread
 
     def die(self, cause: str) -> None:
         """Declare it dead and end its processes; others answer what it was asked for."""
@@ -279,8 +284,10 @@ class Member:
 
     def close(self) -> None:
         """End its processes, those of a start under way included; safe to call twice."""
+        with self._lock:
+            self._is_closed = True
         self._end()
-        if self._thread is not None:
+        if self._thread is not None and self._launch is None:
             self._thread.join(_JOIN_SECONDS)
         if self._client is not None:
             self._client.close()

@@ -146,14 +146,19 @@ class ServerPool:
     def verify(self) -> None:
         """Ask every ready server for the name of its weights; bury those that have others.
 
-        One that only broke the connection is left alone: every answer of it says it, too.
+        One that does not say it, but answers still, is left alone: every answer of it says it, too.
         """
         names = ask_all(self.ready, lambda member: member.client.weight_version())
+        faults = {
+            member: name.exception()
+            for member, name in names.items()
+            if isinstance(name.exception(), ServerFault)
+        }
+        gone = ask_all(list(faults), is_gone)
         for member, name in names.items():
-            fault = name.exception()
-            if isinstance(fault, ServerFault):
-                if is_gone(member):
-                    self.bury(member, f"did not say which weights it has: {fault}")
+            if member in faults:
+                if gone[member].result():
+                    self.bury(member, f"did not say which weights it has: {faults[member]}")
             elif name.result() != self.weights.name:
                 self.bury(
                     member,

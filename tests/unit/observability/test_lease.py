@@ -107,7 +107,8 @@ def test_a_later_start_of_a_slurm_job_waits_for_the_end_of_the_one_that_slurm_ha
 
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with beside(write_on_until_it_is_waited_for), Lease(file, **QUICK):
+    patient = {"renewal_seconds": 0.05, "stale_seconds": 3.0}
+    with beside(write_on_until_it_is_waited_for), Lease(file, **patient):
         assert process.poll() is not None
         assert json.loads(file.read_text())["slurm_start"] == 1
     assert caplog.text.count(said) == 1

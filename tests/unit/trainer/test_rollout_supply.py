@@ -78,8 +78,11 @@ def test_a_generation_that_is_over_when_it_is_taken_was_hidden_and_is_charged_on
     assert supply.is_begun
     assert supply._meter.charged_tokens == 0
     sampling.go_on.set()
+    told: list[str] = []
+    supply.on_wait = told.append
     supply.drain()
     supply.drain()
+    assert told == ["rollouts begun during the update"]
     assert supply.is_begun
 
     generated = supply.take(4)

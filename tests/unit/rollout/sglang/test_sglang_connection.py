@@ -51,6 +51,7 @@ def test_large_body_is_sent_for_as_long_as_the_call_may_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sglang_connection, "_CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(sglang_connection, "_KEPT_SECONDS", 60.0)
     with reader(0.6) as url:
         server = Connection(url, api_key=None, max_connections=1)
         for _ in range(2):  # over a new connection, and over one that was kept

@@ -14,6 +14,7 @@ from prefixrl_mcore.rollout.engine import EngineError
 from prefixrl_mcore.rollout.sglang import pool as sglang_pool
 from prefixrl_mcore.rollout.sglang.counters import PoolCounters
 from prefixrl_mcore.rollout.sglang.in_flight import InFlight
+from prefixrl_mcore.rollout.sglang.member import Member, State
 from prefixrl_mcore.rollout.sglang.schedule import Cost
 from tests.support.fake_pool import PARAMS, Pool, requests_of, tokens_of, weights
 from tests.support.waiting import is_inside, once
@@ -82,6 +83,26 @@ def test_engine_that_is_closed_waits_for_no_server(pool: Pool, *, is_loading: bo
         use()
 
     assert member.life == 2  # it was not started again
+
+
+def test_server_that_is_closed_as_it_is_revived_is_not_started(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = pool.engine(urls=pool.urls[:1], max_restarts=99)
+    member = engine._pool.members[0]
+    pool.fakes[0].is_sick = True  # it would be waited for
+    member.die("so that it can be revived")
+    move_to = Member.move_to
+
+    def move_and_close(one: Member, state: State, cause: str) -> None:
+        move_to(one, state, cause)
+        if one.life == 2:
+            one.close()  # as another thread does
+
+    monkeypatch.setattr(Member, "move_to", move_and_close)
+    member.revive(lambda came_up: None)
+    assert member.life == 2
+    assert not any(thread.name == "sglang-0" for thread in threading.enumerate())
 
 
 def test_what_is_counted_while_metrics_are_taken_is_in_the_next_ones(

@@ -1,7 +1,6 @@
 """The supervisor ends the server's processes whoever dies first."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from prefixrl_mcore.observability.signal_handlers import handled_by
 from prefixrl_mcore.rollout.sglang import supervisor as sglang_supervisor
 from tests.support.processes import wait_until_gone
-from tests.support.waiting import wait_until
 
 SUPERVISOR = sglang_supervisor.__file__
 
@@ -60,14 +59,6 @@ def start_supervisor(server_script: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def has_handler(pid: int, number: int) -> bool:
-    """Return whether a process has a handler of its own for a signal."""
-    (caught,) = re.findall(
-        r"^SigCgt:\t(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE
-    )
-    return bool(int(caught, 16) >> (number - 1) & 1)
-
-
 def test_killed_trainer_takes_the_server_with_it(server_script: Path) -> None:
     trainer = subprocess.Popen([sys.executable, "-c", TRAINER, SUPERVISOR, str(server_script)])
     pids = descendants(trainer.pid, 3)
@@ -82,12 +73,28 @@ def test_sigterm_ends_the_whole_group_though_it_is_deaf(server_script: Path) -> 
     supervisor = start_supervisor(server_script)
     pids = descendants(supervisor.pid, 2)
 
-    wait_until(lambda: has_handler(supervisor.pid, signal.SIGTERM))
     supervisor.send_signal(signal.SIGTERM)
     _, errors = supervisor.communicate(timeout=60)
 
     assert b"signal SIGTERM" in errors
     assert wait_until_gone(pids) == []
+
+
+def test_supervisor_hears_signals_before_it_has_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[object] = []
+
+    def start(*_: object, **__: object) -> None:
+        heard.extend(signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT))
+        raise OSError("no server here")
+
+    monkeypatch.setattr(sys, "argv", ["supervisor.py", str(os.getppid()), "server"])
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with (
+        handled_by(signal.default_int_handler, [signal.SIGTERM, signal.SIGINT]),
+        pytest.raises(OSError, match="no server here"),
+    ):
+        sglang_supervisor.main()
+    assert heard == [sglang_supervisor._note_signal] * 2
 
 
 def test_dead_server_is_reported_and_its_children_are_ended(server_script: Path) -> None:

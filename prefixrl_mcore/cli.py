@@ -180,8 +180,8 @@ def _add_init(command: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="begin with this model in place of the config's model.path: a Hugging Face folder, or "
-        "a checkpoint, of which RUN/model is made first; give it to every command of the run, and "
-        "again with --resume",
+        "a checkpoint (of a run, the latest), of which RUN/model is made first; give it to every "
+        "command of the run, and again with --resume",
     )
 
 

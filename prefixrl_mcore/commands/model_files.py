@@ -43,12 +43,13 @@ def add_convert_commands(convert: argparse.ArgumentParser) -> None:
     verify = actions.add_parser(
         "verify",
         help="compare two models tensor by tensor; exit code 1 if they differ",
-        description="Compare two models, each a Hugging Face folder or a checkpoint: names, "
-        "shapes, types and checksums of all weights, and what the configs say of the computation. "
+        description="Compare two models, each a Hugging Face folder, a checkpoint, or a run "
+        "(its latest): names, shapes, types and checksums of all weights, and what the configs say "
+        "of the computation. "
         "Exit code 0 if they are the same, bit for bit, 1 if they differ, 2 on bad input.",
     )
-    verify.add_argument("first", type=Path, help="Hugging Face folder or checkpoint")
-    verify.add_argument("second", type=Path, help="Hugging Face folder or checkpoint")
+    verify.add_argument("first", type=Path, help="Hugging Face folder, checkpoint or run")
+    verify.add_argument("second", type=Path, help="Hugging Face folder, checkpoint or run")
     verify.add_argument(
         "--forward",
         action="store_true",

@@ -44,8 +44,8 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         type=Path,
         metavar="FOLDER",
         help="begin with this model in place of the config's model.path: a Hugging Face folder, or "
-        "a checkpoint, of which RUN/model is made here before anything is submitted; again with "
-        "--resume",
+        "a checkpoint (of a run, the latest), of which RUN/model is made here before anything is "
+        "submitted; again with --resume",
     )
     launch.add_argument(
         "--dry-run", action="store_true", help="print the batch script, submit nothing"

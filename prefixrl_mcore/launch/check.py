@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -206,7 +207,7 @@ def predict_rank_bytes(config: RunConfig) -> float:
 
 def _print_config(config: RunConfig, shape: ModelShape, console: Console) -> None:
     """Print what would run."""
-    table = Table(title=f"{config.method}: {config.model.path}", show_header=False)
+    table = Table(title=escape(f"{config.method}: {config.model.path}"), show_header=False)
     for name, value in _rows(config, shape, model_size(shape)):
         table.add_row(name, Text(value))
     console.print(table)

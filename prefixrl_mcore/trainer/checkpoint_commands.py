@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -34,7 +35,7 @@ def list_checkpoints(path: Path) -> None:
     """
     console = Console()
     found = find_checkpoints(path)
-    table = Table(title=f"checkpoints of {path}")
+    table = Table(title=escape(f"checkpoints of {path}"))
     for name in ("checkpoint", "step", "policy version", "size", "layout", "age"):
         table.add_column(name, justify="left" if name in ("checkpoint", "layout") else "right")
     table.add_column("complete", overflow="fold")
@@ -58,7 +59,7 @@ def show_checkpoint(path: Path) -> None:
     """
     entries = [describe(checkpoint) for checkpoint in find_checkpoints(path)]
     entry = next((entry for entry in entries if entry.is_latest), entries[-1])
-    table = Table(title=str(entry.path), show_header=False)
+    table = Table(title=escape(str(entry.path)), show_header=False)
     for name, value in _details(entry).items():
         table.add_row(name, Text(value))
     Console().print(table)

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prefixrl_mcore.config.run import RunConfig
@@ -56,7 +57,7 @@ def cut(config: RunConfig) -> PrefixStats:
         stats=stats,
     )
     folder.add_stage_seconds("prefixes", time.perf_counter() - start)
-    table = Table(title=f"prefixes in {config.prefixes_folder}", show_header=False)
+    table = Table(title=escape(f"prefixes in {config.prefixes_folder}"), show_header=False)
     for name, value in asdict(stats).items():
         table.add_row(name.replace("_", " "), f"{value:,.6g}")
     Console(stderr=True).print(table)

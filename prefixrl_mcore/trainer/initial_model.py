@@ -32,7 +32,8 @@ def with_initial_model(config: RunConfig, init: Path | None) -> RunConfig:
 
     Args:
         config: the config as loaded.
-        init: a Hugging Face folder, a checkpoint, or a folder of checkpoints; None changes nothing.
+        init: a Hugging Face folder, a checkpoint, a folder of checkpoints, or a run; None changes
+            nothing.
     """
     if init is None:
         return config

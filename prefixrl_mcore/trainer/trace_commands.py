@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -140,7 +141,7 @@ def show_stats(folder: Path) -> None:
 def print_stats(store: TraceStore, console: Console) -> None:
     """Print the totals of a store as a table."""
     stats = asdict(store.stats())
-    table = Table(title=f"trace store {store.folder}", show_header=False)
+    table = Table(title=escape(f"trace store {store.folder}"), show_header=False)
     for name, value in stats.items():
         shown = json.dumps(value) if isinstance(value, dict) else f"{value:,.6g}"
         table.add_row(name.replace("_", " "), Text(shown))

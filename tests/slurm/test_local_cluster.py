@@ -82,8 +82,13 @@ def test_down_leaves_no_process_and_no_network(tmp_path: Path) -> None:
         env={**os.environ, **environment},
         stderr=subprocess.DEVNULL,
     )
-    # What comes to the controller while it goes down would outlive it.
-    wait_for(lambda: "sleep" in _running(environment))
+    try:
+        # What comes to the controller while it goes down would outlive it.
+        wait_for(lambda: "sleep" in _running(environment))
+    except BaseException:
+        job.kill()
+        run_cluster("wipe", folder)
+        raise
     networks = json.loads((folder / "cluster.json").read_text())
     assert networks["has_networks"] is True
     down = run_cluster("down", folder)

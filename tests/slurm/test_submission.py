@@ -12,6 +12,7 @@ from prefixrl_mcore.launch.slurm.states import SlurmError
 from prefixrl_mcore.launch.slurm.submission import submit
 from tests.slurm.conftest import LAUNCH_PYTHON
 from tests.support.launched_jobs import colocated, prepare_program
+from tests.support.processes import wait_until_gone
 
 pytestmark = [
     pytest.mark.slurm,
@@ -137,6 +138,22 @@ def test_a_job_whose_submission_is_interrupted_is_taken_out_of_the_queue(
     with pytest.raises(KeyboardInterrupt):
         _submit(pretended, "first")
     assert (pretended / "cancelled").read_text().split() == ["101"]
+
+
+@pytest.mark.slow
+def test_two_interrupts_end_a_submission_at_once(
+    pretended: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _program(
+        pretended / "programs" / "sbatch",
+        '#!/bin/bash\necho $$ >"$SAID/pid"\nkill -INT "$LAUNCHER"\nsleep 1\n'
+        'kill -INT "$LAUNCHER"\nsleep 600\n',
+    )
+    monkeypatch.setenv("LAUNCHER", str(os.getpid()))
+    with pytest.raises(KeyboardInterrupt):
+        _submit(pretended, "first")
+    assert wait_until_gone([int((pretended / "pid").read_text())]) == []
+    assert "`squeue --me` shows" in caplog.text
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prefixrl_mcore.config.base import ConfigError
@@ -31,7 +32,7 @@ def list_jobs(jobs: Path) -> None:
             f"{jobs}: no job was launched into this folder. Jobs lie in job_folder of their site: "
             "say --site SITE, or --jobs FOLDER"
         )
-    table = Table(title=f"jobs of {jobs}")
+    table = Table(title=escape(f"jobs of {jobs}"))
     for column in ("job", "folder", "state", "restarts", "nodes"):
         table.add_column(column)
     found = find_jobs(jobs)

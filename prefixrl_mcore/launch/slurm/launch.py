@@ -1,8 +1,10 @@
 """``prefixrl launch``: from a config and a site to a job, checked before anything is submitted."""
 
 import logging
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +84,11 @@ def launch(config_file: Path, settings: Sequence[str], site_name: str, how: Laun
     """
     site, config = read_run(config_file, settings, site_name)
     config = begin_with_init(config, settings, how)
-    folder = prepare_run(config, site, how)
-    submit(site, [folder])
+    with all_or_none() as jobs:
+        folder = prepare_run(config, site, how)
+        jobs.append(folder)
+        provide_init(config, how)
+    submit(site, jobs)
     if how.dry_run:
         logger.info("dry run: nothing is submitted; sbatch --requeue %s would", folder.script)
         sys.stdout.write(folder.script.read_text() + "\n")
@@ -119,26 +124,63 @@ def read_run(
 def begin_with_init(config: RunConfig, settings: Sequence[str], how: LaunchOptions) -> RunConfig:
     """Return the config of a run that begins with the model of ``--init``, if there is one.
 
-    Of a checkpoint, ``RUN/model`` is made here: rollout servers start when the trainer does, and a
-    start after a requeue finds it. A dry run makes none, and takes the shape of what is there.
+    Args:
+        config: as loaded.
+        settings: all ``key=value`` that were given, a sweep's too.
+        how: with ``init``.
 
     Raises:
-        ConfigError: if ``settings`` name another model, or the run folder holds another run.
-        ValueError: if it is no model, or ``RUN/model`` was made of another.
-        SaveError: if ``RUN/model`` cannot be written.
+        ConfigError: if ``settings`` name another model.
+        ValueError: if ``init`` is no model.
     """
     if how.init is None:
         return config
     if any(setting.startswith("model.path=") for setting in settings):
         raise ConfigError("--init and model.path say the same thing; give one of them")
     # Here: it imports torch, which no other launch needs.
-    from prefixrl_mcore.trainer.initial_model import take_initial_model, with_shape_of
+    from prefixrl_mcore.trainer.initial_model import with_initial_model, with_shape_of
 
-    begun = with_shape_of(config, how.init)  # an error if it is not there
-    if not how.dry_run:
-        begun = take_initial_model(config, how.init)
-    logger.info("begins with the model %s (--init %s)", begun.model.path, how.init)
-    return begun
+    with_shape_of(config, how.init)  # an error if it is not there
+    return with_initial_model(config, how.init)
+
+
+def provide_init(config: RunConfig, how: LaunchOptions) -> None:
+    """Make ``RUN/model`` of a checkpoint that ``--init`` names, once all else is checked.
+
+    Here and not in the job: rollout servers start when the trainer does, and a start after a
+    requeue finds it. A dry run makes none.
+
+    Args:
+        config: of ``begin_with_init``.
+        how: with ``init``.
+
+    Raises:
+        ConfigError: if the run folder holds another run.
+        ValueError: if ``RUN/model`` was made of another checkpoint.
+        SaveError: if it cannot be written.
+    """
+    if how.init is None:
+        return
+    from prefixrl_mcore.trainer.initial_model import take_initial_model
+
+    if how.dry_run:
+        if not config.model.path.exists():
+            logger.info("dry run: %s is not made of --init %s", config.model.path, how.init)
+        return
+    take_initial_model(config, how.init)
+    logger.info("begins with the model %s (--init %s)", config.model.path, how.init)
+
+
+@contextmanager
+def all_or_none() -> Iterator[list[JobFolder]]:
+    """Give the list of prepared jobs; where one is refused, the folders of the others go."""
+    jobs: list[JobFolder] = []
+    try:
+        yield jobs
+    except BaseException:
+        for folder in jobs:
+            shutil.rmtree(folder.path)
+        raise
 
 
 def prepare_run(
@@ -168,7 +210,7 @@ def prepare_run(
         )
         _check_servers(config, layout)
         _warn_of_idle_gpus(config, site, layout)
-        _check_model(config, dry_run=how.dry_run)
+        _check_model(config, how)
         _check_run_folder(config, resume=how.resume)
         logger.info("%s: %s", name, explain(config, site, layout))
     else:
@@ -292,13 +334,17 @@ def _check_inputs(config: RunConfig, *, stage: str, is_first: bool, dry_run: boo
     logger.warning("%s", text)
 
 
-def _check_model(config: RunConfig, *, dry_run: bool) -> None:
+def _check_model(config: RunConfig, how: LaunchOptions) -> None:
     """Refuse a layout that training would refuse; a dry run does without the model.
 
     Raises:
         ConfigError: naming what does not fit.
     """
-    if dry_run and not config.model.path.exists():
+    if how.init is not None and not config.model.path.exists():  # it is yet to be made
+        from prefixrl_mcore.trainer.initial_model import with_shape_of
+
+        config = with_shape_of(config, how.init)
+    if how.dry_run and not config.model.path.exists():
         logger.warning("model.path %s is not here: the layout is not checked", config.model.path)
         return
     check_layout(config, read_shape(config))

@@ -3,11 +3,9 @@
 import itertools
 import logging
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +17,10 @@ from prefixrl_mcore.launch.slurm.end_report import report_end
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.launch import (
     LaunchOptions,
+    all_or_none,
     begin_with_init,
     prepare_run,
+    provide_init,
     read_run,
 )
 from prefixrl_mcore.launch.slurm.layout import RECIPE, TRAINER
@@ -50,15 +50,16 @@ def launch_recipe(
     site, config = read_run(config_file, settings, site_name)
     config = begin_with_init(config, settings, how)
     name = how.name or config.run_folder.name
-    with _all_or_none() as jobs:
+    with all_or_none() as folders:
         after: JobFolder | None = None
         for stage, needs_gpus in RECIPE.items():
             own_site = site if needs_gpus else site.without_gpus()
             own = replace(how, name=f"{name}.{'train' if stage == TRAINER else stage}")
             after = prepare_run(config, own_site, own, stage=stage, after=after)
-            jobs.append((stage, after))
-    submit(site, [folder for _, folder in jobs])
-    return _end(jobs, how)
+            folders.append(after)
+        provide_init(config, how)
+    submit(site, folders)
+    return _end(list(zip(RECIPE, folders, strict=True)), how)
 
 
 def launch_sweep(
@@ -84,7 +85,7 @@ def launch_sweep(
         SlurmError: if a submission fails; what was submitted before it is cancelled.
     """
     site, base = read_run(config_file, settings, site_name)
-    base = begin_with_init(base, settings, how)
+    base = begin_with_init(base, [*settings, *sweep], how)
     # All runs read what was collected for the run that they are variants of, and its model.
     shared = [f"data.traces={base.traces_folder}", f"data.prefixes={base.prefixes_folder}"]
     if how.init is not None:
@@ -96,27 +97,18 @@ def launch_sweep(
         own_settings = [*shared, *settings, *point, f"run_folder={run_folder}"]
         _, config = read_run(config_file, own_settings, site_name)
         runs.append((label, config))
-    folders = [config.run_folder for _, config in runs]
-    if len(set(folders)) < len(folders):
-        raise ConfigError(f"--sweep: two runs would have one folder: {sorted(map(str, folders))}")
-    with _all_or_none() as jobs:
-        for label, config in runs:
+    run_folders = [config.run_folder for _, config in runs]
+    if len(set(run_folders)) < len(runs):
+        raise ConfigError(
+            f"--sweep: two runs would have one folder: {sorted(map(str, run_folders))}"
+        )
+    with all_or_none() as folders:
+        for _, config in runs:
             own = replace(how, name=config.run_folder.name)
-            jobs.append((label, prepare_run(config, site, own)))
-    submit(site, [folder for _, folder in jobs])
-    return _end(jobs, how)
-
-
-@contextmanager
-def _all_or_none() -> Iterator[list[Job]]:
-    """Give the list of prepared jobs; where one is refused, the folders of the others go."""
-    jobs: list[Job] = []
-    try:
-        yield jobs
-    except ConfigError:
-        for _, folder in jobs:
-            shutil.rmtree(folder.path)
-        raise
+            folders.append(prepare_run(config, site, own))
+        provide_init(base, how)
+    submit(site, folders)
+    return _end([(label, job) for (label, _), job in zip(runs, folders, strict=True)], how)
 
 
 def sweep_points(sweep: Sequence[str]) -> list[tuple[str, ...]]:

@@ -185,7 +185,7 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
         start_new_session=True,  # Ctrl-C is not for it: sbatch would die before it says a number
     )
     by_file, said = {str(job.file): job for job in jobs}, []
-    with process:
+    with process, _ended_by_interrupt(process):
         assert process.stdout is not None, "it is a pipe"
         for line in process.stdout:
             if not line.startswith(_ANSWER):
@@ -208,6 +208,18 @@ def _run_nemo(python: Path, jobs: Sequence[JobFolder]) -> None:
             f"the submission of {failed.path.name} failed: {_cause(''.join(said))}\n"
             f"All that NeMo-Run said is in {log}"
         )
+
+
+@contextmanager
+def _ended_by_interrupt(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """End the leader of a session, and the sbatch that it runs, at the second Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        logger.warning("interrupted: `squeue --me` shows whether a job was just being submitted")
+        raise
 
 
 def _unanswered(jobs: Sequence[JobFolder]) -> list[str]:

@@ -12,7 +12,13 @@ from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.launch.slurm import launch as launch_module
 from prefixrl_mcore.launch.slurm import recipe
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
-from prefixrl_mcore.launch.slurm.launch import LaunchOptions, begin_with_init, launch, read_run
+from prefixrl_mcore.launch.slurm.launch import (
+    LaunchOptions,
+    begin_with_init,
+    launch,
+    provide_init,
+    read_run,
+)
 from tests.support.policies import max_difference
 from tests.support.tiny_models import write_tiny_qwen3
 from tests.support.tiny_run import CONFIG
@@ -73,6 +79,7 @@ def test_a_checkpoint_is_made_into_the_runs_model_before_the_submission(
     settings, made = _settings(tmp_path), tmp_path / "run" / "model"
     dry = LaunchOptions(init=checkpoint, dry_run=True)
     assert launch(CONFIG, settings, site, dry) == 0
+    assert _model_of(submitted[-1]) == made  # as it will be
     assert not made.exists()
     how = LaunchOptions(init=checkpoint, detach=True)
     assert launch(CONFIG, settings, site, how) == 0
@@ -96,7 +103,9 @@ def test_all_runs_of_a_sweep_and_all_stages_of_a_recipe_begin_with_one_model(
 
 def test_a_hugging_face_folder_is_used_as_it_is(tmp_path: Path, hf: Path, site: str) -> None:
     _, config = read_run(CONFIG, _settings(tmp_path), site)
-    assert begin_with_init(config, [], LaunchOptions(init=hf)).model.path == hf
+    begun, how = begin_with_init(config, [], LaunchOptions(init=hf)), LaunchOptions(init=hf)
+    assert begun.model.path == hf
+    provide_init(begun, how)
     assert not (tmp_path / "run").exists()
 
 
@@ -118,3 +127,23 @@ def test_a_model_that_cannot_be_taken_is_refused_before_anything_is_written(
     assert isinstance(refused.value, ConfigError) == bool(more)
     assert submitted == []
     assert not (tmp_path / "jobs").exists()
+
+
+def test_nothing_is_converted_for_a_run_that_does_not_fit_or_names_its_models(
+    tmp_path: Path, checkpoint: Path, site: str, submitted: list[JobFolder]
+) -> None:
+    settings = _settings(tmp_path)
+    how = LaunchOptions(init=checkpoint)
+    with pytest.raises(ConfigError, match="--nodes"):
+        launch(CONFIG, settings, site, LaunchOptions(init=checkpoint, nodes=3))
+    with pytest.raises(ConfigError, match="one of them"):
+        recipe.launch_sweep(CONFIG, settings, site, how, ["model.path=a,b"])
+    unfit = [*settings, "policy.parallel.tensor_parallel_size=3"]
+    for begin in (launch, recipe.launch_recipe):
+        with pytest.raises(ConfigError, match="tensor_parallel_size"):
+            begin(CONFIG, unfit, site, how)
+    with pytest.raises(ConfigError, match="tensor_parallel_size"):
+        recipe.launch_sweep(CONFIG, unfit, site, how, ["seed=1,2"])
+    assert submitted == []
+    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "jobs").glob("*")) == []

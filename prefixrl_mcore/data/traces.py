@@ -38,6 +38,7 @@ from prefixrl_mcore.data.trace_schema import (
     traces_from_table,
 )
 from prefixrl_mcore.observability.atomic import write_folder_atomic, write_json_atomic
+from prefixrl_mcore.records import Trace
 
 _logger = logging.getLogger(__name__)
 
@@ -159,6 +160,11 @@ class TraceStore:
         return cls(folder, header)
 
     @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        """Return whether a folder is a trace store, of any kind."""
+        return (folder / _HEADER).exists()
+
+    @classmethod
     def open(
         cls,
         folder: Path,
@@ -191,7 +197,7 @@ class TraceStore:
         Raises:
             ValueError: as ``open`` and ``create``.
         """
-        if (folder / _HEADER).exists():
+        if cls.is_in(folder):
             return cls.open(
                 folder, tokenizer_hash=tokenizer_hash, chat_template_hash=chat_template_hash
             )
@@ -250,6 +256,18 @@ class TraceStore:
         """
         for part in self._parts():
             yield from traces_from_table(_read_table(part / _TRACES, TRACE_SCHEMA))
+
+    def first_traces(self) -> dict[str, Trace]:
+        """Return problem id → the trace of it that was added first: the one that is used.
+
+        Raises:
+            ValueError: if a part is damaged.
+        """
+        first: dict[str, Trace] = {}
+        for record in self.traces():
+            if record.problem_id not in first:
+                first[record.problem_id] = record.as_trace()
+        return first
 
     def attempts(self) -> list[AttemptRecord]:
         """Return one record per problem that was tried, with its whole cost.

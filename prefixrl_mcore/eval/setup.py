@@ -89,17 +89,14 @@ def build_evaluator(
 
 def read_traces(config: RunConfig, renderer: PromptRenderer) -> dict[str, Trace]:
     """Return problem id → its first trace; empty when there is no trace store."""
-    if not (config.traces_folder / "store.json").exists():
+    if not TraceStore.is_in(config.traces_folder):
         return {}
     store = TraceStore.open(
         config.traces_folder,
         tokenizer_hash=renderer.tokenizer_hash,
         chat_template_hash=renderer.chat_template_hash,
     )
-    traces: dict[str, Trace] = {}
-    for record in store.traces():
-        traces.setdefault(record.problem_id, record.as_trace())
-    return traces
+    return store.first_traces()
 
 
 def check_references(problems: Sequence[Problem], verifier: Verifier) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from prefixrl_mcore.accounting.flops import update_flops
+from prefixrl_mcore.config.base import ConfigError
 from prefixrl_mcore.config.run import RunConfig
 from prefixrl_mcore.config.sft import check_trace_lengths
 from prefixrl_mcore.data.traces import TraceStore
@@ -16,7 +17,8 @@ def supervised_rows(config: RunConfig, num_parameters: int) -> list[tuple[str, s
         num_parameters: that are active for a token.
 
     Raises:
-        ConfigError: if training would refuse the traces that are there, or their number.
+        ConfigError: if training would refuse the traces that are there, unless there are too few
+            of them yet to hold one back.
         ValueError: if the store is damaged.
     """
     if config.method != "sft_then_rl":
@@ -28,11 +30,10 @@ def supervised_rows(config: RunConfig, num_parameters: int) -> list[tuple[str, s
 
 def _tokens_by_problem(config: RunConfig) -> dict[str, int]:
     """Return the tokens of each problem's first trace with its prompt; none without a store."""
-    num_tokens: dict[str, int] = {}
-    if (config.traces_folder / "store.json").exists():
-        for record in TraceStore.open(config.traces_folder).traces():
-            num_tokens.setdefault(record.problem_id, record.as_trace().num_tokens)
-    return num_tokens
+    if not TraceStore.is_in(config.traces_folder):
+        return {}
+    traces = TraceStore.open(config.traces_folder).first_traces()
+    return {problem_id: trace.num_tokens for problem_id, trace in traces.items()}
 
 
 def _without(config: RunConfig) -> str:
@@ -49,9 +50,12 @@ def _without(config: RunConfig) -> str:
 def _of_traces(config: RunConfig, num_tokens: Mapping[str, int], num_parameters: int) -> str:
     """Return what the traces make of the phase."""
     sft, num_traces = config.sft, len(num_tokens)
-    sft.check_phase(config.policy.optimizer, num_traces)
     check_trace_lengths(num_tokens, config.stream_tokens)
-    num_held_back = sft.num_held_back(num_traces)
+    try:
+        num_held_back = sft.num_held_back(num_traces)
+    except ConfigError as error:  # as beside a collection that goes on
+        return f"cannot begin yet: {error}"
+    sft.check_phase(config.policy.optimizer, num_traces)
     per_epoch = sft.steps_per_epoch(num_traces - num_held_back)
     lengths = sorted(num_tokens.values())
     tokens = sft.max_epochs * sum(lengths[num_held_back:])  # as if the shortest were held back

@@ -115,7 +115,7 @@ def _cluster(arguments: argparse.Namespace, folder: Path) -> Cluster:
         controller_port=ports,
         database_port=ports + 1,
         mariadb_port=ports + 2,
-        subnet=_free_subnet(),
+        subnet=0 if arguments.no_networks else _free_subnet(),
         node_port=6818 if not arguments.no_networks else ports + 3,
     )
     if cluster.has_cgroups:

@@ -182,6 +182,9 @@ def test_check_says_what_is_known_before_there_are_traces(tmp_path: Path) -> Non
     assert supervised_rows(run, 1000) == [("supervised phase", expected)]
     write_store(tmp_path, [])  # a collection that has not solved anything yet
     assert supervised_rows(run, 1000) == [("supervised phase", expected)]
+    TraceStore.open(tmp_path).append([trace(0)], [attempt(0)])
+    ((_, text),) = supervised_rows(run, 1000)
+    assert text.startswith("cannot begin yet: sft.validation_fraction 0.125 of 1 traces leaves")
 
 
 @pytest.mark.parametrize(

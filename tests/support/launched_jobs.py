@@ -1,7 +1,6 @@
 """Jobs of any program, submitted to the local cluster as ``prefixrl launch`` submits a run."""
 
 import io
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from prefixrl_mcore.launch.slurm.layout import JobLayout
 from prefixrl_mcore.launch.slurm.sites import load_site
 from prefixrl_mcore.launch.slurm.submission import describe, submit
 from tests.support.tiny_run import ROOT, TinyTask
+from tests.support.waiting import wait_until
 
 
 def colocated(nodes: int, ranks_per_node: int) -> JobLayout:
@@ -93,7 +93,4 @@ def end_of(job: JobFolder) -> tuple[int, str]:
 
 def wait_for(happens: Callable[[], bool], *, seconds: float = 180) -> None:
     """Wait until something happens; a loaded machine needs a minute to begin a task."""
-    deadline = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.1)
+    wait_until(happens, seconds=seconds, poll_seconds=0.1)

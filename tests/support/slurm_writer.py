@@ -11,9 +11,10 @@ from pathlib import Path
 
 from prefixrl_mcore.launch.slurm.job_folder import JobFolder
 from prefixrl_mcore.launch.slurm.orphan import end_with_a_later_start
+from prefixrl_mcore.launch.slurm.rank_environment import start_number
 from prefixrl_mcore.observability.lease import Lease
 
-start = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+start = start_number(os.environ)
 end_with_a_later_start(JobFolder(Path(sys.argv[1])), start)
 with Lease(Path(sys.argv[2]) / "lease.json", renewal_seconds=1.0, stale_seconds=8.0):
     for _ in range(10 if start else 6000):

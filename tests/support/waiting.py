@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 _POLL_SECONDS = 0.01
 
 
-def wait_until(is_so: Callable[[], object], *, seconds: float = 60.0) -> None:
+def wait_until(
+    is_so: Callable[[], object], *, seconds: float = 60.0, poll_seconds: float = _POLL_SECONDS
+) -> None:
     """Return as soon as it is so; fail if it is not after so many seconds."""
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline, f"not so after {seconds:g} s"
-        time.sleep(_POLL_SECONDS)
+        time.sleep(poll_seconds)
 
 
 def is_inside(function: str) -> bool:

@@ -52,7 +52,7 @@ def _start(folder: Path, handler: str) -> tuple["subprocess.Popen[bytes]", list[
     command = [sys.executable, "-c", LAUNCHER, str(folder), RANK.replace("HANDLER", handler)]
     launcher = subprocess.Popen(command)
     files = [folder / f"pid-{rank}" for rank in range(2)]
-    wait_until(lambda: all(file.exists() for file in files), seconds=60)
+    wait_until(lambda: all(file.exists() for file in files))
     return launcher, [int(file.read_text()) for file in files]
 
 
@@ -117,7 +117,7 @@ def test_a_second_interrupt_kills(tmp_path: Path) -> None:
     launcher, pids = _start(tmp_path, note)
     launcher.send_signal(signal.SIGINT)
     # Two signals that are sent before the first is seen are one.
-    wait_until(lambda: len(list(tmp_path.glob("told-*"))) == 2, seconds=60)
+    wait_until(lambda: len(list(tmp_path.glob("told-*"))) == 2)
     assert launcher.poll() is None
     assert all(is_running(pid) for pid in pids)
     launcher.send_signal(signal.SIGINT)

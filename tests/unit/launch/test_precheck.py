@@ -238,7 +238,7 @@ def test_nodes_wait_for_a_first_one_that_starts_later(
         said.append(capfd.readouterr().out)
         return "does not answer: [Errno 111] Connection refused; tried again" in "".join(said)
 
-    waits = partial(wait_until, has_tried, seconds=60)
+    waits = partial(wait_until, has_tried)
     nodes = ["b", "localhost"]
     codes = _run_tasks(folder, nodes, "localhost,b", seconds=10, before_last=waits)
     assert codes == [0, 0]

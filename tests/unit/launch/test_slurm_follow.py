@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -205,18 +205,26 @@ def _end(job: JobFolder, rank: int, exit_code: int) -> None:
     job.write_end(0, end)
 
 
+def _shown_late(
+    waits: list[float], number: int, show: Callable[[], object]
+) -> Callable[[float], None]:
+    """Return a sleep that notes in ``waits`` for how long, and shows something at its n-th call."""
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == number:
+            show()
+
+    return sleep
+
+
 def test_what_a_shared_file_system_shows_late_is_waited_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job, waits = _job(tmp_path), list[float]()
     _begin(job, 2)
     _end(job, 0, 1)
-
-    def sleep(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 5:
-            _end(job, 1, 3)
-
+    sleep = _shown_late(waits, 5, lambda: _end(job, 1, 3))
     report_end(job, "7", JobState(state="CANCELLED"), sleep=sleep)
     assert waits == []  # Slurm kills those that do not end
     assert "trainer-1 was killed, or its node is lost\n" in caplog.text  # no cause: without lines
@@ -237,14 +245,12 @@ def test_logs_of_a_job_that_failed_soon_are_waited_for(
     else:
         job.batch_log.write_text(log)
 
-    def sleep(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 3:
-            job.batch_log.write_text(log)
-            _begin(job, 1)
-            _end(job, 0, 2)
+    def show() -> None:
+        job.batch_log.write_text(log)
+        _begin(job, 1)
+        _end(job, 0, 2)
 
-    report_end(job, "7", FAILED, sleep=sleep)
+    report_end(job, "7", FAILED, sleep=_shown_late(waits, 3, show))
     assert sum(waits) == 6
     assert "trainer-0 on n was the first to report, exit code 2:\nof 0\n" in caplog.text
 
@@ -299,14 +305,8 @@ def test_a_killed_rollout_task_is_not_the_trainer_task_of_its_number(
     assert "Slurm's own errors:\nsrun-rollout: error: n1: task 0: Killed\n" in caplog.text
     assert waits == []
     job.batch_log.write_text("srun-rollout: error: n1: task 0: Killed\n")
-
-    def sleep(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 3:
-            _end(job, 0, 3)
-
     caplog.clear()
-    report_end(job, "7", FAILED, sleep=sleep)
+    report_end(job, "7", FAILED, sleep=_shown_late(waits, 3, lambda: _end(job, 0, 3)))
     assert sum(waits) == 6  # shown late: not killed
     assert "trainer-0 was killed" not in caplog.text
 
